@@ -1,0 +1,136 @@
+"""Axes, shapes and dtypes of arguments, and every error message about them.
+
+A check runs on Python values and abstract shapes only, so a wrong call fails before anything is computed or traced.
+"""
+
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+
+def as_array(name: str, x: Any) -> Array:
+    """`x` as a JAX array, or a TypeError that names the argument."""
+    if isinstance(x, Array):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array or a nested sequence of numbers, got {type(x).__name__}") from error
+
+
+def as_float(name: str, x: ArrayLike) -> Array:
+    """Argument of a map: real; integers and booleans are promoted to the default float, as in jax.nn."""
+    x = as_array(name, x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got dtype {x.dtype}; take its real part or magnitude first")
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+def as_loss_float(name: str, x: ArrayLike) -> Array:
+    """Argument of a loss: floating point, nothing else."""
+    x = as_array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}; convert it with .astype(float)")
+    return x
+
+
+def as_labels(name: str, labels: ArrayLike) -> Array:
+    """Integer class labels."""
+    labels = as_array(name, labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype (class indices), got {labels.dtype}")
+    return labels
+
+
+def as_mask(name: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """A boolean mask, broadcast to `shape`; None stays None."""
+    if where is None:
+        return None
+    where = as_array(name, where)
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be boolean, got dtype {where.dtype}; compare it with 0 first")
+    return broadcast(name, where, shape)
+
+
+def as_loss_mask(name: str, where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array | None:
+    """The mask of a loss, broadcast to `shape`: over classes, or, with `axes` left out, over examples."""
+    if where is None:
+        return None
+    where = as_array(name, where)
+    if where.ndim == len(shape) - len(axes) and where.ndim != len(shape):
+        where = jnp.expand_dims(where, axes)
+    return as_mask(name, where, shape)
+
+
+def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` broadcast to `shape`, or a ValueError that names it."""
+    try:
+        fits = np.broadcast_shapes(x.shape, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} has shape {x.shape}, which does not broadcast to {tuple(shape)}")
+    return x if x.shape == tuple(shape) else jnp.broadcast_to(x, shape)
+
+
+def common_shape(name: str, x: Array, other: str, y: Array) -> tuple[int, ...]:
+    """The shape that both broadcast to."""
+    try:
+        return np.broadcast_shapes(x.shape, y.shape)
+    except ValueError:
+        raise ValueError(f"{name} has shape {x.shape} and {other} has shape {y.shape}: they do not broadcast") from None
+
+
+def same_shape(name: str, x: Array, other: str, shape: tuple[int, ...]) -> None:
+    """Raise unless `x` has exactly `shape`, that of the argument `other`."""
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} must have the shape of {other}, {tuple(shape)}, got {x.shape}")
+
+
+def one_axis(axis: Any, ndim: int, name: str = "axis") -> int:
+    """`axis` counted from the front."""
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {axis!r}") from None
+    if ndim == 0:
+        raise ValueError(f"{name}={index} needs an array with at least one axis, got a scalar")
+    if not -ndim <= index < ndim:
+        raise ValueError(f"{name}={index} is out of range for {ndim} axes: need {-ndim} <= {name} < {ndim}")
+    return index % ndim
+
+
+def axes(axis: Any, ndim: int, name: str = "axis") -> tuple[int, ...]:
+    """`axis` (an integer, a tuple of integers, or None for all) as a tuple counted from the front."""
+    if axis is None:
+        return tuple(range(ndim))
+    if not isinstance(axis, (tuple, list)):
+        return (one_axis(axis, ndim, name),)
+    found = tuple(one_axis(a, ndim, name) for a in axis)
+    if len(set(found)) != len(found):
+        raise ValueError(f"{name}={tuple(axis)} names an axis twice")
+    return found
+
+
+def integer(name: str, value: Any) -> int:
+    """A Python integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> Any:
+    """A real scalar in [low, high]; a traced value passes, since it cannot be looked at."""
+    if isinstance(value, Tracer):
+        return value
+    if np.ndim(value) != 0 or not np.isrealobj(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+    return value

@@ -1,0 +1,258 @@
+"""logsumexp, log_softmax and softmax, each with its rule beneath it.
+
+    lse(z) = log Σ exp z_k,    log p = z - lse(z),    p = exp(z - lse(z)),
+    ∇lse = p,    J = ∂p/∂z = diag(p) - ppᵀ.
+
+Masks are applied once on the way in (an absent class gets the logit -inf) and once on the way out, so that the rules
+see plain logits and no value behind a mask reaches a derivative. Half precision is widened to float32 on the way in
+and rounded once on the way out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+
+Axis = int | tuple[int, ...] | None
+
+
+def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    """Softmax: p_i = exp(x_i) / Σ_k exp(x_k), the sum over the class axis.
+
+    Args:
+      x: real logits of any shape. Integers are promoted to the default float dtype.
+      axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
+      where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
+
+    Returns:
+      Probabilities, of the shape and (floating) dtype of `x`. All zero where every class is masked.
+
+    Raises:
+      TypeError: if `x` is complex, `where` is not boolean or `axis` is not made of integers.
+      ValueError: if `axis` is out of range or `where` does not broadcast to `x`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> z = jnp.array([2.0, 1.0, 0.5])
+      >>> jaxsoftmax.softmax(z).round(4)
+      Array([0.6285, 0.2312, 0.1402], dtype=float32)
+      >>> jax.jacfwd(jaxsoftmax.softmax)(z).round(4)
+      Array([[ 0.2335, -0.1453, -0.0881],
+             [-0.1453,  0.1778, -0.0324],
+             [-0.0881, -0.0324,  0.1206]], dtype=float32)
+
+    Reference: MATHEMATICS.md sections 1 and 5; `jax.nn.softmax`.
+    """
+    x = checks.as_float("x", x)
+    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), checks.axes(axis, x.ndim))
+
+
+def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    """Log-probabilities: log p_i = x_i - logsumexp(x), accurate also where p is near 1.
+
+    Args:
+      x: real logits of any shape. Integers are promoted to the default float dtype.
+      axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
+      where: boolean mask that broadcasts to `x`; where it is False the class is absent: log p = -inf, derivative 0.
+
+    Returns:
+      Log-probabilities, of the shape and (floating) dtype of `x`.
+
+    Raises:
+      TypeError: if `x` is complex, `where` is not boolean or `axis` is not made of integers.
+      ValueError: if `axis` is out of range or `where` does not broadcast to `x`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.log_softmax(jnp.array([20.0, 0.0])))
+      [-2.0611537e-09 -2.0000000e+01]
+
+    Reference: MATHEMATICS.md section 5; `jax.nn.log_softmax`, which returns 0 for the first of these two.
+    """
+    x = checks.as_float("x", x)
+    return _map(log_softmax_of, -jnp.inf, x, checks.as_mask("where", where, x.shape), checks.axes(axis, x.ndim))
+
+
+def logsumexp(
+    a: ArrayLike,
+    axis: Axis = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: ArrayLike | None = None,
+) -> Array | tuple[Array, Array]:
+    """log |Σ_k b_k exp(a_k)|, with b = 1 where it is not given.
+
+    Args:
+      a: real array of any shape. Integers are promoted to the default float dtype.
+      axis: axis or axes summed over; None for all.
+      b: factors that broadcast against `a`, of any sign.
+      keepdims: keep the summed axes with length 1.
+      return_sign: also return the sign of the sum. Without it, the logarithm of a negative sum is NaN.
+      where: boolean mask that broadcasts to `a`; where it is False the term is absent.
+
+    Returns:
+      The logarithm, of the shape of `a` without `axis`, in the common floating dtype of `a` and `b`; -inf over no
+      term. With `return_sign`, a pair of it and the sign (-1, 0 or 1) in the same dtype.
+
+    Raises:
+      TypeError: if `a` or `b` is complex, `where` is not boolean or `axis` is not made of integers.
+      ValueError: if `axis` is out of range, or `b` or `where` does not broadcast to `a`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.logsumexp(jnp.array([0.0, -20.0])))
+      2.0611537e-09
+
+    Reference: MATHEMATICS.md section 5; `jax.scipy.special.logsumexp`.
+    """
+    a = checks.as_float("a", a)
+    if b is not None:
+        b = checks.as_float("b", b)
+        shape = checks.common_shape("a", a, "b", b)
+        a, b = jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
+    out, sign = _reduce(a, b, checks.as_mask("where", where, a.shape), checks.axes(axis, a.ndim), keepdims)
+    if return_sign:
+        return out, sign
+    return out if b is None else jnp.where(sign < 0, jnp.nan, out)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
+def _map(rule, absent: float, x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
+    """`rule(z, axis)` over the given axes: mask and widen, apply, round and mask."""
+    (z,), axis = num.one_axis(axes, num.present(num.widen(x)[0], mask, axes))
+    out = rule(z, axis).astype(x.dtype)
+    out = out if len(axes) == 1 else num.split_axes(out, x.shape, axes)
+    return out if mask is None else jnp.where(mask, out, absent)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "keepdims"), inline=True)
+def _reduce(a: Array, b: Array | None, mask: Array | None, axes: tuple[int, ...], keepdims: bool):
+    """logsumexp and its sign over the given axes."""
+    dtype = a.dtype if b is None else num.common_dtype(a, b)
+    z = num.present(a.astype(num.compute_dtype(dtype)), mask, axes)
+    (z, b), axis = num.one_axis(axes, z, b)
+    if b is None:
+        out = logsumexp_of(z, axis)
+        sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0.0, 1.0))
+    else:
+        out, sign = _signed_logsumexp(z, b.astype(z.dtype), axis)
+    out, sign = jnp.squeeze(out, axis), jnp.squeeze(sign, axis)
+    if mask is not None:
+        some = jnp.any(mask, axes)
+        out, sign = jnp.where(some, out, -jnp.inf), jnp.where(some, sign, 0.0)
+    if keepdims:
+        out, sign = (jnp.expand_dims(r, axes) for r in (out, sign))
+    return out.astype(dtype), sign.astype(dtype)
+
+
+# Rules. Below, z is a floating array of at least float32, and `axis` counts from the front.
+
+
+def moments(z: Array, axis: int) -> tuple[Array, Array]:
+    """(m, s): the maximum, and Σ exp(z_k - m) over every class but the top one. Never differentiated."""
+    z = lax.stop_gradient(z)
+    m = num.class_max(z, axis)
+    return m, num.leave_top_out(z, m, axis)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def probabilities(z: Array, m: Array, total: Array, axis: int) -> Array:
+    """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
+    return jnp.exp(num.shift(z, m)) / num.one_infinity(total, m, 1)
+
+
+def _probabilities_fwd(z, m, total, axis):
+    p = probabilities(z, m, total, axis)
+    return p, p
+
+
+def _probabilities_bwd(axis, p, g):
+    return jacobian_product(g, p, axis), None, None
+
+
+probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
+
+
+def jacobian_product(v: Array, p: Array, axis: int) -> Array:
+    """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
+
+    With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
+    v left to cancel. As written the top class enters w with factor 0, so the transpose of this code is as accurate.
+    """
+    w = v - num.class_sum(num.is_top(p) * v, axis)
+    mean = num.class_sum(num.below_half(p) * w, axis)
+    return jnp.where(p > 0.5, 0.0, p) * w - p * mean
+
+
+def softmax_of(z: Array, axis: int) -> Array:
+    m = num.class_max(lax.stop_gradient(z), axis)
+    total = num.class_sum(jnp.exp(num.shift(lax.stop_gradient(z), m)), axis)
+    return probabilities(z, m, total, axis)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(1,))
+def log_softmax_of(z: Array, axis: int) -> Array:
+    m, s = moments(z, axis)
+    return jnp.where(z == jnp.inf, 0.0, z - m) - jnp.log1p(num.one_infinity(s, m, 0))
+
+
+def _log_softmax_fwd(z, axis):
+    logp = log_softmax_of(z, axis)
+    return logp, logp
+
+
+def _log_softmax_bwd(axis, logp, g):
+    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p).
+    p = jnp.exp(logp)
+    first = num.class_sum(num.is_top_log(logp) * g, axis)
+    rest = num.class_sum(num.is_not_top_log(logp) * g, axis)
+    return (jnp.where(logp + num.LOG2 > 0, -jnp.expm1(logp) * g - p * rest, g - p * (first + rest)),)
+
+
+log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(1,))
+def logsumexp_of(z: Array, axis: int) -> Array:
+    m, s = moments(z, axis)
+    return m + jnp.log1p(s)
+
+
+def _logsumexp_fwd(z, axis):
+    return logsumexp_of(z, axis), (z, *moments(z, axis))
+
+
+def _logsumexp_bwd(axis, residuals, g):
+    z, m, s = residuals
+    return (g * probabilities(z, m, 1 + s, axis),)
+
+
+logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def _signed_logsumexp(a: Array, b: Array, axis: int) -> tuple[Array, Array]:
+    m = num.class_max(jnp.where(b == 0, -jnp.inf, a), axis)
+    total = num.class_sum(jnp.where(b == 0, 0.0, b * jnp.exp(num.shift(a, m))), axis)
+    return m + jnp.log(jnp.abs(total)), jnp.sign(total)
+
+
+def _signed_logsumexp_fwd(a, b, axis):
+    out, sign = _signed_logsumexp(a, b, axis)
+    return (out, sign), (a, b, out, lax.stop_gradient(sign))
+
+
+def _signed_logsumexp_bwd(axis, residuals, cotangents):
+    a, b, out, sign = residuals
+    weight = cotangents[0] * sign * jnp.exp(a - out)  # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j)
+    return weight * b, weight
+
+
+_signed_logsumexp.defvjp(_signed_logsumexp_fwd, _signed_logsumexp_bwd)
