@@ -1,0 +1,283 @@
+"""Softmax cross-entropy, for integer and for soft labels: value and rule.
+
+    L(z, c) = log Σ exp(z_k) - z_c,            ∂L/∂z = p - e_c,         ∂²L/∂z² = J = diag(p) - ppᵀ,
+    L(z, y) = Σ y_k (log Σ exp(z_j) - z_k),    ∂L/∂z = (Σy) p - y,      ∂²L/∂z² = (Σy) J.
+
+With m = max z, e = exp(z - m) and R = Σ_{k≠c} e_k (the label left out of the sum) nothing of size 1 is subtracted:
+L = log1p(R / e_c) and ∂L/∂z_c = -R / (R + e_c) keep their digits when the model is right and sure of it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.softmax import Axis, jacobian_product, log_softmax_of, logsumexp_of, moments, probabilities
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    z_loss: ArrayLike = 0.0,
+) -> Array:
+    """Cross-entropy with class indices: L = log Σ exp(logits_k) - logits_label.
+
+    With the options, for K classes, smoothing ε, class weights w and z-loss factor ζ:
+    L = (1 - ε) w_label nll_label + (ε / K) Σ_k w_k nll_k + ζ logsumexp(logits)², with nll_k = -log p_k.
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      labels: integers, of the shape of `logits` without `axis`. A label outside [0, K), -1 included, makes loss and
+        gradient of its own example NaN.
+      axis: class axis, or a tuple of axes flattened into one, in the given order.
+      where: boolean mask of the shape of `logits` (False: the class is absent) or of `labels` (False: the example is
+        absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+      label_smoothing: ε in [0, 1], spread evenly over the classes that are present.
+      class_weights: weights of shape (K,), as in torch.nn.functional.cross_entropy.
+      ignore_index: label of examples to leave out; loss 0, gradient 0.
+      z_loss: ζ, a penalty that keeps the logits' normaliser near 0.
+
+    Returns:
+      Loss per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` not integer, `where` not boolean.
+      ValueError: if `axis` is out of range, shapes do not fit, or `label_smoothing` lies outside [0, 1].
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits, label = jnp.array([20.0, 0.0]), jnp.array(0)
+      >>> loss, gradient = jax.value_and_grad(jaxsoftmax.softmax_cross_entropy_with_integer_labels)(logits, label)
+      >>> print(loss, gradient)
+      2.0611537e-09 [-2.0611537e-09  2.0611537e-09]
+
+    Reference: MATHEMATICS.md sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
+    """
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_labels("labels", labels)
+    labels = checks.broadcast("labels", labels, _without(logits.shape, axes))
+    mask = checks.as_loss_mask("where", where, logits.shape, axes)
+    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.number("z_loss", z_loss)
+    if class_weights is not None:
+        class_weights = checks.as_loss_float("class_weights", class_weights)
+        num_classes = math.prod(logits.shape[i] for i in axes)
+        checks.same_shape("class_weights", class_weights, "the class axis", (num_classes,))
+    if ignore_index is not None:
+        ignored = labels == jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
+        kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes), logits.shape)
+        mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
+    smooth, penalty = (None if _is_zero(option) else option for option in (label_smoothing, z_loss))
+    return _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes)
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    """Cross-entropy with a distribution as label: L = -Σ_k labels_k log p_k, p = softmax(logits).
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      labels: real weights of the classes, of a shape that broadcasts to that of `logits`; they need not sum to 1. A
+        label of 0 contributes 0, whatever the logit.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
+        is absent). An absent example has loss 0 and gradient 0; a positive label on an absent class, loss +inf.
+
+    Returns:
+      Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
+      dtype of logits and labels. Differentiable in both.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` complex, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits, labels = jnp.array([2.0, 1.0, 0.5]), jnp.array([0.5, 0.5, 0.0])
+      >>> print(jax.grad(jaxsoftmax.softmax_cross_entropy)(logits, labels).round(4))
+      [ 0.1285 -0.2688  0.1402]
+
+    Reference: MATHEMATICS.md sections 4 and 5; `optax.softmax_cross_entropy`.
+    """
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_float("labels", labels)
+    labels = checks.broadcast("labels", labels, logits.shape)
+    return _soft_loss(logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes)
+
+
+def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
+    """Cross-entropy that ignores logits of -inf under a label of 0, as `softmax_cross_entropy` always does.
+
+    Args:
+      logits: floating-point logits (..., K).
+      labels: real weights of the classes, of a shape that broadcasts to (..., K).
+
+    Returns:
+      Loss per example (...).
+
+    Raises:
+      TypeError: if `logits` is not floating point or `labels` complex.
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.safe_softmax_cross_entropy(jnp.array([0.0, -jnp.inf]), jnp.array([1.0, 0.0])))
+      0.0
+
+    Reference: `optax.safe_softmax_cross_entropy`.
+    """
+    return softmax_cross_entropy(logits, labels)
+
+
+def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(shape) if i not in axes)
+
+
+def _is_zero(option: Any) -> bool:
+    return not isinstance(option, Tracer) and option == 0
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> Array:
+    """The integer-label loss per example; options that are None are off."""
+    (logits, mask), axis = num.one_axis(axes, logits, mask)
+    z = num.present(logits, mask, (axis,))
+    labels = jnp.expand_dims(num.class_labels(labels, z.shape[axis]), axis)
+    loss = label_loss(z, labels, axis)
+    if class_weights is not None:
+        weights = jnp.expand_dims(class_weights.astype(loss.dtype), [i for i in range(z.ndim) if i != axis])
+        loss = loss * num.take_class(jnp.broadcast_to(weights, z.shape), labels, axis)
+    else:
+        weights = jnp.ones([1] * z.ndim, loss.dtype)
+    wide = num.widen(z)[0]
+    if smooth is not None:
+        exists = lax.stop_gradient(wide) > -jnp.inf
+        count = num.class_sum(exists.astype(loss.dtype), axis)
+        target = jnp.where(exists, weights / jnp.maximum(count, 1), 0.0)
+        smooth = jnp.asarray(smooth, loss.dtype)
+        loss = (1 - smooth) * loss + smooth * soft_label_loss(wide, target, axis)
+    if penalty is not None:
+        loss = loss + jnp.asarray(penalty, loss.dtype) * logsumexp_of(wide, axis) ** 2
+    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def _soft_loss(logits, labels, mask, axes) -> Array:
+    (logits, labels, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+    loss = soft_label_loss(num.present(logits, mask, (axis,)), labels, axis)
+    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+
+
+# Rules. z keeps its dtype, so that the residual of half-precision logits is no larger than they are; the class axis
+# of labels and losses has length 1.
+
+
+def _label_sums(z: Array, label: Array, axis: int) -> tuple[Array, Array, Array]:
+    """(m, R, S): the maximum, Σ exp(z - m) without the label's class, and with it. Never differentiated."""
+    z = num.widen(lax.stop_gradient(z))[0]
+    m = num.class_max(z, axis)
+    rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
+    total = num.one_infinity(rest + jnp.exp(_gap(z, label, m, axis)), m, 1)
+    return m, jnp.where(jnp.isnan(total), total, rest), total
+
+
+def _gap(z: Array, label: Array, m: Array, axis: int) -> Array:
+    """z_label - m; NaN for a label that is no class."""
+    at_label = num.take_class(z, label, axis)
+    return jnp.where(at_label == jnp.inf, 0.0, at_label - m)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def label_loss(z: Array, label: Array, axis: int) -> Array:
+    """-log softmax(z)_label, with the class axis kept."""
+    m, rest, total = _label_sums(z, label, axis)
+    gap = _gap(num.widen(z)[0], label, m, axis)
+    return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
+
+
+def _label_loss_fwd(z, label, axis):
+    return label_loss(z, label, axis), (z, label, *_label_sums(z, label, axis))
+
+
+def _label_loss_bwd(axis, residuals, ct):
+    z, label, m, rest, total = residuals
+    return (ct * label_gradient(num.widen(z)[0], label, m, rest, total, axis)).astype(z.dtype), None
+
+
+label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(5,))
+def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: int) -> Array:
+    """p - e_label from the known sums; differentiable in z, which fixes them."""
+    return jnp.where(num.class_index(z, axis) == label, -rest, jnp.exp(num.shift(z, m))) / total
+
+
+def _label_gradient_fwd(z, label, m, rest, total, axis):
+    return label_gradient(z, label, m, rest, total, axis), (z, m, total)
+
+
+def _label_gradient_bwd(axis, residuals, g):
+    return jacobian_product(g, probabilities(*residuals, axis), axis), None, None, None, None
+
+
+label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def soft_label_loss(z: Array, y: Array, axis: int) -> Array:
+    """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
+    m, s = moments(z, axis)
+    surprise = jnp.log1p(num.one_infinity(s, m, 0)) - jnp.where(z == jnp.inf, 0.0, z - m)
+    return num.class_sum(jnp.where(y == 0, 0.0 * s, y * surprise), axis)
+
+
+def _soft_label_loss_fwd(z, y, axis):
+    return soft_label_loss(z, y, axis), (z, y, *moments(z, axis))
+
+
+def _soft_label_loss_bwd(axis, residuals, ct):
+    z, y, m, s = residuals
+    surprise = -log_softmax_of(z, axis)
+    return ct * soft_label_gradient(z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
+
+
+soft_label_loss.defvjp(_soft_label_loss_fwd, _soft_label_loss_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
+def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: int) -> Array:
+    """(Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
+    p = probabilities(z, m, 1 + s, axis)
+    mass = num.class_sum(y, axis)
+    return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)
+
+
+def _soft_label_gradient_fwd(z, y, m, s, axis):
+    return soft_label_gradient(z, y, m, s, axis), (z, y, m, s)
+
+
+def _soft_label_gradient_bwd(axis, residuals, g):
+    z, y, m, s = residuals
+    p = probabilities(z, m, 1 + s, axis)
+    return num.class_sum(y, axis) * jacobian_product(g, p, axis), num.class_sum(p * g, axis) - g, None, None
+
+
+soft_label_gradient.defvjp(_soft_label_gradient_fwd, _soft_label_gradient_bwd)
