@@ -134,3 +134,19 @@ def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) ->
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
     return value
+
+
+def as_real(name: str, x: ArrayLike, dtype: Any) -> Array:
+    """Real argument beside floating ones of `dtype`, which it takes unless it comes with a floating dtype of its own."""
+    own, x = hasattr(x, "dtype"), as_array(name, x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got dtype {x.dtype}")
+    return x if own and jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+
+def positive(name: str, value: Any) -> Any:
+    """A real scalar above 0; a traced value passes."""
+    value = number(name, value)
+    if not isinstance(value, Tracer) and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value

@@ -73,7 +73,9 @@ def class_index(like: Array, axis: int, dtype=jnp.int32) -> Array:
 
 def other_classes(like: Array, index: Array, axis: int) -> Array:
     """1 at every class but `index`, 0 there."""
-    return jnp.minimum(jnp.abs(class_index(like, axis) - index), 1).astype(like.dtype)
+    dtype = like.dtype if like.shape[axis] < 2**24 else jnp.int32  # float32 holds no larger index exactly
+    distance = jnp.abs(class_index(like, axis, dtype) - index.astype(dtype))
+    return jnp.minimum(distance, 1).astype(like.dtype)
 
 
 def take_class(x: Array, index: Array, axis: int) -> Array:
@@ -98,8 +100,8 @@ def one_infinity(total: Array, m: Array, single: int) -> Array:
     return jnp.where((m == -jnp.inf) | (m == jnp.inf) & (total > single), jnp.nan, total)
 
 
-# The class with p > 1/2 as an indicator, in forms that differ although they are equal: a value that feeds two
-# reductions would be materialised, so each reduction computes its own.
+# The class with p > 1/2 as an indicator, in forms that differ although they are equal: XLA's CPU backend materialises
+# a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own.
 
 
 def is_top(p: Array) -> Array:
@@ -119,7 +121,7 @@ def is_top_log(logp: Array) -> Array:
 
 def is_not_top_log(logp: Array) -> Array:
     """1 where log p ≤ -log 2, else 0."""
-    return 1 + jnp.floor(jnp.minimum(-LOG2 - logp, 0.0))
+    return 1 + jnp.floor(jnp.minimum(-LOG2 - logp, -0.0))
 
 
 def present(z: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
@@ -153,3 +155,8 @@ def split_axes(merged: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
     """Inverse of `merge_axes` for an array that had the given shape."""
     order = [i for i in range(len(shape)) if i not in axes] + list(axes)
     return jnp.transpose(merged.reshape([shape[i] for i in order]), [order.index(i) for i in range(len(shape))])
+
+
+def zero_absent(x: Array, mask: Array | None) -> Array:
+    """x with 0 where the mask is False, whatever stands there."""
+    return x if mask is None else jnp.where(mask, x, 0.0)

@@ -209,11 +209,12 @@ def _log_softmax_fwd(z, axis):
 
 
 def _log_softmax_bwd(axis, logp, g):
-    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p).
+    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p). Either form
+    # serves where p is little above 1/2, so -0.69 > -log 2 need not match the sums, whose top class is exact.
     p = jnp.exp(logp)
     first = num.class_sum(num.is_top_log(logp) * g, axis)
     rest = num.class_sum(num.is_not_top_log(logp) * g, axis)
-    return (jnp.where(logp + num.LOG2 > 0, -jnp.expm1(logp) * g - p * rest, g - p * (first + rest)),)
+    return (jnp.where(logp > -0.69, -jnp.expm1(logp) * g - p * rest, g - p * (first + rest)),)
 
 
 log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)

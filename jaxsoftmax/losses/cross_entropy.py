@@ -189,16 +189,16 @@ def _soft_loss(logits, labels, mask, axes) -> Array:
 # of labels and losses has length 1.
 
 
-def _label_sums(z: Array, label: Array, axis: int) -> tuple[Array, Array, Array]:
+def label_sums(z: Array, label: Array, axis: int) -> tuple[Array, Array, Array]:
     """(m, R, S): the maximum, Σ exp(z - m) without the label's class, and with it. Never differentiated."""
     z = num.widen(lax.stop_gradient(z))[0]
     m = num.class_max(z, axis)
     rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
-    total = num.one_infinity(rest + jnp.exp(_gap(z, label, m, axis)), m, 1)
+    total = num.one_infinity(rest + jnp.exp(label_gap(z, label, m, axis)), m, 1)
     return m, jnp.where(jnp.isnan(total), total, rest), total
 
 
-def _gap(z: Array, label: Array, m: Array, axis: int) -> Array:
+def label_gap(z: Array, label: Array, m: Array, axis: int) -> Array:
     """z_label - m; NaN for a label that is no class."""
     at_label = num.take_class(z, label, axis)
     return jnp.where(at_label == jnp.inf, 0.0, at_label - m)
@@ -207,13 +207,13 @@ def _gap(z: Array, label: Array, m: Array, axis: int) -> Array:
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
 def label_loss(z: Array, label: Array, axis: int) -> Array:
     """-log softmax(z)_label, with the class axis kept."""
-    m, rest, total = _label_sums(z, label, axis)
-    gap = _gap(num.widen(z)[0], label, m, axis)
+    m, rest, total = label_sums(z, label, axis)
+    gap = label_gap(num.widen(z)[0], label, m, axis)
     return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
 
 
 def _label_loss_fwd(z, label, axis):
-    return label_loss(z, label, axis), (z, label, *_label_sums(z, label, axis))
+    return label_loss(z, label, axis), (z, label, *label_sums(z, label, axis))
 
 
 def _label_loss_bwd(axis, residuals, ct):
