@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxsoftmax.autodiff import custom_vjp
+from tests.helpers import shard_map
 
 
 def make_scaled_sin():
@@ -176,7 +177,6 @@ def test_collectives_inside_the_rule():
         return out, (z, out)
 
     lse.defvjp(fwd, lambda res, ct: (ct * jnp.exp(res[0] - res[1]),))
-    shard_map = jax.shard_map if hasattr(jax, "shard_map") else jax.experimental.shard_map.shard_map
     sharded = shard_map(lse, mesh=mesh, in_specs=P("k"), out_specs=P())
     z, v = jnp.linspace(-1.0, 2.0, 16), jnp.cos(jnp.arange(16.0))
     p = jax.nn.softmax(z)
