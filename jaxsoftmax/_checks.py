@@ -137,7 +137,7 @@ def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) ->
 
 
 def as_real(name: str, x: ArrayLike, dtype: Any) -> Array:
-    """Real argument beside floating ones of `dtype`, which it takes unless it comes with a floating dtype of its own."""
+    """Real argument beside floating ones of `dtype`, which it takes unless it has a floating dtype of its own."""
     own, x = hasattr(x, "dtype"), as_array(name, x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got dtype {x.dtype}")
@@ -150,3 +150,12 @@ def positive(name: str, value: Any) -> Any:
     if not isinstance(value, Tracer) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
+
+
+def option(
+    name: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any, low: float = -np.inf, high: float = np.inf
+) -> Array:
+    """A real number in [low, high], or an array of them that is taken as it comes; broadcast to `shape`."""
+    if np.ndim(value) == 0:
+        number(name, value, low, high)
+    return broadcast(name, as_real(name, value, dtype), shape)
