@@ -1,0 +1,275 @@
+"""The derivatives of softmax in its output p: first, second and third, as products and as dense arrays.
+
+    J = diag(p) - ppᵀ,    Jv = p∘ṽ,    ṽ = v - <p,v>.
+
+J is symmetric, so its products with a tangent and with a cotangent are one function. `jacobian_operator.py` has J as
+an object.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.softmax import jacobian_product, softmax
+from jaxsoftmax.symmetric import centred, compiled, complement
+
+
+def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
+    """Pushforward of softmax from its output: J t = p∘(t - <p,t>); O(K).
+
+    Args:
+      t: tangent of the logits, of the shape of `p`.
+      p: probabilities, the output of softmax. Floating; that they sum to 1 is taken for granted, not checked: off the
+        simplex, and for derivatives in `p` across it, the result is defined up to multiples of p.
+      axis: the class axis.
+
+    Returns:
+      Tangent of the probabilities, of the shape of `p` and the common dtype, to a few eps of |J||t|. Differentiable
+      in both arguments, to any order.
+
+    Raises:
+      TypeError: if `p` is not floating, `t` is complex or `axis` is not an integer.
+      ValueError: if the shapes differ or `axis` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> p = jaxsoftmax.softmax(jnp.array([2.0, 1.0, 0.5]))
+      >>> print(jaxsoftmax.softmax_jvp(jnp.array([0.1, -0.3, 0.2]), p).round(4))
+      [ 0.0493 -0.0743  0.025 ]
+
+    Reference: MATHEMATICS.md sections 2 and 5.
+    """
+    return _product("t", t, p, axis)
+
+
+def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
+    """Pullback of softmax from its output: Jᵀg = p∘(g - <p,g>), the same product as the pushforward; O(K).
+
+    Args:
+      g: cotangent of the probabilities, of the shape of `p`.
+      p: probabilities, the output of softmax, as in `softmax_jvp`.
+      axis: the class axis.
+
+    Returns:
+      Cotangent of the logits, as in `softmax_jvp`.
+
+    Raises:
+      TypeError: if `p` is not floating, `g` is complex or `axis` is not an integer.
+      ValueError: if the shapes differ or `axis` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> p = jaxsoftmax.softmax(jnp.array([30.0, 0.0]))  # 1 - p_0 = 9e-14 is lost in p_0, but not in the product
+      >>> print(jaxsoftmax.softmax_vjp(jnp.array([1.0, 0.0]), p))
+      [ 9.357623e-14 -9.357623e-14]
+
+    Reference: MATHEMATICS.md sections 2 and 5.
+    """
+    return _product("g", g, p, axis)
+
+
+def softmax_jacobian(x: ArrayLike) -> Array:
+    """The Jacobian of softmax over the last axis as a dense matrix: J = diag(p) - ppᵀ; O(K²), the size of the result.
+
+    Args:
+      x: real logits (..., K). Integers are promoted to the default float dtype.
+
+    Returns:
+      J (..., K, K), output class before input class (it is symmetric), in the floating dtype of `x`. Its diagonal
+      p(1 - p) is accurate also where p is near 1. Differentiable, to any order.
+
+    Raises:
+      TypeError: if `x` is complex.
+      ValueError: if `x` is a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> for row in jaxsoftmax.softmax_jacobian(jnp.array([2.0, 1.0, 0.5])).tolist():
+      ...     print([round(entry, 4) for entry in row])
+      [0.2335, -0.1453, -0.0881]
+      [-0.1453, 0.1778, -0.0324]
+      [-0.0881, -0.0324, 0.1206]
+
+    Reference: MATHEMATICS.md section 2; `SoftmaxJacobian` does without the matrix.
+    """
+    return _dense_jacobian(_logits(x))
+
+
+def softmax_hessian(x: ArrayLike) -> Array:
+    """The second derivative of softmax over the last axis: T_ijk = ∂²p_i/∂x_j∂x_k; O(K³), the size of the result.
+
+    T_iii = p_i (1 - p_i)(1 - 2p_i), T_iik = -p_i p_k (1 - 2p_i) and 2 p_i p_j p_k where all differ: the third cumulant
+    of the one-hot class, symmetric in all indices.
+
+    Args:
+      x: real logits (..., K). Integers are promoted to the default float dtype.
+
+    Returns:
+      T (..., K, K, K) in the floating dtype of `x`. Differentiable, to any order.
+
+    Raises:
+      TypeError: if `x` is complex.
+      ValueError: if `x` is a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> for matrix in jaxsoftmax.softmax_hessian(jnp.array([jnp.log(3.0), 0.0])).tolist():
+      ...     print([[round(entry, 5) for entry in row] for row in matrix])
+      [[-0.09375, 0.09375], [0.09375, -0.09375]]
+      [[0.09375, -0.09375], [-0.09375, 0.09375]]
+
+    Reference: MATHEMATICS.md section 2; `softmax_second_derivative` does without the tensor.
+    """
+    return _dense_hessian(_logits(x))
+
+
+def softmax_second_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, axis: int = -1) -> Array:
+    """D²σ[u, v] = p∘(ũṽ - E[ũṽ]) with ũ = u - <p,u>: the Hessian of softmax between two tangents; O(K).
+
+    Args:
+      p: probabilities, the output of softmax, as in `softmax_jvp`.
+      u: tangent of the logits, of the shape of `p`.
+      v: another one.
+      axis: the class axis.
+
+    Returns:
+      The second directional derivative of the probabilities, of the shape of `p` and the common dtype.
+
+    Raises:
+      TypeError: if `p` is not floating, `u` or `v` is complex or `axis` is not an integer.
+      ValueError: if the shapes differ or `axis` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> p, u = jnp.array([0.75, 0.25]), jnp.array([1.0, 0.0])
+      >>> print(jaxsoftmax.softmax_second_derivative(p, u, u))
+      [-0.09375  0.09375]
+
+    Reference: MATHEMATICS.md section 2.
+    """
+    return _higher(p, {"u": u, "v": v}, axis)
+
+
+def softmax_third_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, w: ArrayLike, axis: int = -1) -> Array:
+    """D³σ[u, v, w] = p∘(ũṽw̃ - E[ũṽw̃] - ũE[ṽw̃] - ṽE[ũw̃] - w̃E[ũṽ]) with ũ = u - <p,u>; O(K).
+
+    Args:
+      p: probabilities, the output of softmax, as in `softmax_jvp`.
+      u: tangent of the logits, of the shape of `p`.
+      v: another one.
+      w: and a third.
+      axis: the class axis.
+
+    Returns:
+      The third directional derivative of the probabilities, of the shape of `p` and the common dtype.
+
+    Raises:
+      TypeError: if `p` is not floating, a tangent is complex or `axis` is not an integer.
+      ValueError: if the shapes differ or `axis` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> p, u = jnp.array([0.75, 0.25]), jnp.array([1.0, 0.0])
+      >>> print(jaxsoftmax.softmax_third_derivative(p, u, u, u))
+      [-0.0234375  0.0234375]
+
+    Reference: MATHEMATICS.md section 2.
+    """
+    return _higher(p, {"u": u, "v": v, "w": w}, axis)
+
+
+def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> tuple[Array, list[Array], int]:
+    """Checked arguments of a product, and the axis counted from the front."""
+    p = checks.as_loss_float("p", p)
+    arrays = [checks.as_float(name, v) for name, v in tangents.items()]
+    for name, v in zip(tangents, arrays):
+        checks.same_shape(name, v, "p", p.shape)
+    return p, arrays, checks.one_axis(axis, p.ndim)
+
+
+def _product(name: str, v: ArrayLike, p: ArrayLike, axis: int) -> Array:
+    p, (v,), axis = _probs_and(p, {name: v}, axis)
+    return _jacobian_product(v, p, axis)
+
+
+def _higher(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> Array:
+    p, vectors, axis = _probs_and(p, tangents, axis)
+    out = _derivative(*(jnp.moveaxis(x, axis, -1) for x in (p, *vectors)))
+    return jnp.moveaxis(out, -1, axis)
+
+
+@functools.partial(jax.jit, static_argnames="axis", inline=True)
+def _jacobian_product(v: Array, p: Array, axis: int) -> Array:
+    wide_v, wide_p = num.widen(v, p)
+    return jacobian_product(wide_v, wide_p, axis).astype(num.common_dtype(v, p))
+
+
+@compiled
+def _derivative(p: Array, *tangents: Array) -> Array:
+    """The second or third derivative, p∘(y - <p,y>) with y the product of the centred tangents, less what is shared."""
+    dtype = num.common_dtype(p, *tangents)
+    p, *vectors = num.widen(p, *tangents)
+    u, v, *rest = (centred(t, p) for t in vectors)
+    if not rest:
+        return jacobian_product(u * v, p, -1).astype(dtype)
+    (w,) = rest
+    shared = sum(a * num.class_sum(p * b * c, -1) for a, b, c in ((u, v, w), (v, u, w), (w, u, v)))
+    return (jacobian_product(u * v * w, p, -1) - p * shared).astype(dtype)
+
+
+@compiled
+def _dense_jacobian(x: Array) -> Array:
+    (z,) = num.widen(x)
+    p = softmax(z)
+    return dense_jacobian(p).astype(x.dtype)
+
+
+@custom_vjp
+def dense_jacobian(p: Array) -> Array:
+    """diag(p) - ppᵀ, differentiable in p along the simplex."""
+    diagonal = jnp.broadcast_to((p * complement(p))[..., None], (*p.shape, p.shape[-1]))
+    return jnp.where(_same(diagonal, -2, -1), diagonal, -(p[..., None] * p[..., None, :]))
+
+
+def _dense_jacobian_fwd(p):
+    return dense_jacobian(p), p
+
+
+def _dense_jacobian_bwd(p, g):
+    # d(diag(p) - ppᵀ) = diag(dp) - dp pᵀ - p dpᵀ
+    rows = jnp.sum(g * p[..., None, :], -1) + jnp.sum(g * p[..., None], -2)
+    return (jnp.diagonal(g, axis1=-2, axis2=-1) - rows,)
+
+
+dense_jacobian.defvjp(_dense_jacobian_fwd, _dense_jacobian_bwd)
+
+
+@compiled
+def _dense_hessian(x: Array) -> Array:
+    (z,) = num.widen(x)
+    p = softmax(z)
+    a, b, c = p[..., :, None, None], p[..., None, :, None], p[..., None, None, :]
+    twice = 2 * a * b * c
+    ij, jk, ik = (_same(twice, *pair) for pair in ((-3, -2), (-2, -1), (-3, -1)))
+    one_pair = jnp.where(ij | ik, -a * jnp.where(ij, c, b) * (1 - 2 * a), -a * b * (1 - 2 * b))
+    all_same = a * complement(p)[..., :, None, None] * (1 - 2 * a)
+    out = jnp.where(ij & jk, all_same, jnp.where(ij | jk | ik, one_pair, twice))
+    return out.astype(x.dtype)
+
+
+def _same(like: Array, first: int, second: int) -> Array:
+    """Where the indices along two axes are equal."""
+    index = [lax.broadcasted_iota(jnp.int32, like.shape, axis % like.ndim) for axis in (first, second)]
+    return index[0] == index[1]
+
+
+def _logits(x: ArrayLike) -> Array:
+    x = checks.as_float("x", x)
+    checks.one_axis(-1, x.ndim)
+    return x

@@ -1,0 +1,331 @@
+"""The Jacobian of softmax and of α-entmax as an object: an operator of O(K) memory, batched, a pytree.
+
+    J = s (diag(π) - ππᵀ),    q = p^(2-α) on the support,    s = Σq,    π = q/s;    softmax: α = 1, π = p, s = 1.
+
+Every formula is one of softmax at π, times s or √s; damping λ means μ = λ/s there.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax import spectrum
+from jaxsoftmax.entmax import as_order, entmax, order_of, support_power
+from jaxsoftmax.jacobian import dense_jacobian
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.softmax import jacobian_product, softmax
+from jaxsoftmax.symmetric import AXIS, SymmetricOperator, centred, centred_transpose, compiled, complement, root
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class SoftmaxJacobian(SymmetricOperator):
+    """J = s (diag(π) - ππᵀ), the Jacobian of softmax or α-entmax; build it with `from_logits` or `from_probs`.
+
+    A frozen pytree, batched over leading axes, which passes through jit, vmap, scan and grad. Symmetric, positive
+    semidefinite, J1 = 0. Computed in float32 at least; all results are differentiable in the logits or probabilities
+    and in the vectors, to any order, unless the method says otherwise.
+
+    A class of probability 0, a masked one included, is a row and column of zeros: it adds a null vector, and a factor
+    `damping` to the damped determinant. Derivatives in a probability that is 0 are taken as 0 where they do not
+    exist. At a one-hot p (and K = 1), J = 0. In float32, probabilities below 1.2e-38 count as 0.
+
+    Args:
+      probs: π, shape (..., K).
+      scale: s, shape (..., 1).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> J = jaxsoftmax.SoftmaxJacobian.from_logits(jnp.array([2.0, 1.0, 0.5]))
+      >>> print(J.mv(jnp.array([0.1, -0.3, 0.2])).round(4))
+      [ 0.0493 -0.0743  0.025 ]
+      >>> [round(value, 4) for value in J.eigvalsh().tolist()], int(J.rank())
+      ([0.0, 0.1681, 0.3637], 2)
+      >>> b = jnp.array([0.1, -0.3, 0.2])
+      >>> [round(entry, 3) for entry in J.pinv_mv(b).tolist()]
+      [0.063, -1.393, 1.33]
+
+    Reference: MATHEMATICS.md sections 2, 3 and 5.
+    """
+
+    probs: Array
+    scale: Array
+
+    @classmethod
+    def from_logits(cls, x: ArrayLike, where: ArrayLike | None = None, alpha: ArrayLike = 1.0) -> "SoftmaxJacobian":
+        """J at the logits x; O(K).
+
+        Args:
+          x: real logits (..., K).
+          where: boolean mask that broadcasts to `x`; False marks an absent class.
+          alpha: 1 for softmax, else the α of `entmax`, as it takes it.
+
+        Raises:
+          TypeError: if `x` or `alpha` is complex or `where` is not boolean.
+          ValueError: if `x` has no class axis or no class, `alpha` is below 1, or a shape does not fit.
+        """
+        x = checks.as_float("x", x)
+        _check_classes("x", x)
+        (z,) = num.widen(x)
+        if _is_one(alpha):
+            p = softmax(z, where=where)
+            return cls(p, jnp.ones_like(p[..., :1]))
+        return cls._of_order(entmax(z, alpha, where=where), alpha)
+
+    @classmethod
+    def from_probs(cls, p: ArrayLike, alpha: ArrayLike = 1.0) -> "SoftmaxJacobian":
+        """J where the map's output is p; O(K).
+
+        Args:
+          p: probabilities (..., K), floating, each slice with sum 1 (to the square root of its dtype's eps), or all 0.
+          alpha: 1 if `p` comes from softmax, else the α of the entmax that it comes from.
+
+        Raises:
+          TypeError: if `p` is not floating or `alpha` is complex.
+          ValueError: if `p` has no class axis or no class; if it is negative or does not sum to 1, as far as its values
+            are known (not under jit); if `alpha` is below 1 or does not broadcast.
+        """
+        p = checks.as_loss_float("p", p)
+        _check_classes("p", p)
+        _check_simplex(p)
+        (p,) = num.widen(p)
+        p = jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p)
+        return cls(p, jnp.ones_like(p[..., :1])) if _is_one(alpha) else cls._of_order(p, alpha)
+
+    @classmethod
+    def _of_order(cls, p: Array, alpha: ArrayLike) -> "SoftmaxJacobian":
+        order = order_of(p, *as_order(alpha, p.shape, (p.ndim - 1,)), p.ndim - 1)
+        q = support_power(p, 2 - order)
+        s = num.class_sum(q, AXIS)
+        s = jnp.where(s == 0, 1, s)
+        return cls(q / s, s)
+
+    @property
+    def _reference(self) -> Array:
+        return self.probs
+
+    @property
+    def singular(self) -> bool:
+        return True
+
+    def scaled(self, weight: ArrayLike) -> "SoftmaxJacobian":
+        """weight · J, for a non-negative number or an array that broadcasts to the batch axes."""
+        weight = checks.broadcast("weight", checks.as_float("weight", weight), self.shape[:-2]).astype(self.dtype)
+        return dataclasses.replace(self, scale=weight[..., None] * self.scale)
+
+    # The matrix.
+
+    @compiled
+    def as_matrix(self) -> Array:
+        """The dense matrix (..., K, K); O(K²)."""
+        return self.scale[..., None] * dense_jacobian(self.probs)
+
+    @compiled
+    def diagonal(self) -> Array:
+        """J_ii = s π(1 - π), shape (..., K); O(K)."""
+        return self.scale * self.probs * complement(self.probs)
+
+    @compiled
+    def frobenius_norm(self) -> Array:
+        """√(Σ J_ij²), shape (...); O(K). J_ii and, off the diagonal, the top class apart from the rest."""
+        p, top = self.probs, num.is_top(self.probs)
+        diagonal = p * complement(p)
+        unit = jax.lax.stop_gradient(num.class_max(diagonal, AXIS))
+        unit = jnp.where(unit == 0, 1, unit)
+        below = num.below_half(p)
+        relative = below / unit  # squares of probabilities would underflow
+        squares = num.class_sum(below**2, AXIS)
+        rest = (diagonal / unit) ** 2 + relative**2 * (2 * num.class_sum(top * p, AXIS) ** 2 + squares - below**2)
+        return (self.scale * unit * root(num.class_sum(rest, AXIS)))[..., 0]
+
+    @compiled
+    def spectral_norm(self) -> Array:
+        """The largest eigenvalue, shape (...), at most s/2; O(K), about 6 passes."""
+        return self.scale[..., 0] * spectrum.largest_eigenvalue(self.probs)
+
+    @compiled
+    def eigvalsh(self) -> Array:
+        """All eigenvalues, ascending, shape (..., K); O(K²), with O(K) memory.
+
+        The derivative of an eigenvalue shared by n classes of equal probability is the mean over its eigenspace.
+        """
+        return self.scale * spectrum.eigenvalues(self.probs)
+
+    @compiled
+    def eigh(self) -> tuple[Array, Array]:
+        """Eigenvalues, ascending, and orthonormal eigenvectors as columns, (..., K) and (..., K, K); O(K²).
+
+        The eigenvectors of a multiple eigenvalue are one basis of many, with derivative 0.
+        """
+        values, vectors = spectrum.eigenpairs(self.probs)
+        return self.scale * values, vectors
+
+    @compiled
+    def rank(self) -> Array:
+        """Number of classes with positive probability, less one; int32, shape (...); O(K)."""
+        return jnp.maximum(jnp.sum(self.probs > 0, AXIS) - 1, 0).astype(jnp.int32)
+
+    @compiled
+    def null_space(self) -> DiagonalPlusLowRank:
+        """The orthogonal projector onto {v : Jv = 0}, as an operator; O(K).
+
+        The null space is spanned by 1 on the support and by every class of probability 0.
+        """
+        support, number = self._support
+        return DiagonalPlusLowRank(1 - support, support[..., None], 1 / number[..., None])
+
+    # Products.
+
+    @compiled
+    def _mv(self, v: Array) -> Array:
+        return self.scale * jacobian_product(v, self.probs, AXIS)
+
+    @compiled
+    def _quadratic_form(self, v: Array) -> Array:
+        # s Var_π(v): a sum of positive terms
+        return (self.scale * num.class_sum(self.probs * centred(v, self.probs) ** 2, AXIS))[..., 0]
+
+    def pinv_mv(self, v: ArrayLike) -> Array:
+        """J⁺v = C D⁻¹ C v on the support, C the centring there; 0 off it; v (..., K); O(K)."""
+        operator, v = self._with("v", v)
+        return operator._pinv_mv(v)
+
+    @compiled
+    def _pinv_mv(self, v: Array) -> Array:
+        return self._centre(self._centre(v) / self._on_support) / self.scale
+
+    @property
+    def _support(self) -> tuple[Array, Array]:
+        """1 on the support and 0 off it, and the number of classes there, at least 1."""
+        support = jnp.where(self.probs > 0, 1, 0).astype(self.dtype)
+        return support, jnp.maximum(num.class_sum(support, AXIS), 1)
+
+    @property
+    def _on_support(self) -> Array:
+        """π, with 1 off the support."""
+        return jnp.where(self.probs > 0, self.probs, 1)
+
+    def _centre(self, v: Array) -> Array:
+        """C v: v less its mean over the support, 0 off it."""
+        support, number = self._support
+        return support * (v - num.class_sum(support * v, AXIS) / number)
+
+    @compiled
+    def pseudo_logdet(self) -> Array:
+        """Logarithm of the product of the nonzero eigenvalues, log(n Π_support π) + (n - 1) log s; O(K). 0 if J = 0."""
+        _, number = self._support
+        logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
+        return (logs + num.class_sum(jnp.log(self._on_support), AXIS))[..., 0]
+
+    # With w = 1/(π + μ) and a = π∘w, (diag(π) - ππᵀ + μI)⁻¹ = diag(w) + aaᵀ/(μ Σa): no negative term.
+
+    @compiled
+    def _solve(self, v: Array, damping: Array) -> Array:
+        p, mu = self.probs, damping / self.scale
+        w = 1 / (p + mu)
+        a = p * w
+        # The a-weighted mean of v, over μ. Classes with π > μ have a = 1 - μw, so what their common mean leaves
+        # of it is -Σ w∘(v - mean), without 1/μ: a v that sums to 0 there is solved for as accurately as by J⁺.
+        head = jnp.where(p > mu, 1, 0).astype(p.dtype)
+        mean = num.class_sum(head * v, AXIS) / jnp.maximum(num.class_sum(head, AXIS), 1)
+        total = num.class_sum(a, AXIS)
+        rest = num.class_sum(jnp.where(p > mu, -w, a / mu) * (v - mean), AXIS) / jnp.where(total == 0, 1, total)
+        return (w * v + a * (mean / mu + rest)) / self.scale
+
+    @compiled
+    def _logdet(self, damping: Array) -> Array:
+        # log λ + Σ_{i≠m} log(s(π_i + μ)) + log1p(Σ π_i (π_m - π_i)/(π_i + μ)), m the class of the largest π
+        p, mu = self.probs, damping / self.scale
+        largest = num.class_max(p, AXIS)
+        top = num.is_top(p)
+        logs = self._log_sum(p, mu)
+        without_top = num.class_sum((1 - top) * logs, AXIS)
+        others = jnp.where(largest > 0.5, without_top, num.class_sum(logs, AXIS) - self._log_sum(largest, mu))
+        spread = num.class_sum(p * (largest - p) / (p + mu), AXIS)
+        return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
+
+    def _log_sum(self, p: Array, mu: Array) -> Array:
+        """log(s(p + μ)), accurate also where one of the two is small."""
+        larger, smaller = jnp.maximum(p, mu), jnp.minimum(p, mu)
+        return jnp.log(self.scale * larger) + jnp.log1p(smaller / larger)
+
+    # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
+
+    def factor_mv(self, u: ArrayLike) -> Array:
+        """L u = √s (√π∘u - π<√π,u>) for u (..., K), where L Lᵀ = J; O(K)."""
+        operator, u = self._with("u", u)
+        return operator._factor_mv(u)
+
+    def factor_rmv(self, v: ArrayLike) -> Array:
+        """Lᵀ v = √s √π∘(v - <π,v>) for v (..., K), where L Lᵀ = J; O(K)."""
+        operator, v = self._with("v", v)
+        return operator._factor_rmv(v)
+
+    @compiled
+    def _factor_mv(self, u: Array) -> Array:
+        return root(self.scale) * centred_transpose(root(self.probs) * u, self.probs)
+
+    @compiled
+    def _factor_rmv(self, v: Array) -> Array:
+        return root(self.scale) * root(self.probs) * centred(v, self.probs)
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws from N(0, J), shape (*shape, ..., K), differentiable in p: L ξ; O(K) each."""
+        return self.factor_mv(self._normal(key, shape))
+
+    def sample_pinv(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws from N(0, J⁺), shape (*shape, ..., K), differentiable in p: C(ξ/√π)/√s; O(K) each."""
+        operator, noise = self._with("noise", self._normal(key, shape))
+        return operator._centre(noise / root(operator._on_support)) / root(operator.scale)
+
+    def sample_inverse(self, key: Array, damping: ArrayLike, shape: tuple[int, ...] = ()) -> Array:
+        """Draws from N(0, (J + damping·I)⁻¹), shape (*shape, ..., K): (√w∘ξ + a ξ₀/√(μ Σa))/√s; O(K) each.
+
+        Differentiable in p and in `damping`, which is as in `solve`.
+        """
+        damping = self._damping(damping, "sample_pinv", len(shape) + self.probs.ndim)
+        noise = self._normal(key, shape, extra=1)
+        operator, noise = self._with("noise", noise, self.shape[-1] + 1)
+        return operator._whiten(noise, damping)
+
+    @compiled
+    def _whiten(self, noise: Array, damping: Array) -> Array:
+        p, mu = self.probs, damping / self.scale
+        a = p / (p + mu)
+        total = num.class_sum(a, AXIS)
+        common = a * noise[..., -1:] / jnp.sqrt(mu * jnp.where(total == 0, 1, total))
+        return (noise[..., :-1] / jnp.sqrt(p + mu) + common) / root(self.scale)
+
+    def _normal(self, key: Array, shape: tuple[int, ...], extra: int = 0) -> Array:
+        *batch, size = self.probs.shape
+        return jax.random.normal(key, (*shape, *batch, size + extra), self.dtype)
+
+
+def _is_one(alpha: ArrayLike) -> bool:
+    return isinstance(alpha, (int, float)) and alpha == 1
+
+
+def _check_classes(name: str, x: Array) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last axis with at least one class, got shape {x.shape}")
+
+
+def _check_simplex(p: Array) -> None:
+    """Raise unless every slice of p is a distribution or all 0, as far as the values are known."""
+    if isinstance(p, Tracer):
+        return
+    if bool(jnp.any(p < 0)):
+        raise ValueError(f"p must not be negative, got {jnp.min(p)}")
+    total = np.asarray(jnp.sum(p, AXIS, dtype=num.compute_dtype(p.dtype)))
+    wrong = (np.abs(total - 1) > math.sqrt(jnp.finfo(p.dtype).eps)) & (total != 0)
+    if np.any(wrong):
+        raise ValueError(f"p must sum to 1 along its last axis, got a sum of {total[wrong].flat[0]}")
