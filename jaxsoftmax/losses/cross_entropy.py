@@ -1,4 +1,4 @@
-"""Softmax cross-entropy, for integer and for soft labels: value and rule.
+"""Softmax cross-entropy, for integer and for soft labels: value, rule and Hessian.
 
     L(z, c) = log Σ exp(z_k) - z_c,            ∂L/∂z = p - e_c,         ∂²L/∂z² = J = diag(p) - ppᵀ,
     L(z, y) = Σ y_k (log Σ exp(z_j) - z_k),    ∂L/∂z = (Σy) p - y,      ∂²L/∂z² = (Σy) J.
@@ -9,6 +9,7 @@ L = log1p(R / e_c) and ∂L/∂z_c = -R / (R + e_c) keep their digits when the m
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,18 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _checks as checks
 from jaxsoftmax import _numerics as num
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.softmax import Axis, jacobian_product, log_softmax_of, logsumexp_of, moments, probabilities
+from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.softmax import (
+    Axis,
+    jacobian_product,
+    log_softmax_of,
+    logsumexp_of,
+    moments,
+    probabilities,
+    softmax_of,
+)
+from jaxsoftmax.symmetric import root
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -67,23 +79,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Reference: MATHEMATICS.md sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
     """
-    logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
-    labels = checks.as_labels("labels", labels)
-    labels = checks.broadcast("labels", labels, _without(logits.shape, axes))
-    mask = checks.as_loss_mask("where", where, logits.shape, axes)
-    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.number("z_loss", z_loss)
-    if class_weights is not None:
-        class_weights = checks.as_loss_float("class_weights", class_weights)
-        num_classes = math.prod(logits.shape[i] for i in axes)
-        checks.same_shape("class_weights", class_weights, "the class axis", (num_classes,))
-    if ignore_index is not None:
-        ignored = labels == jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
-        kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes), logits.shape)
-        mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
-    smooth, penalty = (None if _is_zero(option) else option for option in (label_smoothing, z_loss))
-    return _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes)
+    options = label_smoothing, class_weights, ignore_index, z_loss
+    return _integer_loss(*_integer_arguments(logits, labels, axis, where, *options))
 
 
 def softmax_cross_entropy(
@@ -96,8 +93,8 @@ def softmax_cross_entropy(
       labels: real weights of the classes, of a shape that broadcasts to that of `logits`; they need not sum to 1. A
         label of 0 contributes 0, whatever the logit.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
-        is absent). An absent example has loss 0 and gradient 0; a positive label on an absent class, loss +inf.
+      where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
+        (False: the example is absent, with loss 0 and gradient 0).
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
@@ -115,11 +112,7 @@ def softmax_cross_entropy(
 
     Reference: MATHEMATICS.md sections 4 and 5; `optax.softmax_cross_entropy`.
     """
-    logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
-    labels = checks.as_float("labels", labels)
-    labels = checks.broadcast("labels", labels, logits.shape)
-    return _soft_loss(logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes)
+    return _soft_loss(*_soft_arguments(logits, labels, axis, where))
 
 
 def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -144,6 +137,35 @@ def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     Reference: `optax.safe_softmax_cross_entropy`.
     """
     return softmax_cross_entropy(logits, labels)
+
+
+def _integer_arguments(logits, labels, axis, where, label_smoothing, class_weights, ignore_index, z_loss) -> tuple:
+    """The arguments, checked; ignored examples are masked, and options that are off are None."""
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_labels("labels", labels)
+    labels = checks.broadcast("labels", labels, _without(logits.shape, axes))
+    mask = checks.as_loss_mask("where", where, logits.shape, axes)
+    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.number("z_loss", z_loss)
+    if class_weights is not None:
+        class_weights = checks.as_loss_float("class_weights", class_weights)
+        num_classes = math.prod(logits.shape[i] for i in axes)
+        checks.same_shape("class_weights", class_weights, "the class axis", (num_classes,))
+    if ignore_index is not None:
+        ignored = labels == jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
+        kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes), logits.shape)
+        mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
+    smooth, penalty = (None if _is_zero(option) else option for option in (label_smoothing, z_loss))
+    return logits, labels, mask, class_weights, smooth, penalty, axes
+
+
+def _soft_arguments(logits, labels, axis, where) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.broadcast("labels", labels, logits.shape)
+    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes
 
 
 def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -181,7 +203,7 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _soft_loss(logits, labels, mask, axes) -> Array:
     (logits, labels, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
-    loss = soft_label_loss(num.present(logits, mask, (axis,)), labels, axis)
+    loss = soft_label_loss(num.present(logits, mask, (axis,)), num.zero_absent(labels, mask), axis)
     return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
 
 
@@ -281,3 +303,93 @@ def _soft_label_gradient_bwd(axis, residuals, g):
 
 
 soft_label_gradient.defvjp(_soft_label_gradient_fwd, _soft_label_gradient_bwd)
+
+
+# Hessian: (Σy + 2ζ lse) J + 2ζ ppᵀ, with the weights y that the loss gives to the classes.
+
+
+@curvature_of(softmax_cross_entropy_with_integer_labels)
+def _integer_curvature(
+    logits, labels, axis=-1, where=None, *, label_smoothing=0.0, class_weights=None, ignore_index=None, z_loss=0.0
+) -> Curvature:
+    options = label_smoothing, class_weights, ignore_index, z_loss
+    return _integer_operators(*on_last_axis(*_integer_arguments(logits, labels, axis, where, *options)))
+
+
+@curvature_of(softmax_cross_entropy, safe_softmax_cross_entropy)
+def _soft_curvature(logits, labels, axis=-1, where=None) -> Curvature:
+    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, axis, where)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> Curvature:
+    z = num.present(*num.widen(logits), mask, (-1,))
+    weights = jnp.broadcast_to(1.0 if class_weights is None else class_weights, z.shape).astype(z.dtype)
+    weight = num.take_class(weights, num.class_labels(labels, z.shape[-1])[..., None], -1)
+    if smooth is not None:
+        exists = z > -jnp.inf
+        count = jnp.maximum(num.class_sum(exists.astype(z.dtype), -1), 1)
+        smooth = jnp.asarray(smooth, z.dtype)
+        weight = (1 - smooth) * weight + smooth * num.class_sum(jnp.where(exists, weights / count, 0.0), -1)
+    return categorical(z, only_examples(mask, weight), draw_labels, penalty, mask)
+
+
+@functools.partial(jax.jit, inline=True)
+def _soft_operators(logits, labels, mask) -> Curvature:
+    logits, y = num.widen(logits, labels)
+    z, weight = num.present(logits, mask, (-1,)), num.class_sum(num.zero_absent(y, mask), -1)
+    return categorical(z, only_examples(mask, weight), draw_one_hot)
+
+
+def categorical(z: Array, weight: Array, draw: Callable, penalty: Any = None, mask: Array | None = None) -> Curvature:
+    """The operators of weight · (lse(z) - …) + ζ lse(z)², whose second term is no part of the likelihood."""
+    p = softmax_of(z, z.ndim - 1)
+    likelihood = DiagonalPlusLowRank(weight * p, centre=p)
+    fisher = Fisher(likelihood.weights, centre=p, logits=z, draw=draw)
+    if penalty is None:
+        return Curvature(likelihood, likelihood, fisher)
+    slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape))
+    weights = (weight + slope * logsumexp_of(z, z.ndim - 1)) * p
+    sign = jnp.where(slope < 0, -1.0, jnp.ones_like(slope))
+    rank_one = {"factors": (root(jnp.abs(slope)) * p)[..., None], "core": sign[..., None], "centre": p}
+    return Curvature(DiagonalPlusLowRank(weights, **rank_one), DiagonalPlusLowRank(weight * p, **rank_one), fisher)
+
+
+def draw_labels(key: Array, z: Array, shape: tuple[int, ...]) -> Array:
+    return jax.random.categorical(key, z, shape=shape + z.shape[:-1])
+
+
+def draw_one_hot(key: Array, z: Array, shape: tuple[int, ...]) -> Array:
+    return jax.nn.one_hot(draw_labels(key, z, shape), z.shape[-1], dtype=z.dtype)
+
+
+def natural_gradient_norm(
+    logits: ArrayLike, labels: ArrayLike, axis: int | tuple[int, ...] = -1, where: ArrayLike | None = None
+) -> Array:
+    """Squared length of the cross-entropy gradient g = p - e_label in the Fisher metric: gᵀ J⁺ g = expm1(L).
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      labels: integers, of the shape of `logits` without `axis`.
+      axis: class axis, or a tuple of axes flattened into one, in the given order.
+      where: as in `softmax_cross_entropy_with_integer_labels`.
+
+    Returns:
+      One number per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` not integer, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits, label = jnp.array([2.0, 1.0, 0.5]), jnp.array(1)
+      >>> g = jaxsoftmax.softmax(logits) - jax.nn.one_hot(label, 3)
+      >>> print(jaxsoftmax.natural_gradient_norm(logits, label).round(3))
+      3.325
+      >>> print((g @ jnp.linalg.pinv(jaxsoftmax.softmax_jacobian(logits)) @ g).round(3))
+      3.325
+
+    Reference: Amari 1998; MATHEMATICS.md section 4.
+    """
+    return jnp.expm1(softmax_cross_entropy_with_integer_labels(logits, labels, axis, where))

@@ -3,6 +3,9 @@
     l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    ∂²l/∂z² = 2 I    (seed text 002).
 """
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -10,6 +13,9 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _checks as checks
 from jaxsoftmax import _numerics as num
 from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses import elementary
+from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of, on_last_axis
+from jaxsoftmax.operators import DiagonalPlusLowRank
 
 
 def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -86,12 +92,66 @@ def sum_squared_error(predictions: ArrayLike, targets: ArrayLike, axis: int | tu
     return jnp.sum(_square(errors), checks.axes(axis, errors.ndim))
 
 
-def _errors(predictions: ArrayLike, targets: ArrayLike | None) -> Array:
+def huber_loss(predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0) -> Array:
+    """Huber loss of each element, with e = predictions - targets: e²/2 where |e| ≤ δ, else δ (|e| - δ/2).
+
+    Its gradient is that of `l2_loss` clipped to [-δ, δ].
+
+    Args:
+      predictions: floating-point array of any shape.
+      targets: array of a shape that broadcasts to that of `predictions`; zeros if it is not given.
+      delta: where the parabola ends, δ ≥ 0; a shape that broadcasts to that of `predictions`.
+
+    Returns:
+      Losses, of the shape of `predictions`; float32 for half precision.
+
+    Raises:
+      TypeError: if `predictions` is not floating point or `targets` complex.
+      ValueError: if the shapes do not fit or `delta` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.huber_loss(jnp.array([0.5, 3.0]), jnp.array([0.0, 0.0])))
+      [0.125 2.5  ]
+
+    Reference: Huber 1964; `optax.huber_loss`.
+    """
+    errors = _errors(predictions, targets, broadcast=True)
+    return _huber(errors, checks.option("delta", delta, errors.shape, errors.dtype, low=0.0).astype(errors.dtype))
+
+
+def log_cosh(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
+    """log cosh(predictions - targets) of each element: near e²/2 for small errors, |e| - log 2 for large ones.
+
+    Args:
+      predictions: floating-point array of any shape.
+      targets: array of a shape that broadcasts to that of `predictions`; zeros if it is not given.
+
+    Returns:
+      Losses, of the shape of `predictions`; float32 for half precision. Small errors keep their digits.
+
+    Raises:
+      TypeError: if `predictions` is not floating point or `targets` complex.
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.log_cosh(jnp.array([1e-5, 2.0, 500.0])))
+      [5.00000e-11 1.32500e+00 4.993068e+02]
+
+    Reference: `optax.log_cosh`, which gives 0 for the first of these.
+    """
+    return elementary.log_cosh(_errors(predictions, targets, broadcast=True))
+
+
+def _errors(predictions: ArrayLike, targets: ArrayLike | None, broadcast: bool = False) -> Array:
     """predictions - targets in the computation dtype."""
     predictions = checks.as_loss_float("predictions", predictions)
     if targets is None:
         return num.widen(predictions)[0]
-    targets = checks.as_float("targets", targets)
+    targets = checks.as_real("targets", targets, num.compute_dtype(predictions.dtype))
+    if broadcast:
+        targets = checks.broadcast("targets", targets, predictions.shape)
     checks.same_shape("targets", targets, "predictions", predictions.shape)
     predictions, targets = num.widen(predictions, targets)
     return predictions - targets
@@ -111,3 +171,77 @@ def _square_bwd(errors, ct):
 
 
 _square.defvjp(_square_fwd, _square_bwd)
+
+
+@custom_vjp
+def _huber(errors: Array, delta: Array) -> Array:
+    within = jnp.minimum(jnp.abs(errors), delta)
+    return within * within / 2 + delta * (jnp.abs(errors) - within)
+
+
+def _huber_fwd(errors, delta):
+    return _huber(errors, delta), (errors, delta)
+
+
+def _huber_bwd(residuals, ct):
+    errors, delta = residuals
+    inside = jnp.abs(errors) <= delta
+    slope = jnp.where(inside, errors, jnp.sign(errors) * delta)
+    return ct * slope, ct * jnp.where(inside, 0.0, jnp.abs(errors) - delta)
+
+
+_huber.defvjp(_huber_fwd, _huber_bwd)
+
+
+# Hessians, diagonal along the last axis. A squared error is the likelihood of a normal distribution: of variance 1/2,
+# or 1 with the factor of l2_loss.
+
+
+@curvature_of(squared_error)
+def _squared_error_curvature(predictions, targets=None) -> Curvature:
+    return _of_variance(0.5, _errors(predictions, targets), predictions)
+
+
+@curvature_of(l2_loss)
+def _l2_curvature(predictions, targets=None) -> Curvature:
+    return _of_variance(1.0, _errors(predictions, targets), predictions)
+
+
+@curvature_of(sum_squared_error)
+def _sum_squared_error_curvature(predictions, targets, axis=-1) -> Curvature:
+    errors = _errors(predictions, targets)
+    on_last_axis(errors, checks.axes(axis, errors.ndim))
+    return _of_variance(0.5, errors, predictions)
+
+
+def _of_variance(variance: float, errors: Array, predictions: ArrayLike) -> Curvature:
+    hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance))
+    mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)
+    draw = _draw_normal if variance == 1 else _draw_narrow_normal
+    return Curvature(hessian, hessian, Fisher(hessian.weights, logits=mean, draw=draw))
+
+
+def _draw_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
+    return mean + jax.random.normal(key, shape + mean.shape, mean.dtype)
+
+
+def _draw_narrow_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
+    return mean + math.sqrt(0.5) * jax.random.normal(key, shape + mean.shape, mean.dtype)
+
+
+@curvature_of(huber_loss)
+def _huber_curvature(predictions, targets=None, *, delta=1.0) -> Curvature:
+    errors = _errors(predictions, targets, broadcast=True)
+    delta = checks.option("delta", delta, errors.shape, errors.dtype, low=0.0).astype(errors.dtype)
+    return _convex(jnp.where(jnp.abs(errors) <= delta, 1.0, 0.0 * delta))
+
+
+@curvature_of(log_cosh)
+def _log_cosh_curvature(predictions, targets=None) -> Curvature:
+    errors = _errors(predictions, targets, broadcast=True)
+    return _convex(4 * elementary.sigmoid(2 * errors) * elementary.sigmoid(-2 * errors))
+
+
+def _convex(diagonal: Array) -> Curvature:
+    hessian = DiagonalPlusLowRank(diagonal)
+    return Curvature(hessian, hessian)

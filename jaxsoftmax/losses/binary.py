@@ -1,0 +1,226 @@
+"""Logistic heads: two classes, or several that do not exclude each other, one logit each.
+
+    L(x, y) = ω y softplus(-x) + (1 - y) softplus(x),
+    ∂L/∂x = (1 - y) σ(x) - ω y σ(-x),    ∂²L/∂x² = (ω y + 1 - y) σ(x) σ(-x).
+
+Written with σ(-x), never with 1 - σ(x), so that a model that is right and sure of it keeps its digits.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.elementary import finite, infinite_at, sigmoid, softplus, weigh
+from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of
+from jaxsoftmax.operators import DiagonalPlusLowRank
+
+
+def sigmoid_binary_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, pos_weight: ArrayLike | None = None
+) -> Array:
+    """Logistic loss of each element: -ω y log σ(x) - (1 - y) log σ(-x).
+
+    Args:
+      logits: floating-point logits x of any shape.
+      labels: 0 or 1, or the probability y of the positive class; a shape that broadcasts to that of `logits`.
+      pos_weight: weight ω of the positive class, as in torch; a shape that broadcasts to that of `logits`.
+
+    Returns:
+      Losses, of the shape of `logits`; float32 for half-precision logits, else of the common dtype of logits and
+      labels. An infinite logit on the label's side has loss 0.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` or `pos_weight` complex.
+      ValueError: if a shape does not broadcast to that of `logits`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits, labels = jnp.array([20.0, 0.0, jnp.inf]), jnp.array([1, 0, 1])
+      >>> print(jaxsoftmax.sigmoid_binary_cross_entropy(logits, labels))
+      [2.0611537e-09 6.9314718e-01 0.0000000e+00]
+
+    Reference: MATHEMATICS.md section 4; `optax.sigmoid_binary_cross_entropy`, `torch.nn.BCEWithLogitsLoss`.
+    """
+    return _logistic_loss(*_logistic_arguments(logits, labels, pos_weight))
+
+
+def sigmoid_focal_loss(
+    logits: ArrayLike, labels: ArrayLike, alpha: ArrayLike | None = None, gamma: ArrayLike = 2.0
+) -> Array:
+    """Focal loss of each element: α_t u^γ L, with u = 1 - p_t = (1 - y) σ(x) + y σ(-x) and L the logistic loss.
+
+    Args:
+      logits: floating-point logits x of any shape.
+      labels: 0 or 1, or the probability y of the positive class; a shape that broadcasts to that of `logits`.
+      alpha: weight of the positive class, α_t = α y + (1 - α)(1 - y); no weights if it is not given.
+      gamma: exponent γ ≥ 0; 0 gives the logistic loss.
+
+    Returns:
+      Losses, of the shape of `logits`; float32 for half-precision logits, else of the common dtype of logits and
+      labels.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels`, `alpha` or `gamma` complex.
+      ValueError: if a shape does not broadcast to that of `logits`, `alpha` lies outside [0, 1] or `gamma` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.sigmoid_focal_loss(jnp.array([2.0, -2.0]), jnp.array([1, 1])).round(4))
+      [0.0018 1.6501]
+
+    Reference: Lin et al. 2017, https://arxiv.org/abs/1708.02002; `optax.sigmoid_focal_loss`.
+    """
+    return _focal_loss(*_focal_arguments(logits, labels, alpha, gamma))
+
+
+def _logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    logits = checks.as_loss_float("logits", logits)
+    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    return logits, checks.broadcast("labels", labels, logits.shape)
+
+
+def _logistic_arguments(logits, labels, pos_weight) -> tuple:
+    logits, labels = _logits_and_labels(logits, labels)
+    weight = 1.0 if pos_weight is None else pos_weight
+    return logits, labels, checks.option("pos_weight", weight, logits.shape, num.compute_dtype(logits.dtype))
+
+
+def _focal_arguments(logits, labels, alpha, gamma) -> tuple:
+    logits, labels = _logits_and_labels(logits, labels)
+    shape, dtype = logits.shape, num.compute_dtype(logits.dtype)
+    gamma = checks.option("gamma", gamma, shape, dtype, low=0.0)
+    return logits, labels, None if alpha is None else checks.option("alpha", alpha, shape, dtype, 0.0, 1.0), gamma
+
+
+@functools.partial(jax.jit, inline=True)
+def _logistic_loss(logits, labels, weight) -> Array:
+    x, y = num.widen(logits, labels)
+    return logistic(x, y, weight.astype(x.dtype))
+
+
+@functools.partial(jax.jit, inline=True)
+def _focal_loss(logits, labels, alpha, gamma) -> Array:
+    x, y = num.widen(logits, labels)
+    near = finite(x)
+    loss = focal_weight(near, y, gamma.astype(x.dtype)) * logistic(near, y, jnp.ones_like(x))
+    loss = infinite_at((x == jnp.inf) & (y < 1) | (x == -jnp.inf) & (y > 0), loss)
+    return loss if alpha is None else weigh(_balance(alpha.astype(x.dtype), y), loss)
+
+
+def _balance(alpha: Array, y: Array) -> Array:
+    """α_t = α y + (1 - α)(1 - y)."""
+    return alpha * y + (1 - alpha) * (1 - y)
+
+
+# Rules.
+
+
+@custom_vjp
+def logistic(x: Array, y: Array, weight: Array) -> Array:
+    """ω y softplus(-x) + (1 - y) softplus(x), the two logarithms written as one that both share."""
+    positive, negative = weight * y, 1 - y
+    shared = (positive + negative) * jnp.log1p(jnp.exp(-jnp.abs(x)))
+    return shared + weigh(positive, jnp.maximum(-x, 0)) + weigh(negative, jnp.maximum(x, 0))
+
+
+def _logistic_fwd(x, y, weight):
+    return logistic(x, y, weight), (x, y, weight)
+
+
+def _logistic_bwd(residuals, ct):
+    x, y, weight = residuals
+    dx = (1 - y) * sigmoid(x) - weight * y * sigmoid(-x)
+    dy = (weight - 1) * softplus(-x) - x  # ω softplus(-x) - softplus(x)
+    return ct * dx, ct * dy, ct * weigh(y, softplus(-x))
+
+
+logistic.defvjp(_logistic_fwd, _logistic_bwd)
+
+
+def focal_weight(x: Array, y: Array, gamma: Array) -> Array:
+    """(1 - p_t)^γ as exp(γ log(1 - p_t)), whose derivatives have no power of 0."""
+    return jnp.exp(gamma * log_miss(x, y))
+
+
+@custom_vjp
+def log_miss(x: Array, y: Array) -> Array:
+    """log u, u = 1 - p_t = (1 - y) σ(x) + y σ(-x)."""
+    return jnp.log(_miss(x, y))
+
+
+def _log_miss_fwd(x, y):
+    return log_miss(x, y), (x, y)
+
+
+def _log_miss_bwd(residuals, ct):
+    x, y = residuals
+    dx = _share(x, y) * sigmoid(-x) - _share(-x, 1 - y) * sigmoid(x)
+    return ct * dx, ct * (sigmoid(-x) - sigmoid(x)) / _miss(x, y)
+
+
+log_miss.defvjp(_log_miss_fwd, _log_miss_bwd)
+
+
+@custom_vjp
+def _share(x: Array, y: Array) -> Array:
+    """(1 - y) σ(x) / u = σ(x - logit y)."""
+    return sigmoid(x - (jnp.log(y) - jnp.log1p(-y)))
+
+
+def _share_bwd(residuals, ct):
+    x, y = residuals
+    return ct * _share(x, y) * _share(-x, 1 - y), -ct * sigmoid(x) * sigmoid(-x) / _miss(x, y) ** 2
+
+
+_share.defvjp(lambda x, y: (_share(x, y), (x, y)), _share_bwd)
+
+
+def _miss(x, y):
+    """(1 - y) σ(x) + y σ(-x), no smaller than the smallest number, so that its logarithm is finite."""
+    return jnp.maximum((1 - y) * sigmoid(x) + y * sigmoid(-x), jnp.finfo(x.dtype).tiny)
+
+
+# Hessians, diagonal along the last axis.
+
+
+@curvature_of(sigmoid_binary_cross_entropy)
+def _logistic_curvature(logits, labels, *, pos_weight=None) -> Curvature:
+    return _logistic_operators(*_logistic_arguments(logits, labels, pos_weight))
+
+
+@functools.partial(jax.jit, inline=True)
+def _logistic_operators(logits, labels, weight) -> Curvature:
+    x, y = num.widen(logits, labels)
+    hessian = DiagonalPlusLowRank((weight.astype(x.dtype) * y + 1 - y) * sigmoid(x) * sigmoid(-x))
+    return Curvature(hessian, hessian, Fisher(hessian.weights, logits=x, draw=_draw_binary))
+
+
+def _draw_binary(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
+    return jax.random.bernoulli(key, sigmoid(x), shape + x.shape).astype(x.dtype)
+
+
+@curvature_of(sigmoid_focal_loss)
+def _focal_curvature(logits, labels, alpha=None, gamma=2.0) -> Curvature:
+    return _focal_operators(*_focal_arguments(logits, labels, alpha, gamma))
+
+
+@functools.partial(jax.jit, inline=True)
+def _focal_operators(logits, labels, alpha, gamma) -> Curvature:
+    # F = α_t W L with W = exp(γℓ), ℓ = log u, ℓ′ = r - σ(x), ℓ″ = r (1 - r) - σ(x) σ(-x), r = (1 - y) σ(x) / u.
+    x, y = num.widen(logits, labels)
+    x, gamma = finite(x), gamma.astype(x.dtype)
+    miss, loss, slope = log_miss(x, y), logistic(x, y, jnp.ones_like(x)), (1 - y) * sigmoid(x) - y * sigmoid(-x)
+    share, rest, spread = _share(x, y), _share(-x, 1 - y), sigmoid(x) * sigmoid(-x)
+    dmiss = share * sigmoid(-x) - rest * sigmoid(x)
+    weight = jnp.exp(gamma * miss) * (1 if alpha is None else _balance(alpha.astype(x.dtype), y))
+    second = (gamma * dmiss) ** 2 + gamma * (share * rest - spread)
+    hessian = weight * (second * loss + 2 * gamma * dmiss * slope + spread)
+    # The Gauss-Newton part is f′(L) σ(x) σ(-x), f′ = W (1 + γ p_t L / u).
+    outer = weight * (1 + gamma * -jnp.expm1(miss) * (loss * jnp.exp(-miss)))
+    return Curvature(DiagonalPlusLowRank(hessian), DiagonalPlusLowRank(outer * spread))

@@ -1,0 +1,303 @@
+"""Divergences between the distributions of two vectors of logits, x of the model and z of the target.
+
+    p = softmax(x),    q = softmax(z),    ρ = log p - log q,
+    KL(q‖p) = Σ q (exp(ρ) - 1 - ρ),                ∂/∂x = p - q,                       ∂²/∂x² = J(p),
+    JS(p, q) = Σ (p + q)/2 (log 2 - H(σ(ρ))),      ∂/∂x = ½ J(p) log 2σ(ρ),
+
+with H the entropy of a pair. No term is negative, and each is of second order in ρ, so that near-equal logits cost no
+digits: ρ comes from x - z, never from two logarithms. (Σ q (exp(ρ) - 1) = 0, so the first sum is -Σ q ρ.)
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.cross_entropy import draw_one_hot
+from jaxsoftmax.losses.elementary import exp_remainder, log_double_sigmoid, missing_bits, sigmoid
+from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.scores import of_probabilities
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.softmax import Axis, jacobian_product, log_softmax_of, softmax_of
+
+
+def softmax_kl_divergence(
+    logits: ArrayLike,
+    target_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+) -> Array:
+    """KL(target‖model) between softmax(target_logits / T) and softmax(logits / T): the loss of distillation.
+
+    It is never negative, and 0 where the logits differ by a constant. Its gradient in the logits is (p - q) / T;
+    multiply by T² to keep its size while T varies (Hinton et al.).
+
+    Args:
+      logits: floating-point logits of the model; `axis` counts the classes.
+      target_logits: floating-point logits of the target, of a shape that broadcasts to that of `logits`.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `logits` (False: the class is absent from both) or of the result (False: the
+        example is absent, with loss 0 and gradient 0).
+      temperature: T > 0, which divides both.
+
+    Returns:
+      Divergence per example, of the shape of `logits` without `axis`; float32 for half precision, else of the common
+      dtype of both. +inf where the target has a class that the model excludes. Differentiable in all three.
+
+    Raises:
+      TypeError: if `logits` or `target_logits` is not floating point, `where` not boolean.
+      ValueError: if `axis` is out of range, shapes do not fit, or `temperature` is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> target = jnp.array([2.0, 1.0, 0.5])
+      >>> logits = target + jnp.array([0.0, 2.0**-14, 0.0])
+      >>> print(jaxsoftmax.softmax_kl_divergence(logits, target), jaxsoftmax.softmax_kl_divergence(target, target))
+      3.31106e-10 0.0
+
+    Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; MATHEMATICS.md sections 4 and 5.
+    """
+    return _between(kl, logits, target_logits, axis, where, temperature)
+
+
+def jensen_shannon_divergence(
+    logits: ArrayLike,
+    target_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+) -> Array:
+    """Jensen-Shannon divergence of p = softmax(logits / T), q = softmax(target_logits / T): ½KL(p‖m) + ½KL(q‖m).
+
+    m = (p + q)/2. It is symmetric and lies in [0, log 2].
+
+    Args:
+      logits: floating-point logits of the model; `axis` counts the classes.
+      target_logits: floating-point logits of the target, of a shape that broadcasts to that of `logits`.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `logits` (False: the class is absent from both) or of the result (False: the
+        example is absent, with loss 0 and gradient 0).
+      temperature: T > 0, which divides both.
+
+    Returns:
+      Divergence per example, of the shape of `logits` without `axis`; float32 for half precision, else of the common
+      dtype of both. Differentiable in all three.
+
+    Raises:
+      TypeError: if `logits` or `target_logits` is not floating point, `where` not boolean.
+      ValueError: if `axis` is out of range, shapes do not fit, or `temperature` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> logits = jnp.array([[2.0, 1.0, 0.5], [jnp.inf, 0.0, 0.0]])
+      >>> print(jaxsoftmax.jensen_shannon_divergence(logits, jnp.array([0.0, 0.0, jnp.inf])).round(4))
+      [0.4806 0.6931]
+
+    Reference: Lin 1991, https://doi.org/10.1109/18.61115; `scipy.spatial.distance.jensenshannon` is its square root.
+    """
+    return _between(jensen_shannon, logits, target_logits, axis, where, temperature)
+
+
+def _between(divergence, logits, target_logits, axis: Axis, where: ArrayLike | None, temperature) -> Array:
+    return _apply(divergence, *_arguments(logits, target_logits, axis, where, temperature))
+
+
+def _arguments(logits, target_logits, axis, where, temperature) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    targets = checks.as_loss_float("target_logits", target_logits)
+    targets = checks.broadcast("target_logits", targets, logits.shape)
+    mask = checks.as_loss_mask("where", where, logits.shape, axes)
+    return logits, targets, mask, checks.positive("temperature", temperature), axes
+
+
+@functools.partial(jax.jit, static_argnames=("divergence", "axes"), inline=True)
+def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
+    (x, z, mask), axis = num.one_axis(axes, *num.widen(logits, targets), mask)
+    x, z = _tempered(x, z, mask, temperature, axis)
+    return num.absent_examples(jnp.squeeze(divergence(x, z, axis), axis), mask, axis)
+
+
+def _tempered(x: Array, z: Array, mask: Array | None, temperature, axis: int) -> tuple[Array, Array]:
+    temperature = jnp.asarray(temperature, x.dtype)
+    return num.present(x, mask, (axis,)) / temperature, num.present(z, mask, (axis,)) / temperature
+
+
+# Rules. x and z are floating arrays of at least float32.
+
+
+class Sums(NamedTuple):
+    """What has to be known of two rows of logits to compare their distributions class by class; class axis 1."""
+
+    top_x: Array  # max x
+    total_x: Array  # Σ exp(x - max x)
+    top_z: Array
+    total_z: Array
+    ratio: Array  # log(total_x / total_z)
+
+
+def compare(x: Array, z: Array, axis: int) -> Sums:
+    """The sums over the classes. Never differentiated.
+
+    log(total_x / total_z) is log1p(Σ q (exp(d) - 1)), d = (x - max x) - (z - max z), which keeps its digits for
+    near-equal logits; where d > 1, q exp(d) is written as p total_x / total_z, which cannot overflow.
+    """
+    x, z = lax.stop_gradient((x, z))
+    top_x, top_z = num.class_max(x, axis), num.class_max(z, axis)
+    total_x, total_z = (
+        num.one_infinity(num.class_sum(jnp.exp(num.shift(a, m)), axis), m, 1) for a, m in ((x, top_x), (z, top_z))
+    )
+    plain = jnp.log(total_x) - jnp.log(total_z)
+    sums = Sums(top_x, total_x, top_z, total_z, jnp.zeros_like(plain))
+    p, q, d = classes(x, z, sums)
+    excess = num.class_sum(jnp.where(d < 1, q * jnp.expm1(d), p * jnp.exp(plain) - q), axis)
+    return sums._replace(ratio=jnp.where(jnp.abs(plain) < 1, jnp.log1p(excess), plain))
+
+
+def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
+    """p, q and ρ = log p - log q, class by class; ρ is huge, but finite, where just one of the two excludes a class."""
+    x, top_x = _one_hot_limit(x, sums.top_x)
+    z, top_z = _one_hot_limit(z, sums.top_z)
+    p, q = jnp.exp(x - top_x) / sums.total_x, jnp.exp(z - top_z) / sums.total_z
+    huge = num.largest(x.dtype) / 4
+    d = (jnp.maximum(x, -huge) - jnp.maximum(z, -huge)) - (top_x - top_z)
+    return p, q, d - sums.ratio
+
+
+def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
+    """z and its maximum m, with 0 and -inf in the places of +inf and of the rest of its row."""
+    # Arithmetic, so that it fuses into sums: (min(z, L) - L) 4 is 0 where z = inf, and -inf where z is finite.
+    limit, infinite = num.largest(z.dtype), m == jnp.inf
+    lift, gain = jnp.where(infinite, limit, 0.0), jnp.where(infinite, 4.0, 1.0)
+    return (jnp.minimum(z, limit) - lift) * gain, jnp.where(infinite, 0.0, m)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def kl(x: Array, z: Array, axis: int) -> Array:
+    """KL(q‖p), with the class axis kept."""
+    return _kl(x, z, compare(x, z, axis), axis)
+
+
+def _kl(x, z, sums, axis):
+    p, q, ratio = classes(x, z, sums)
+    near = (jnp.abs(ratio) < 1) & (q > 0)
+    excluded = num.class_max(-ratio, axis) > num.largest(x.dtype) / 8
+    terms = num.class_sum(jnp.where(near, q * exp_remainder(ratio), p - q - q * ratio), axis)
+    return jnp.where(excluded, jnp.inf, terms)
+
+
+def _kl_fwd(x, z, axis):
+    return kl(x, z, axis), (x, z, compare(x, z, axis))
+
+
+def _kl_bwd(axis, residuals, ct):
+    x, z, sums = residuals
+    ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
+    return ct * difference(x, z, sums, axis), -ct * jacobian_product(ratio, softmax_of(z, axis), axis)
+
+
+kl.defvjp(_kl_fwd, _kl_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def jensen_shannon(x: Array, z: Array, axis: int) -> Array:
+    """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, with the class axis kept."""
+    p, q, ratio = classes(x, z, compare(x, z, axis))
+    return num.class_sum((p + q) / 2 * missing_bits(ratio), axis)
+
+
+def _jensen_shannon_fwd(x, z, axis):
+    return jensen_shannon(x, z, axis), (x, z, compare(x, z, axis))
+
+
+def _jensen_shannon_bwd(axis, residuals, ct):
+    x, z, sums = residuals
+    ratio = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3)  # p or q is 0 beyond
+    dx = jacobian_product(log_double_sigmoid(ratio), softmax_of(x, axis), axis)
+    dz = jacobian_product(log_double_sigmoid(-ratio), softmax_of(z, axis), axis)
+    return ct * dx / 2, ct * dz / 2
+
+
+jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def difference(x: Array, z: Array, sums: Sums, axis: int) -> Array:
+    """p - q: q (exp(ρ) - 1) where the two are close; differentiable in x and z, which fix the sums."""
+    p, q, ratio = classes(x, z, sums)
+    return jnp.where((jnp.abs(ratio) < 1) & (q > 0), q * jnp.expm1(ratio), p - q)
+
+
+def _difference_fwd(x, z, sums, axis):
+    return difference(x, z, sums, axis), (x, z)
+
+
+def _difference_bwd(axis, residuals, g):
+    p, q = (softmax_of(a, axis) for a in residuals)
+    return jacobian_product(g, p, axis), -jacobian_product(g, q, axis), None
+
+
+difference.defvjp(_difference_fwd, _difference_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def log_ratio(x: Array, z: Array, sums: Sums, axis: int) -> Array:
+    """ρ = log p - log q; differentiable in x and z, which fix the sums."""
+    return classes(x, z, sums)[2]
+
+
+def _log_ratio_fwd(x, z, sums, axis):
+    return log_ratio(x, z, sums, axis), (x, z)
+
+
+def _log_ratio_bwd(axis, residuals, g):
+    pull_x, pull_z = (jax.vjp(lambda a: log_softmax_of(a, axis), a)[1] for a in residuals)
+    return *pull_x(g), *pull_z(-g), None
+
+
+log_ratio.defvjp(_log_ratio_fwd, _log_ratio_bwd)
+
+
+# Hessians.
+
+
+@curvature_of(softmax_kl_divergence)
+def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -> Curvature:
+    return _kl_operators(*on_last_axis(*_arguments(logits, target_logits, axis, where, temperature)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _kl_operators(logits, targets, mask, temperature) -> Curvature:
+    x, z = num.widen(logits, targets)
+    x, z = _tempered(x, z, mask, temperature, x.ndim - 1)
+    p = softmax_of(x, x.ndim - 1)
+    hessian = DiagonalPlusLowRank(only_examples(mask, p) / jnp.asarray(temperature, x.dtype) ** 2, centre=p)
+    return Curvature(hessian, hessian, Fisher(hessian.weights, centre=p, logits=x, draw=_draw_target_logits))
+
+
+def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.log(draw_one_hot(key, x, shape))
+
+
+@curvature_of(jensen_shannon_divergence)
+def _jensen_shannon_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -> Curvature:
+    return _jensen_shannon_operators(*on_last_axis(*_arguments(logits, target_logits, axis, where, temperature)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _jensen_shannon_operators(logits, targets, mask, temperature) -> Curvature:
+    # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
+    x, z = num.widen(logits, targets)
+    axis, scale = x.ndim - 1, 1 / jnp.asarray(temperature, x.dtype)
+    x, z = _tempered(x, z, mask, temperature, axis)
+    ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)
+    gradient = jacobian_product(log_double_sigmoid(ratio), p, axis) / 2
+    operators = of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask)
+    return Curvature(operators.hessian.scaled(scale * scale), operators.gauss_newton.scaled(scale * scale))

@@ -1,0 +1,229 @@
+"""Divergences of probabilities that are given as such, or as logarithms: Σ over the classes of a term in each.
+
+    KL(t‖q) = Σ t (log t - log q),    ∂/∂(log q) = -t,
+    generalized (no sum needs to be 1): Σ t (log t - log q) - t + q,    ∂/∂(log q) = q - t.
+
+A class with target 0 contributes t log t = 0 whatever its prediction; its slope in t is that at the smallest number.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.elementary import exp_remainder
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.softmax import Axis
+
+
+def kl_divergence(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    """Kullback-Leibler divergence of predictions from targets: Σ_k t_k (log t_k - log q_k).
+
+    Args:
+      log_predictions: log-probabilities log q, floating point; `axis` counts the classes.
+      targets: probabilities t, of a shape that broadcasts to that of `log_predictions`.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
+        example is absent).
+
+    Returns:
+      Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
+      dtype of both.
+
+    Raises:
+      TypeError: if `log_predictions` is not floating point, `targets` complex, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> log_predictions, targets = jnp.log(jnp.array([0.5, 0.5, 0.0])), jnp.array([0.25, 0.75, 0.0])
+      >>> print(jaxsoftmax.kl_divergence(log_predictions, targets).round(4))
+      0.1308
+
+    Reference: `optax.losses.kl_divergence`. From logits, `softmax_kl_divergence` keeps more digits.
+    """
+    return _divergence(_kl_term, log_predictions, targets, "targets", axis, where)
+
+
+def kl_divergence_with_log_targets(
+    log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    """Kullback-Leibler divergence with both sides as logarithms: Σ_k t_k (log t_k - log q_k).
+
+    Args:
+      log_predictions: log-probabilities log q, floating point; `axis` counts the classes.
+      log_targets: log-probabilities log t, of a shape that broadcasts to that of `log_predictions`.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
+        example is absent).
+
+    Returns:
+      Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
+      dtype of both.
+
+    Raises:
+      TypeError: if `log_predictions` is not floating point, `log_targets` complex, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> p, t = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.75, 0.0])
+      >>> print(jaxsoftmax.kl_divergence_with_log_targets(jnp.log(p), jnp.log(t)).round(4))
+      0.1308
+
+    Reference: `optax.losses.kl_divergence_with_log_targets`.
+    """
+    return _divergence(_log_kl_term, log_predictions, log_targets, "log_targets", axis, where)
+
+
+def generalized_kl_divergence(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    """Kullback-Leibler divergence of measures: Σ_k t_k (log t_k - log q_k) - t_k + q_k, no term of it negative.
+
+    `convex_kl_divergence` is another name of it.
+
+    Args:
+      log_predictions: logarithms log q, floating point; `axis` counts the classes.
+      targets: numbers t ≥ 0, of a shape that broadcasts to that of `log_predictions`.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
+        example is absent).
+
+    Returns:
+      Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
+      dtype of both.
+
+    Raises:
+      TypeError: if `log_predictions` is not floating point, `targets` complex, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> log_predictions, targets = jnp.log(jnp.array([1.0, 2.0])), jnp.array([1.0, 4.0])
+      >>> print(jaxsoftmax.generalized_kl_divergence(log_predictions, targets).round(4))
+      0.7726
+
+    Reference: `optax.losses.generalized_kl_divergence`, once `convex_kl_divergence` there.
+    """
+    return _divergence(_generalized_kl_term, log_predictions, targets, "targets", axis, where)
+
+
+convex_kl_divergence = generalized_kl_divergence
+
+
+def _divergence(term, log_predictions, targets, name: str, axis: Axis, where: ArrayLike | None) -> Array:
+    return _sum_of_terms(term, *_arguments(log_predictions, targets, name, axis, where))
+
+
+def _arguments(log_predictions, targets, name, axis, where) -> tuple:
+    log_predictions = checks.as_loss_float("log_predictions", log_predictions)
+    axes = checks.axes(axis, log_predictions.ndim)
+    targets = checks.as_real(name, targets, num.compute_dtype(log_predictions.dtype))
+    targets = checks.broadcast(name, targets, log_predictions.shape)
+    mask = checks.as_loss_mask("where", where, log_predictions.shape, axes)
+    return log_predictions, targets, mask, axes
+
+
+@functools.partial(jax.jit, static_argnames=("term", "axes"), inline=True)
+def _sum_of_terms(term, log_predictions, targets, mask, axes) -> Array:
+    (logq, t, mask), axis = num.one_axis(axes, *num.widen(log_predictions, targets), mask)
+    terms = term(num.zero_absent(logq, mask), num.zero_absent(t, mask))
+    return jnp.squeeze(num.class_sum(num.zero_absent(terms, mask), axis), axis)
+
+
+# Rules, element by element.
+
+
+@custom_vjp
+def _kl_term(logq: Array, t: Array) -> Array:
+    """t (log t - log q)."""
+    return jnp.where(t == 0, 0.0, t * _log_ratio(logq, t))
+
+
+def _log_ratio(logq, t):
+    """log t - log q, finite where t = 0."""
+    absent = (t == 0) & (logq == -jnp.inf)
+    return jnp.log(jnp.where(t == 0, jnp.finfo(t.dtype).tiny, t)) - jnp.where(absent, 0.0, logq)
+
+
+def _kl_bwd(residuals, ct):
+    logq, t = residuals
+    return -ct * t, ct * (_log_ratio(logq, t) + 1)
+
+
+_kl_term.defvjp(lambda logq, t: (_kl_term(logq, t), (logq, t)), _kl_bwd)
+
+
+@custom_vjp
+def _log_kl_term(logq: Array, logt: Array) -> Array:
+    """t (log t - log q) from log t."""
+    return jnp.where(logt == -jnp.inf, 0.0, jnp.exp(logt) * (logt - logq))
+
+
+def _log_kl_bwd(residuals, ct):
+    logq, logt = residuals
+    t = jnp.exp(logt)
+    ratio = jnp.where(logt == -jnp.inf, 0.0, logt) - jnp.where(logt == -jnp.inf, 0.0, logq)
+    return -ct * t, ct * t * (ratio + 1)
+
+
+_log_kl_term.defvjp(lambda logq, logt: (_log_kl_term(logq, logt), (logq, logt)), _log_kl_bwd)
+
+
+@custom_vjp
+def _generalized_kl_term(logq: Array, t: Array) -> Array:
+    """t (exp(d) - 1 - d) with d = log q - log t."""
+    d = -_log_ratio(logq, t)
+    return jnp.where((jnp.abs(d) < 1) & (t != 0), t * exp_remainder(d), jnp.exp(logq) - t - t * d)
+
+
+def _generalized_kl_bwd(residuals, ct):
+    logq, t = residuals
+    return ct * _excess(logq, t), ct * _log_ratio(logq, t)
+
+
+_generalized_kl_term.defvjp(lambda logq, t: (_generalized_kl_term(logq, t), (logq, t)), _generalized_kl_bwd)
+
+
+@custom_vjp
+def _excess(logq: Array, t: Array) -> Array:
+    """q - t from log q: t (exp(d) - 1) where the two are close."""
+    d = -_log_ratio(logq, t)
+    return jnp.where((jnp.abs(d) < 1) & (t != 0), t * jnp.expm1(d), jnp.exp(logq) - t)
+
+
+_excess.defvjp(lambda logq, t: (_excess(logq, t), logq), lambda logq, ct: (ct * jnp.exp(logq), -ct))
+
+
+# Hessians in the log-predictions.
+
+
+@curvature_of(kl_divergence)
+def _kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
+    return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, where)))
+
+
+@curvature_of(kl_divergence_with_log_targets)
+def _log_kl_curvature(log_predictions, log_targets, axis=-1, where=None) -> Curvature:
+    return _no_curvature(*on_last_axis(*_arguments(log_predictions, log_targets, "log_targets", axis, where)))
+
+
+def _no_curvature(log_predictions: Array, *_) -> Curvature:
+    zero = DiagonalPlusLowRank(jnp.zeros_like(*num.widen(log_predictions)))
+    return Curvature(zero, zero)
+
+
+@curvature_of(generalized_kl_divergence)
+def _generalized_kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
+    log_predictions, _, mask = on_last_axis(*_arguments(log_predictions, targets, "targets", axis, where))
+    hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*num.widen(log_predictions)), mask))
+    return Curvature(hessian, hessian)

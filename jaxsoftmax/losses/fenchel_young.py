@@ -1,0 +1,322 @@
+"""Fenchel-Young losses of α-entmax: sparse predictions with a convex, smooth loss and a margin.
+
+    L(z, y) = Ω*(z) + Ω(y) - <z, y>,    Ω(y) = Σ (y^α - y) / (α(α-1)),    ∂L/∂z = p - y,    ∂²L/∂z² = J,
+
+with p and J those of α-entmax. The three terms cancel near the solution. With z_k - ψ = ln_β(p_k) on the support
+(`jaxsoftmax.entmax`), L is a sum over the classes of terms that are never negative, Bregman divergences and slack:
+
+    L = Σ ω(y_k) - ω(p_k) - ω'(p_k) (y_k - p_k) + y_k max(ψ - z_k - 1/β, 0),    ω(t) = (t^α - t) / (α(α-1)).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.entmax import (
+    as_order,
+    deformed_log,
+    entmax_of,
+    escort,
+    finite,
+    log1p_negative,
+    log_deformed_exp,
+    log_support,
+    order_of,
+    typed_like,
+)
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.operators import DiagonalPlusLowRank
+
+
+def entmax_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike = 1.5,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Fenchel-Young loss of α-entmax: L = max_p (<p, z> + H_α(p)) - <y, z> - H_α(y), with gradient p - y.
+
+    H_α is the Tsallis entropy Σ (p - p^α) / (α(α-1)). L ≥ 0, and L = 0 exactly where p = y: for a class index and
+    α > 1, where its logit leads by 1/(α-1). α = 1 is softmax cross-entropy (minus the entropy of a soft label).
+
+    Args:
+      logits: floating-point logits z; `axis` counts the classes.
+      labels: integers (class indices) of the shape of `logits` without `axis`, or, if floating point, distributions y
+        over the classes (y ≥ 0, Σy = 1) of the shape of `logits`; either may broadcast to it. An index outside [0, K),
+        -1 included, or a negative entry of y makes loss and gradient of its own example NaN.
+      alpha: α ≥ 1, a number or an array that broadcasts to the shape of the result.
+      axis: class axis, or a tuple of axes flattened into one, in the given order.
+      where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
+        is absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+
+    Returns:
+      Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits. Differentiable in
+      logits, soft labels (the slope at a label of 0 is that at the smallest positive number) and alpha.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` boolean or complex, `where` not boolean.
+      ValueError: if `alpha` is below 1 or not finite, `axis` is out of range, or a shape does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits = jnp.array([1.0, 0.5, -1.5])
+      >>> loss, gradient = jax.value_and_grad(jaxsoftmax.entmax_loss)(logits, jnp.array(1))
+      >>> print(loss.round(4), gradient.round(4))
+      0.6844 [ 0.674 -0.674  0.   ]
+
+    Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; MATHEMATICS.md section 3.
+    """
+    return _loss(*_arguments(logits, labels, alpha, axis, where))
+
+
+def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> Array:
+    """Fenchel-Young loss of sparsemax with class indices, the case α = 2 of `entmax_loss`; gradient p - e_label.
+
+    L = ½ Σ_{k≠label} p_k² + ½ (1 - p_label)² where p_label > 0.
+
+    Args:
+      scores: floating-point logits (..., K).
+      labels: integers (...). One outside [0, K) makes loss and gradient of its own example NaN.
+
+    Returns:
+      Loss per example (...); float32 for half-precision scores.
+
+    Raises:
+      TypeError: if `scores` is not floating point or `labels` not integer.
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> scores, labels = jnp.array([[1.0, 0.5, -1.0], [2.0, 0.5, -1.0]]), jnp.array([1, 0])
+      >>> print(jaxsoftmax.multiclass_sparsemax_loss(scores, labels))
+      [0.5625 0.    ]
+
+    Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; `optax.multiclass_sparsemax_loss`.
+    """
+    scores = checks.as_loss_float("scores", scores)
+    axis = checks.one_axis(-1, scores.ndim)
+    labels = checks.broadcast("labels", checks.as_labels("labels", labels), scores.shape[:-1])
+    alphas, exact = as_order(2.0, scores.shape, (axis,))
+    return _loss(scores, labels, alphas, None, exact, (axis,))
+
+
+def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
+    """Binary sparsemax loss: L = (s - y)² + |s - y| max(|z| - 1, 0), with the sparse sigmoid s = clip((z + 1)/2, 0, 1).
+
+    The gradient is s - y, and L = 0 exactly where s = y: for a label 0 or 1, beyond a margin of 1.
+
+    Args:
+      logits: floating-point logits z of any shape, one per binary decision.
+      labels: 0 or 1 (integer, boolean), or floating-point probabilities y in [0, 1]; broadcast against `logits`.
+        A label outside makes its own loss and gradient NaN.
+
+    Returns:
+      Loss per decision; float32 for half-precision logits.
+
+    Raises:
+      TypeError: if `logits` is not floating point or `labels` complex.
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits, labels = jnp.array([-2.0, 0.0, 1.0]), jnp.array([1, 1, 1])
+      >>> print(jaxsoftmax.sparsemax_loss(logits, labels))
+      [2.   0.25 0.  ]
+
+    Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; `optax.sparsemax_loss`.
+    """
+    logits = checks.as_loss_float("logits", logits)
+    labels = checks.as_array("labels", labels)
+    if jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_:
+        labels = labels.astype(num.compute_dtype(logits.dtype))
+    labels = checks.as_float("labels", labels)
+    shape = checks.common_shape("logits", logits, "labels", labels)
+    return _binary_loss(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
+
+
+def _arguments(logits, labels, alpha, axis, where) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_array("labels", labels)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+        labels = checks.broadcast("labels", labels, batch)
+    elif jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = checks.broadcast("labels", labels, logits.shape)
+    else:
+        raise TypeError(f"labels must have an integer (indices) or floating (distributions) dtype, got {labels.dtype}")
+    alphas, exact = as_order(alpha, logits.shape, axes)
+    return logits, labels, alphas, checks.as_loss_mask("where", where, logits.shape, axes), exact, axes
+
+
+@functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
+def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
+    """The loss per example for class indices or distributions."""
+    indices = jnp.issubdtype(labels.dtype, jnp.integer)
+    if indices:
+        (z, mask), axis = num.one_axis(axes, num.widen(logits)[0], mask)
+        y = one_hot(labels, z, axis)
+    else:
+        (z, y, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+        y = jnp.where(y < 0, jnp.nan, y)
+    z = num.present(z, mask, (axis,))
+    alpha = order_of(z, alpha, exact, axis)
+    p = entmax_of(z, alpha, exact, axis)
+    on_absent = 0.0
+    if mask is not None:
+        on_absent = jnp.where(jnp.any(~mask & (y > 0), axis, keepdims=True), jnp.inf, 0.0)
+        y = jnp.where(mask, y, 0.0)
+    loss = fenchel_young(z, typed_like(z, y), alpha, p, axis, indices) + on_absent
+    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+
+
+def one_hot(labels: Array, like: Array, axis: int) -> Array:
+    """e_label along the class axis; NaN throughout for a label that is no class."""
+    index = jnp.expand_dims(num.class_labels(labels, like.shape[axis]), axis)
+    y = 1 - num.other_classes(like, index, axis)
+    return jnp.where(index < 0, jnp.nan, y)
+
+
+# Rules. z, y, p and α are floating arrays of at least float32; the class axis of α and of the loss has length 1.
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(4, 5))
+def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: int, sums_to_one: bool) -> Array:
+    """L(z, y) from p, the α-entmax of z, with the class axis kept. p maximises, so it has no part in the gradient.
+
+    As the sum of Bregman divergences L is defined for every y ≥ 0, which makes its slope in y well defined.
+    """
+    beta = alpha - 1
+    x = dual(z, alpha, p, axis)
+    # y = p exp(h), where h may have either sign; the larger of y and p is factored out.
+    h = log_support(y) - log_deformed_exp(x, beta)
+    a = -finite(-jnp.abs(h))
+    wide, narrow = -deformed_log(-a, beta), -deformed_log(-a, alpha)
+    larger = jnp.where(h > 0, y, p) ** alpha
+    bregman = larger * jnp.maximum(jnp.where(h > 0, wide - narrow, narrow - jnp.exp(-a) * wide), 0.0)
+    slack = jnp.where(x == -jnp.inf, jnp.inf, jnp.maximum(-x - 1 / beta, 0.0))
+    absent = y < jnp.finfo(y.dtype).tiny
+    terms = jnp.where(absent, p**alpha / alpha, bregman + y * jnp.where(absent, 0.0, slack))
+    return num.class_sum(terms, axis)
+
+
+def _fenchel_young_fwd(z, y, alpha, p, axis, sums_to_one):
+    return fenchel_young(z, y, alpha, p, axis, sums_to_one), (z, y, alpha, p)
+
+
+def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
+    z, y, alpha, p = residuals
+    beta, finfo = alpha - 1, jnp.finfo(z.dtype)
+    # p - y; where p > 1/2, (1 - y) - Σ_{others} p, which keeps its digits when p and y are near 1.
+    slope = jnp.where(p > 0.5, (1 - y) - num.class_sum(num.below_half(p), axis), p - y)
+    label_slope = deformed_log(jnp.log(jnp.maximum(y, finfo.tiny)), beta) - finite(dual(z, alpha, p, axis))
+    alpha_slope = num.class_sum(_entropy_slope(p, alpha) - _entropy_slope(y, alpha), axis)
+    if not sums_to_one:
+        excess, (pi, _) = num.class_sum(y, axis) - 1, escort(p, alpha, axis)
+        kappa = deformed_log(log_support(p), beta, 1)
+        slope += excess * pi
+        alpha_slope += excess * (1 / alpha**2 - num.class_sum(pi * kappa, axis))
+    return ct * slope, ct * label_slope, ct * alpha_slope, None
+
+
+fenchel_young.defvjp(_fenchel_young_fwd, _fenchel_young_bwd)
+
+
+def _entropy_slope(p: Array, alpha: Array) -> Array:
+    """∂/∂α of (p - p^α)/(α(α-1)) = -p ln_β(p)/α."""
+    logp, beta = log_support(p), alpha - 1
+    return p / alpha * (deformed_log(logp, beta) / alpha - deformed_log(logp, beta, 1))
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def dual(z: Array, alpha: Array, p: Array, axis: int) -> Array:
+    """z - ψ: ln_β(p) on the support, at most -1/β off it. Differentiable in z and α, which fix p."""
+    m, u = num.class_max(z, axis), num.class_max(p, axis)
+    rest = jnp.where(u > 0.5, num.class_sum(num.below_half(p), axis), 0.0)
+    top = deformed_log(jnp.where(u > 0.5, log1p_negative(-rest), log_support(u)), alpha - 1)
+    return top + jnp.where(z == m, 0.0, z - m)
+
+
+def _dual_fwd(z, alpha, p, axis):
+    return dual(z, alpha, p, axis), (alpha, p)
+
+
+def _dual_bwd(axis, residuals, g):
+    # From dp = q∘(dz - dψ - κ dα) and Σdp = 0: dψ = <π, dz - κ dα>.
+    alpha, p = residuals
+    (pi, _), total = escort(p, alpha, axis), num.class_sum(g, axis)
+    return g - pi * total, total * num.class_sum(pi * deformed_log(log_support(p), alpha - 1, 1), axis), None
+
+
+dual.defvjp(_dual_fwd, _dual_bwd)
+
+
+@functools.partial(jax.jit, inline=True)
+def _binary_loss(logits: Array, labels: Array) -> Array:
+    z, y = num.widen(logits, labels)
+    return _binary(z, typed_like(z, jnp.where((y >= 0) & (y <= 1), y, jnp.nan)))
+
+
+@custom_vjp
+def _binary(z: Array, y: Array) -> Array:
+    gap = jnp.abs(_binary_residual(z, y))
+    return jnp.where(gap == 0, 0.0, gap * (gap + jnp.maximum(jnp.abs(z) - 1, 0.0)))
+
+
+def _binary_fwd(z, y):
+    return _binary(z, y), (z, y)
+
+
+def _binary_bwd(residuals, ct):
+    z, y = residuals
+    return ct * _binary_residual(z, y), ct * ((2 * y - 1) - z)
+
+
+_binary.defvjp(_binary_fwd, _binary_bwd)
+
+
+def _binary_residual(z: Array, y: Array) -> Array:
+    """s - y, without rounding (z + 1)/2."""
+    return jnp.where(jnp.abs(z) >= 1, (z > 0).astype(z.dtype) - y, (z - (2 * y - 1)) / 2)
+
+
+# Hessians: J of the map, Pᵀ diag(q) P centred at the escort distribution π = q/Σq.
+
+
+@curvature_of(entmax_loss)
+def _entmax_curvature(logits, labels, alpha=1.5, axis=-1, where=None) -> Curvature:
+    return _entmax_operators(*on_last_axis(*_arguments(logits, labels, alpha, axis, where)))
+
+
+@curvature_of(multiclass_sparsemax_loss)
+def _sparsemax_curvature(scores, labels) -> Curvature:
+    labels = checks.as_labels("labels", labels)
+    return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, None)))
+
+
+@functools.partial(jax.jit, static_argnames=("exact",), inline=True)
+def _entmax_operators(logits, labels, alpha, mask, exact) -> Curvature:
+    z = num.present(*num.widen(logits), mask, (-1,))
+    axis = z.ndim - 1
+    alpha = order_of(z, alpha, exact, axis)
+    pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        total = total + 0.0 * one_hot(labels, z, axis)  # NaN for a label that is no class
+    hessian = DiagonalPlusLowRank(only_examples(mask, total * pi), centre=pi)
+    return Curvature(hessian, hessian)
+
+
+@curvature_of(sparsemax_loss)
+def _binary_curvature(logits, labels) -> Curvature:
+    loss = sparsemax_loss(logits, labels)
+    z = jnp.broadcast_to(checks.as_loss_float("logits", logits), loss.shape)
+    diagonal = jnp.where(jnp.abs(z) < 1, 0.5, jnp.zeros_like(loss))
+    hessian = DiagonalPlusLowRank(jnp.where(jnp.isnan(loss), jnp.nan, diagonal))
+    return Curvature(hessian, hessian)

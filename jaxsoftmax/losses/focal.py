@@ -1,0 +1,266 @@
+"""Focal and poly loss: cross-entropy with the examples that are already right turned down or up.
+
+The focal loss is a function of the margin s = z_c - log Σ_{k≠c} exp(z_k) alone: p_c = σ(s), L = softplus(-s),
+
+    F(s) = (1 - p_c)^γ L,    ∇s = e_c - q,    ∂²s/∂z² = qqᵀ - diag(q),    q = softmax over the classes k ≠ c,
+
+so its Hessian F″ ∇s ∇sᵀ - F′ (diag(q) - qqᵀ) is positive semidefinite where F″ ≥ 0. In the cross-entropy L it is
+f(L) = u^γ L with u = 1 - p_c, of Hessian f′J + f″ggᵀ. The poly loss adds ε Σ_k y_k (1 - p_k) to the cross-entropy.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.cross_entropy import label_gap, label_sums, soft_label_loss
+from jaxsoftmax.losses.elementary import finite, infinite_at, sigmoid, softplus
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.softmax import Axis, jacobian_product, moments, probabilities, softmax_of
+from jaxsoftmax.symmetric import centred
+
+
+def focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    gamma: ArrayLike = 2.0,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Focal loss with class indices: (1 - p_label)^γ · (-log p_label), p = softmax(logits).
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      labels: integers, of the shape of `logits` without `axis`. A label outside [0, K), -1 included, makes loss and
+        gradient of its own example NaN.
+      gamma: exponent γ ≥ 0, whole or not; 0 gives the cross-entropy.
+      axis: class axis, or a tuple of axes flattened into one, in the given order.
+      where: boolean mask of the shape of `logits` (False: the class is absent) or of `labels` (False: the example is
+        absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+
+    Returns:
+      Loss per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` not integer, `where` not boolean.
+      ValueError: if `axis` is out of range, shapes do not fit, or `gamma` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits = jnp.array([2.0, 1.0, 0.5])
+      >>> for gamma in (0.0, 0.5, 2.0):
+      ...     print(jaxsoftmax.focal_loss_with_integer_labels(logits, jnp.array(0), gamma).round(4))
+      0.4644
+      0.2830
+      0.0641
+
+    Reference: Lin et al. 2017, https://arxiv.org/abs/1708.02002; MATHEMATICS.md section 4.
+    """
+    return _focal_loss(*_focal_arguments(logits, labels, gamma, axis, where))
+
+
+def poly_loss_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    epsilon: ArrayLike = 2.0,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Poly-1 loss: Σ_k labels_k (-log p_k + ε (1 - p_k)), p = softmax(logits).
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      labels: real weights of the classes, of a shape that broadcasts to that of `logits`.
+      epsilon: coefficient ε of the first power of 1 - p; 0 gives the cross-entropy.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
+        (False: the example is absent, with loss 0 and gradient 0).
+
+    Returns:
+      Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
+      dtype of logits and labels.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` complex, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.poly_loss_cross_entropy(jnp.array([4.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 0.0])).round(4))
+      0.4823
+
+    Reference: Leng et al. 2022, https://arxiv.org/abs/2204.12511; `optax.poly_loss_cross_entropy`.
+    """
+    return _poly_loss(*_poly_arguments(logits, labels, epsilon, axis, where))
+
+
+def _focal_arguments(logits, labels, gamma, axis, where) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_labels("labels", labels)
+    labels = checks.broadcast("labels", labels, tuple(n for i, n in enumerate(logits.shape) if i not in axes))
+    checks.number("gamma", gamma, 0.0)
+    return logits, labels, gamma, checks.as_loss_mask("where", where, logits.shape, axes), axes
+
+
+def _poly_arguments(logits, labels, epsilon, axis, where) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.broadcast("labels", labels, logits.shape)
+    checks.number("epsilon", epsilon)
+    return logits, labels, epsilon, checks.as_loss_mask("where", where, logits.shape, axes), axes
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
+    (logits, mask), axis = num.one_axis(axes, logits, mask)
+    z = num.present(logits, mask, (axis,))
+    labels = jnp.expand_dims(num.class_labels(labels, z.shape[axis]), axis)
+    s = margin(z, labels, axis)
+    loss = focal(finite(s), jnp.asarray(gamma, s.dtype))
+    return num.absent_examples(jnp.squeeze(infinite_at(s == -jnp.inf, loss), axis), mask, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def _poly_loss(logits, labels, epsilon, mask, axes) -> Array:
+    (logits, y, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+    z, y = num.present(logits, mask, (axis,)), num.zero_absent(y, mask)
+    loss = soft_label_loss(z, y, axis) + jnp.asarray(epsilon, z.dtype) * missed(z, y, axis)
+    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+
+
+# Rules.
+
+
+def focal(s: Array, gamma: Array) -> Array:
+    """(1 - σ(s))^γ · (-log σ(s)); the power as exp(-γ softplus(s)), whose derivatives have no power of 0."""
+    return jnp.exp(-gamma * softplus(s)) * softplus(-s)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def margin(z: Array, label: Array, axis: int) -> Array:
+    """z_label - log Σ_{k≠label} exp(z_k), with the class axis kept; +inf where no other class is left."""
+    m, rest, _ = label_sums(z, label, axis)
+    return label_gap(*num.widen(z), label, m, axis) - jnp.log(rest)
+
+
+def _margin_fwd(z, label, axis):
+    m, rest, _ = label_sums(z, label, axis)
+    return margin(z, label, axis), (z, label, m, rest)
+
+
+def _margin_bwd(axis, residuals, ct):
+    z, label, m, rest = residuals
+    (wide,) = num.widen(z)
+    return (ct * margin_gradient(wide, label, m, rest, axis)).astype(z.dtype), None
+
+
+margin.defvjp(_margin_fwd, _margin_bwd)
+
+
+def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: int) -> Array:
+    """e_label - q from the known sums."""
+    at_label = 1 + 0 * rest  # NaN for a label that is no class
+    return jnp.where(num.class_index(z, axis) == label, at_label, -others(z, label, m, rest, axis))
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
+def others(z: Array, label: Array, m: Array, rest: Array, axis: int) -> Array:
+    """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
+    left = jnp.maximum(rest, jnp.finfo(z.dtype).tiny)
+    return num.other_classes(z, label, axis) * jnp.exp(num.shift(z, m)) / left
+
+
+def _others_fwd(z, label, m, rest, axis):
+    q = others(z, label, m, rest, axis)
+    return q, q
+
+
+def _others_bwd(axis, q, g):
+    return jacobian_product(g, q, axis), None, None, None
+
+
+others.defvjp(_others_fwd, _others_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def missed(z: Array, y: Array, axis: int) -> Array:
+    """Σ_k y_k (1 - p_k), with the class axis kept."""
+    return num.class_sum(y * complement(z, *moments(z, axis), axis), axis)
+
+
+def _missed_fwd(z, y, axis):
+    return missed(z, y, axis), (z, y, *moments(z, axis))
+
+
+def _missed_bwd(axis, residuals, ct):
+    z, y, m, s = residuals
+    return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * complement(z, m, s, axis)
+
+
+missed.defvjp(_missed_fwd, _missed_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def complement(z: Array, m: Array, s: Array, axis: int) -> Array:
+    """1 - p, where p > 1/2 as the sum of the others: s / (1 + s)."""
+    p = probabilities(z, m, 1 + s, axis)
+    return jnp.where(p > 0.5, s / (1 + s), 1 - p)
+
+
+def _complement_fwd(z, m, s, axis):
+    return complement(z, m, s, axis), probabilities(z, m, 1 + s, axis)
+
+
+def _complement_bwd(axis, p, g):
+    return -jacobian_product(g, p, axis), None, None
+
+
+complement.defvjp(_complement_fwd, _complement_bwd)
+
+
+# Hessians.
+
+
+@curvature_of(focal_loss_with_integer_labels)
+def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None) -> Curvature:
+    return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, where)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _focal_operators(logits, labels, gamma, mask) -> Curvature:
+    # f(L) = u^γ L with u = 1 - p_c: f′ J + f″ ggᵀ, where g = -Pᵀe_c.
+    z = num.present(*num.widen(logits), mask, (-1,))
+    gamma, p, axis = jnp.asarray(gamma, z.dtype), softmax_of(z, z.ndim - 1), z.ndim - 1
+    label = num.class_labels(labels, z.shape[-1])[..., None]
+    limit = -0.9 * jnp.log(jnp.finfo(z.dtype).tiny)  # u no smaller than this allows: its powers below are finite
+    s = jnp.clip(margin(z, label, axis), -1e9, limit)
+    u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
+    first = u**gamma * (1 + gamma * pc * (loss / u))
+    second = gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss)
+    first, second = only_examples(mask, first), only_examples(mask, second)
+    at_label = 1 - num.other_classes(z, label, axis)
+    outer = DiagonalPlusLowRank(first * p, centre=p)
+    return Curvature(DiagonalPlusLowRank(first * p + second * at_label, centre=p), outer)
+
+
+@curvature_of(poly_loss_cross_entropy)
+def _poly_curvature(logits, labels, epsilon=2.0, axis=-1, where=None) -> Curvature:
+    return _poly_operators(*on_last_axis(*_poly_arguments(logits, labels, epsilon, axis, where)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _poly_operators(logits, labels, epsilon, mask) -> Curvature:
+    logits, y = num.widen(logits, labels)
+    z, y = num.present(logits, mask, (-1,)), num.zero_absent(y, mask)
+    p, mass = softmax_of(z, z.ndim - 1), num.class_sum(y, -1)
+    weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p))
+    outer = DiagonalPlusLowRank(only_examples(mask, mass * p), centre=p)
+    return Curvature(DiagonalPlusLowRank(only_examples(mask, weights), centre=p), outer)

@@ -1,0 +1,388 @@
+"""Second derivatives of the heads in their logits, as operators: Hessian, Gauss-Newton and Fisher.
+
+Every head with a closed form enters it with `curvature_of`, beneath its rule: Pᵀ diag(d) P + U C Uᵀ with at most one
+vector in U (`jaxsoftmax.operators`). Where the logits are capped first, x = x(z) with t = ∂x/∂z and g = ∂L/∂x,
+
+    ∂²L/∂z² = diag(t) H diag(t) + diag(g ∘ ∂²x/∂z²),    which is diagonal plus low rank as well.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.losses.elementary import sigmoid, tanh
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.symmetric import SymmetricOperator, lead
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "factors", "core", "centre", "logits"],
+    meta_fields=["draw"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fisher(DiagonalPlusLowRank):
+    """Fisher matrix of a likelihood in its logits, with the model that it belongs to.
+
+    Args:
+      logits: of the model, (..., K).
+      draw: (key, logits, shape) -> targets from the model, as the loss takes them, `shape` in front of their shape.
+    """
+
+    logits: Any = None
+    draw: Any = None
+
+    def sample_targets(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Targets drawn from the model, as the loss takes them, with `shape` in front of their shape."""
+        return self.draw(key, self.logits, tuple(shape))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operator", "slope", "extra"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transformed(SymmetricOperator):
+    """diag(t) A diag(t) + diag(extra): the operator A at logits x(z), seen from z.
+
+    Args:
+      operator: A, at x.
+      slope: t = ∂x/∂z, element by element, (..., K).
+      extra: ∂L/∂x ∂²x/∂z², (..., K), or None for a Gauss-Newton or Fisher operator.
+    """
+
+    operator: DiagonalPlusLowRank
+    slope: Array
+    extra: Array | None = None
+
+    @property
+    def _reference(self) -> Array:
+        return self.slope
+
+    @property
+    def singular(self) -> bool:
+        return self.extra is None and self.operator.singular
+
+    def diagonal(self) -> Array:
+        """A_ii, shape (..., K); O(K)."""
+        return self.slope**2 * self.operator.diagonal() + (0 if self.extra is None else self.extra)
+
+    def as_matrix(self) -> Array:
+        """The dense matrix, shape (..., K, K); O(K²)."""
+        out = self.slope[..., :, None] * self.operator.as_matrix() * self.slope[..., None, :]
+        if self.extra is None:
+            return out
+        eye = jnp.eye(self.shape[-1], dtype=self.dtype)
+        return out + self.extra[..., None] * jnp.expand_dims(eye, tuple(range(out.ndim - 2)))
+
+    def is_psd(self) -> Array:
+        """Whether the sum is positive semidefinite, up to rounding; O(K)."""
+        return self.operator.is_psd() if self.extra is None else _num_negative(self._expanded()) == 0
+
+    def factor_mv(self, u: ArrayLike) -> Array:
+        """L u, where L Lᵀ = diag(t) A diag(t); O(K). Without the extra diagonal, which `loss_ggn` leaves out."""
+        self._only_congruent("factor_mv")
+        out = self.operator.factor_mv(u)
+        return lead(self.slope, out.ndim - self.slope.ndim) * out
+
+    def factor_rmv(self, v: ArrayLike) -> Array:
+        """Lᵀ v for the L of `factor_mv`; O(K)."""
+        self._only_congruent("factor_rmv")
+        operator, v = self._with("v", v)
+        return operator.operator.factor_rmv(operator.slope * v)
+
+    def sample_targets(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """As `Fisher.sample_targets`."""
+        if not isinstance(self.operator, Fisher):
+            raise TypeError("sample_targets needs a Fisher operator: see loss_fisher")
+        return self.operator.sample_targets(key, shape)
+
+    def _only_congruent(self, method: str) -> None:
+        if self.extra is not None:
+            raise TypeError(f"{method}: the Hessian of capped logits has no factor; that of loss_ggn has one")
+
+    def _mv(self, v: Array) -> Array:
+        out = self.slope * self.operator.mv(self.slope * v)
+        return out if self.extra is None else out + self.extra * v
+
+    def _quadratic_form(self, v: Array) -> Array:
+        out = self.operator.quadratic_form(self.slope * v)
+        return out if self.extra is None else out + jnp.sum(self.extra * v * v, -1)
+
+    def _solve(self, v: Array, damping: Array) -> Array:
+        return self._expanded().solve(v, damping[..., 0])
+
+    def _logdet(self, damping: Array) -> Array:
+        return self._expanded().logdet(damping[..., 0])
+
+    def _expanded(self) -> DiagonalPlusLowRank:
+        """With Pᵀ diag(d) P = diag(d) - dpᵀ - pdᵀ + (Σd) ppᵀ written out: solvers need the diagonal apart."""
+        inner, t = self.operator, self.slope
+        weights = t * t * inner.weights + (0 if self.extra is None else self.extra)
+        if inner.centre is None:
+            return DiagonalPlusLowRank(weights)
+        total = jnp.sum(inner.weights, -1)[..., None, None]
+        cross = jnp.expand_dims(jnp.array([[0, -1], [-1, 0]], t.dtype), tuple(range(t.ndim - 1)))
+        columns, core = jnp.stack([inner.weights, inner.centre], -1), cross + _pad(total, 1, 0)
+        if inner.factors is not None and inner.core is not None:
+            rank = inner.factors.shape[-1]
+            columns, core = jnp.concatenate([columns, inner.factors], -1), _pad(core, 0, rank) + _pad(inner.core, 2, 0)
+        return DiagonalPlusLowRank(weights, t[..., None] * columns, core)
+
+
+def _num_negative(a: DiagonalPlusLowRank) -> Array:
+    """How many eigenvalues of D + U C Uᵀ are negative by more than rounding, D shifted by as much.
+
+    Both [[D, U], [Uᵀ, -C⁻¹]] = D ⊕ -(C⁻¹ + UᵀD⁻¹U) and = (D + U C Uᵀ) ⊕ -C⁻¹ up to congruence: Sylvester counts.
+    """
+    tolerance = 16 * jnp.finfo(a.dtype).eps * jnp.max(jnp.abs(a.weights), -1, keepdims=True)
+    d = a.weights + jnp.maximum(tolerance, jnp.finfo(a.dtype).tiny)
+    count = jnp.sum(d < 0, -1)
+    if a.factors is None or a.core is None:
+        return count
+    inverse = jnp.linalg.inv(a.core)
+    schur = inverse + jnp.matmul(jnp.swapaxes(a.factors, -1, -2), a.factors / d[..., None], precision="highest")
+    return count + _num_positive(schur) - _num_positive(inverse)
+
+
+def _num_positive(matrix: Array) -> Array:
+    return jnp.sum(jnp.linalg.eigvalsh(matrix) > 0, -1)
+
+
+def _pad(matrix: Array, before: int, after: int) -> Array:
+    """`matrix` with so many rows and columns of 0 around it."""
+    return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(before, after)] * 2)
+
+
+class Curvature(NamedTuple):
+    """Second derivatives of a head, for logits whose last axis is the operators' K.
+
+    Args:
+      hessian: of the loss of each example; for a head that works element by element, of its sum over the last axis.
+      gauss_newton: the part of it that is positive semidefinite by construction.
+      fisher: None where the head is no likelihood.
+    """
+
+    hessian: DiagonalPlusLowRank
+    gauss_newton: DiagonalPlusLowRank
+    fisher: Fisher | None = None
+
+
+_CURVATURE: dict[Callable, Callable[..., Curvature]] = {}
+
+
+def curvature_of(*losses: Callable) -> Callable:
+    """Enter a function of the arguments of `losses` that returns their `Curvature`."""
+
+    def enter(rule: Callable[..., Curvature]) -> Callable[..., Curvature]:
+        _CURVATURE.update(dict.fromkeys(losses, rule))
+        return rule
+
+    return enter
+
+
+def logits_hessian(
+    loss: Callable,
+    logits: ArrayLike,
+    *args: Any,
+    logit_softcap: ArrayLike | None = None,
+    logit_temperature: ArrayLike | None = None,
+    **kwargs: Any,
+) -> SymmetricOperator:
+    """Hessian of a loss head in its logits, as an operator: O(K) memory, no K×K matrix but in `as_matrix`.
+
+    Args:
+      loss: a head of this package, such as `softmax_cross_entropy`, or a `functools.partial` of one with options.
+      logits: floating-point logits (..., K), the class axis last. A head that works element by element gives a
+        diagonal operator along the last axis.
+      *args: what `loss` takes after the logits.
+      logit_softcap: cap c, for the Hessian of loss(softcap_logits(logits, c), …).
+      logit_temperature: T, for that of loss(logits / T, …); with a cap, of loss(softcap_logits(logits, c) / T, …).
+      **kwargs: the options of `loss`, `where` included; `axis`, if it is given, must be the last.
+
+    Returns:
+      Operator of shape (..., K, K): mv, @, quadratic_form, diagonal, trace, as_matrix, solve(v, damping),
+      logdet(damping), is_psd, and, where that holds, factor_mv and factor_rmv (L Lᵀ = H).
+
+    Raises:
+      TypeError: if `loss` is no head with a closed form (it names those that are), and what `loss` itself raises.
+      ValueError: if `axis` is not the last.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> logits = jnp.array([2.0, 1.0, 0.5])
+      >>> H = jaxsoftmax.logits_hessian(jaxsoftmax.focal_loss_with_integer_labels, logits, jnp.array(0), gamma=2.0)
+      >>> [round(entry, 4) for entry in H.as_matrix()[0].tolist()], bool(H.is_psd())
+      ([0.2324, -0.1447, -0.0877], True)
+
+    Reference: MATHEMATICS.md section 4.
+    """
+    head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
+    if cap is None:
+        return head.hessian
+    x, scale = cap.logits, 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, cap.logits.dtype)
+    gradient = jax.grad(lambda x: jnp.sum(loss(x * scale, *args, **kwargs)))(x)
+    return Transformed(head.hessian, cap.slope, gradient * cap.bend)
+
+
+def loss_ggn(
+    loss: Callable,
+    logits: ArrayLike,
+    *args: Any,
+    logit_softcap: ArrayLike | None = None,
+    logit_temperature: ArrayLike | None = None,
+    **kwargs: Any,
+) -> SymmetricOperator:
+    """Gauss-Newton part of a head's Hessian: positive semidefinite by construction.
+
+    For a convex head it is the Hessian. It is f'J for the focal loss, (Σy) J for the poly loss, J diag(φ″) J for
+    Σ φ(p_k), which is J² for Brier (and -J for the entropy, which is concave); z-loss adds 2ζ ppᵀ. A cap enters with
+    its slope only.
+
+    Args:
+      loss: a head of this package, or a `functools.partial` of one with options.
+      logits: floating-point logits (..., K), as in `logits_hessian`.
+      *args: what `loss` takes after the logits.
+      logit_softcap: cap c, for loss(softcap_logits(logits, c), …).
+      logit_temperature: T, for loss(logits / T, …).
+      **kwargs: the options of `loss`.
+
+    Returns:
+      Operator of shape (..., K, K), as `logits_hessian` gives it, with factor_mv and factor_rmv: L Lᵀ = G.
+
+    Raises:
+      TypeError: if `loss` is no head with a closed form; it names those that are.
+      ValueError: if `axis` is not the last.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> logits, labels = jnp.array([2.0, 1.0, 0.5]), jnp.array([0.0, 0.0, 1.0])
+      >>> H = jaxsoftmax.logits_hessian(jaxsoftmax.brier_loss, logits, labels)
+      >>> G = jaxsoftmax.loss_ggn(jaxsoftmax.brier_loss, logits, labels)
+      >>> v = jnp.array([1.0, -1.0, 0.0])
+      >>> print(H.is_psd(), G.is_psd(), jnp.allclose(G.mv(v), G.factor_mv(G.factor_rmv(v))))
+      False True True
+
+    Reference: Schraudolph 2002; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
+    """
+    head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
+    return head.gauss_newton if cap is None else Transformed(head.gauss_newton, cap.slope)
+
+
+def loss_fisher(
+    loss: Callable,
+    logits: ArrayLike,
+    *args: Any,
+    logit_softcap: ArrayLike | None = None,
+    logit_temperature: ArrayLike | None = None,
+    **kwargs: Any,
+) -> "Fisher | Transformed":
+    """Fisher matrix of a likelihood in its logits: F = E[g gᵀ] over targets that the model itself draws.
+
+    J for softmax cross-entropy, diag(σ(x)σ(-x)) for the logistic loss, I for `l2_loss` (a normal distribution of
+    variance 1), each times the weight of the example (class weight, Σ labels). z-loss has no part in it.
+
+    Args:
+      loss: a head of this package that is a negative log-likelihood, or a `functools.partial` of one with options.
+      logits: floating-point logits (..., K), as in `logits_hessian`.
+      *args: what `loss` takes after the logits; of the targets only the weight matters.
+      logit_softcap: cap c, for loss(softcap_logits(logits, c), …).
+      logit_temperature: T, for loss(logits / T, …).
+      **kwargs: the options of `loss`.
+
+    Returns:
+      Operator of shape (..., K, K), as `logits_hessian` gives it, with factor_mv, factor_rmv (L Lᵀ = F) and
+      sample_targets(key, shape=()).
+
+    Raises:
+      TypeError: if `loss` is no likelihood with a closed form.
+      ValueError: if `axis` is not the last.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> loss, logits = jaxsoftmax.softmax_cross_entropy_with_integer_labels, jnp.array([2.0, 1.0, 0.5])
+      >>> F = jaxsoftmax.loss_fisher(loss, logits, jnp.array(0))
+      >>> labels = F.sample_targets(jax.random.key(0), (10000,))
+      >>> g = jax.vmap(jax.grad(loss), (None, 0))(logits, labels)
+      >>> print(abs(g.T @ g / 10000 - F.as_matrix()).max() < 0.01)
+      True
+
+    Reference: Amari 1998; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
+    """
+    head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
+    if head.fisher is None:
+        raise TypeError(f"loss must be a likelihood to have a Fisher matrix, got {_name(loss)}; see loss_ggn")
+    return head.fisher if cap is None else Transformed(head.fisher, cap.slope)
+
+
+def on_last_axis(*arguments: Any) -> list:
+    """The checked arguments of a head, logits first, without the class axes at the end, which must be the last axis."""
+    *kept, axes = arguments
+    last = kept[0].ndim - 1
+    if axes != (last,):
+        raise ValueError(f"axis must be the last, {last}, for an operator in the logits, got {axes}; move it there")
+    return kept
+
+
+def only_examples(mask: Array | None, x: Array) -> Array:
+    """x (..., K) or (..., 1), and 0 where the mask leaves no class of the example."""
+    return x if mask is None else jnp.where(jnp.any(mask, -1, keepdims=True), x, 0.0)
+
+
+class _Cap(NamedTuple):
+    """Capped logits x = c tanh(z/c) and ∂x/∂z, ∂²x/∂z², in the computation dtype."""
+
+    logits: Array
+    slope: Array
+    bend: Array
+
+
+def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, _Cap | None]:
+    """The head's curvature in the capped logits, and the cap, None if there is none."""
+    head = _head(loss)
+    logits = checks.as_loss_float("logits", logits)
+    if logits.ndim == 0:
+        raise ValueError("logits must have a class axis, got a scalar")
+    options = {**_options(loss), **kwargs}
+    cap = None if softcap is None else _cap(logits, checks.positive("logit_softcap", softcap))
+    x = logits if cap is None else cap.logits
+    if temperature is None:
+        return head(x, *args, **options), cap
+    checks.positive("logit_temperature", temperature)
+    scale = 1 / jnp.asarray(temperature, num.compute_dtype(x.dtype))
+    at = head(num.widen(x)[0] * scale, *args, **options)
+    scaled: Any = (None if a is None else a.scaled(scale * scale) for a in at)
+    return Curvature(*scaled), cap
+
+
+def _head(loss: Callable) -> Callable[..., Curvature]:
+    while isinstance(loss, functools.partial) and not loss.args:
+        loss = loss.func
+    if not callable(loss) or loss not in _CURVATURE:
+        known = ", ".join(sorted(head.__name__ for head in _CURVATURE))
+        raise TypeError(f"loss must be a head with a closed form ({known}), or a partial of one, got {_name(loss)}")
+    return _CURVATURE[loss]
+
+
+def _options(loss: Callable) -> dict[str, Any]:
+    if isinstance(loss, functools.partial):
+        return {**_options(loss.func), **loss.keywords}
+    return {}
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", repr(loss))
+
+
+@functools.partial(jax.jit, inline=True)
+def _cap(logits: Array, cap: ArrayLike) -> _Cap:
+    (z,) = num.widen(logits)
+    cap = jnp.asarray(cap, z.dtype)
+    y = jnp.where(z == -jnp.inf, 0.0, z) / cap
+    slope = jnp.where(z == -jnp.inf, 0.0, 4 * sigmoid(2 * y) * sigmoid(-2 * y))
+    return _Cap(jnp.where(z == -jnp.inf, z, cap * tanh(y)), slope, -2 * tanh(y) * slope / cap)

@@ -1,0 +1,209 @@
+"""Scores of one distribution, sums over its classes of a function of p: entropy, and Brier's quadratic score.
+
+    H = -Σ p log p,       ∂H/∂z = -J log p = -J z,
+    B = ½ Σ (p - y)²,     ∂B/∂z = J (p - y),
+
+and for any f = Σ φ_k(p_k), with g = ∂f/∂z = J φ′(p), b = φ″ p² and P = I - 1pᵀ,
+
+    ∂²f/∂z² = Pᵀ diag(b + g) P,    of which Pᵀ diag(b) P = J diag(φ″) J is the Gauss-Newton part.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.softmax import Axis, jacobian_product, moments, probabilities, softmax_of
+
+NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
+
+
+def softmax_entropy(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    """Entropy of the prediction: H = -Σ_k p_k log p_k, p = softmax(logits), in nats.
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
+        is absent, with entropy 0 and gradient 0).
+
+    Returns:
+      Entropy per example, of the shape of `logits` without `axis`; float32 for half-precision logits.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.softmax_entropy(jnp.array([[0.0, 0.0], [20.0, 0.0], [jnp.inf, 0.0]])))
+      [6.9314718e-01 4.32842e-08 0.0000000e+00]
+
+    Reference: MATHEMATICS.md sections 4 and 5.
+    """
+    return _softmax_entropy(*_entropy_arguments(logits, axis, where))
+
+
+def brier_loss(logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    """Half the squared distance of prediction and label: ½ Σ_k (p_k - labels_k)², p = softmax(logits).
+
+    Brier's score is twice this. Bounded, so that no example, however wrong, outweighs the rest; not convex.
+
+    Args:
+      logits: floating-point logits; `axis` counts the classes.
+      labels: distributions over the classes, of a shape that broadcasts to that of `logits`; one-hot for a class.
+      axis: class axis, a tuple of axes, or None for all.
+      where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
+        (False: the example is absent, with loss 0 and gradient 0).
+
+    Returns:
+      Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
+      dtype of logits and labels. Differentiable in both.
+
+    Raises:
+      TypeError: if `logits` is not floating point, `labels` complex, `where` not boolean.
+      ValueError: if `axis` is out of range or shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> logits, labels = jnp.array([2.0, 1.0, 0.5]), jnp.array([1.0, 0.0, 0.0])
+      >>> loss, gradient = jax.value_and_grad(jaxsoftmax.brier_loss)(logits, labels)
+      >>> print(loss.round(4), gradient.round(4))
+      0.1056 [-0.1327  0.0905  0.0422]
+
+    Reference: Brier 1950; MATHEMATICS.md section 4. `sklearn.metrics.brier_score_loss` averages Brier's own.
+    """
+    return _brier_loss(*_brier_arguments(logits, labels, axis, where))
+
+
+def _entropy_arguments(logits, axis, where) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    return logits, checks.as_loss_mask("where", where, logits.shape, axes), axes
+
+
+def _brier_arguments(logits, labels, axis, where) -> tuple:
+    logits = checks.as_loss_float("logits", logits)
+    axes = checks.axes(axis, logits.ndim)
+    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.broadcast("labels", labels, logits.shape)
+    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def _softmax_entropy(logits, mask, axes) -> Array:
+    (z, mask), axis = num.one_axis(axes, *num.widen(logits), mask)
+    return num.absent_examples(jnp.squeeze(entropy(num.present(z, mask, (axis,)), axis), axis), mask, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",), inline=True)
+def _brier_loss(logits, labels, mask, axes) -> Array:
+    (z, y, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+    loss = brier(num.present(z, mask, (axis,)), num.zero_absent(y, mask), axis)
+    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+
+
+# Rules. z and y are floating arrays of at least float32.
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(1,))
+def entropy(z: Array, axis: int) -> Array:
+    """-Σ p log p, with the class axis kept; no term is negative."""
+    m, s = moments(z, axis)
+    surprise = jnp.log1p(num.one_infinity(s, m, 0)) - num.shift(z, m)
+    return num.class_sum(jnp.exp(-surprise) * jnp.minimum(surprise, -NEVER), axis)
+
+
+def _entropy_fwd(z, axis):
+    return entropy(z, axis), (z, *moments(z, axis))
+
+
+def _entropy_bwd(axis, residuals, ct):
+    z, m, s = residuals
+    return (-ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis),)
+
+
+def _below(z: Array, m: Array) -> Array:
+    """z - m, which is log p but for a constant that J takes to 0; finite."""
+    return jnp.maximum(num.shift(z, m), NEVER)
+
+
+entropy.defvjp(_entropy_fwd, _entropy_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def brier(z: Array, y: Array, axis: int) -> Array:
+    """½ Σ (p - y)², with the class axis kept."""
+    return num.class_sum(error(z, y, *moments(z, axis), axis) ** 2, axis) / 2
+
+
+def _brier_fwd(z, y, axis):
+    return brier(z, y, axis), (z, y, *moments(z, axis))
+
+
+def _brier_bwd(axis, residuals, ct):
+    z, y, m, s = residuals
+    d = error(z, y, m, s, axis)
+    return ct * jacobian_product(d, probabilities(z, m, 1 + s, axis), axis), -ct * d
+
+
+brier.defvjp(_brier_fwd, _brier_bwd)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
+def error(z: Array, y: Array, m: Array, s: Array, axis: int) -> Array:
+    """p - y; where p > 1/2, (1 - y) - (1 - p), with 1 - p = s / (1 + s)."""
+    p = probabilities(z, m, 1 + s, axis)
+    return jnp.where(p > 0.5, (1 - y) - s / (1 + s), p - y)
+
+
+def _error_fwd(z, y, m, s, axis):
+    return error(z, y, m, s, axis), probabilities(z, m, 1 + s, axis)
+
+
+def _error_bwd(axis, p, g):
+    return jacobian_product(g, p, axis), -g, None, None
+
+
+error.defvjp(_error_fwd, _error_bwd)
+
+
+# Hessians.
+
+
+@curvature_of(softmax_entropy)
+def _entropy_curvature(logits, axis=-1, where=None) -> Curvature:
+    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, where)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _entropy_operators(logits, mask) -> Curvature:
+    z = num.present(*num.widen(logits), mask, (-1,))
+    p, axis = softmax_of(z, z.ndim - 1), z.ndim - 1
+    return of_probabilities(p, -p, -jacobian_product(_below(z, num.class_max(z, axis)), p, axis), mask)
+
+
+@curvature_of(brier_loss)
+def _brier_curvature(logits, labels, axis=-1, where=None) -> Curvature:
+    return _brier_operators(*on_last_axis(*_brier_arguments(logits, labels, axis, where)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _brier_operators(logits, labels, mask) -> Curvature:
+    logits, y = num.widen(logits, labels)
+    z, y, axis = num.present(logits, mask, (-1,)), num.zero_absent(y, mask), logits.ndim - 1
+    p = softmax_of(z, axis)
+    return of_probabilities(p, p * p, jacobian_product(error(z, y, *moments(z, axis), axis), p, axis), mask)
+
+
+def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None) -> Curvature:
+    """The operators of Σ φ(p_k), from b = φ″ p² and the gradient in the logits."""
+    hessian = DiagonalPlusLowRank(only_examples(mask, b + gradient), centre=p)
+    return Curvature(hessian, DiagonalPlusLowRank(only_examples(mask, b), centre=p))
