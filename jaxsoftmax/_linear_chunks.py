@@ -1,0 +1,289 @@
+"""The linear head, streamed: chunks of tokens, the gradient of the weights in slabs of the vocabulary.
+
+MATHEMATICS.md section 6. The one quantity is F = Σ_i a_i l(z_i), z = xW + b, with a weight a_i per token: its gradient
+in a is the vector of losses. `stream` forms rows of grad F, or of (D grad F)[t] along one direction t, with one pass:
+
+    G = a ∂l/∂z:    dx = G Wᵀ,            dW = xᵀ G,            db = Σ G,    da = l,
+    along t:        dx = Ġ Wᵀ + G Ẇᵀ,     dW = xᵀ Ġ + ẋᵀ G,     db = Σ Ġ,    da = l̇,     ż = ẋW + xẆ + ḃ.
+
+No loop here is ever transposed: reverse mode uses the symmetry of the second and higher derivatives of F.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax import _numerics as num
+
+Arrays = Mapping[str, Array]
+
+# Per backend: bytes of temporary memory to aim at, and the tokens beyond which a larger chunk gains nothing: the
+# traffic of the accumulator, κ D V bytes per chunk, is then 5 % of the time of its 6 C D V operations.
+BUDGET = {"cpu": 64 << 20}
+BUDGET_OTHER = 2 << 30
+SATURATION = {"cpu": 512}
+SATURATION_OTHER = 8192
+SLAB_BYTES = 8 << 20
+ALIGNMENT = 8
+
+
+class Head(NamedTuple):
+    """What is static in a linear head: how logits become losses, where the vocabulary lies, how many tokens at once."""
+
+    losses: Callable[[Any, Array, Any, Arrays], Array]
+    rule: Callable[[Array, Any, Arrays], tuple[Array, Array, Array]] | None
+    rule_along: Callable[..., tuple[Array, Array, Array]] | None
+    vocab_axis: int
+    chunk_size: int
+    statistics: Callable[[Array, Any, Arrays], Any] | None = None
+
+
+class Tokens(NamedTuple):
+    """The tokens' constants: arrays with one row per token, which of the tokens count, and what they share."""
+
+    rows: Any
+    valid: Array | None
+    shared: Any = None
+
+
+def slab_size(features: int, vocab: int) -> int:
+    """Columns of the weights that are updated at once: about 8 MiB of them in float32."""
+    return max(1, min(vocab, max(256, SLAB_BYTES // (4 * max(features, 1)))))
+
+
+def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
+    """Tokens per chunk: as many as the memory budget allows, but no more than saturate the matrix product."""
+    backend = jax.default_backend()
+    budget, saturation = BUDGET.get(backend, BUDGET_OTHER), SATURATION.get(backend, SATURATION_OTHER)
+    per_token = itemsize * (2 * vocab + 4 * features + 16)
+    fits = max(ALIGNMENT, (budget // per_token) // ALIGNMENT * ALIGNMENT)
+    return max(1, min(fits, saturation, num_tokens))
+
+
+def wide_dtype(theta: Arrays) -> jnp.dtype:
+    return num.compute_dtype(num.common_dtype(*(theta[n] for n in ("x", "weights", "bias") if n in theta)))
+
+
+def stream(
+    head: Head, rows: tuple[str, ...], theta: Arrays, direction: Arrays | None, tokens: Tokens
+) -> tuple[Array, dict[str, Array], Any]:
+    """One pass over the tokens.
+
+    Args:
+      head: the static part.
+      rows: names of the arguments whose rows of the gradient are wanted.
+      theta: the arguments by name: x (N, D), weights, token_weights (N,), and where given bias (V,) and options.
+      direction: None for the gradient itself, or the direction of its derivative, by name; a missing name means zero.
+      tokens: what is not differentiated.
+
+    Returns:
+      The losses (N,), 0 for skipped tokens, or their derivative; the rows by name, in the dtypes of `theta`;
+      the statistics, one row per token, or None.
+    """
+    x, wide = theta["x"], wide_dtype(theta)
+    num_tokens = x.shape[0]
+    chunk = chunk_of(head, direction is not None, num_tokens)
+    moving = {} if direction is None else dict(direction)
+    skip = "token_weights" not in rows and "token_weights" not in moving
+    order, count = _order(theta["token_weights"], tokens.valid, skip, chunk)
+    out = {name: jnp.zeros(theta[name].shape, wide) for name in rows if name != "token_weights"}
+    block = lambda index: _take(theta, moving, tokens, index, wide)
+    statistics = _empty_statistics(head, block, chunk, num_tokens, theta, wide)
+
+    def step(carry):
+        i, losses, out, statistics = carry
+        index = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        here, out, facts = _chunk(head, rows, theta, moving, direction is None, block(index), out, index)
+        put = lambda whole, part: whole.at[index].set(part, mode="drop")
+        return i + 1, put(losses, here), out, jax.tree.map(put, statistics, facts)
+
+    start = (jnp.int32(0), jnp.zeros(num_tokens, wide), out, statistics)
+    _, losses, out, statistics = lax.while_loop(lambda carry: carry[0] < count, step, start)
+    if "token_weights" in rows:
+        out["token_weights"] = losses
+    return losses, {name: out[name].astype(theta[name].dtype) for name in rows}, statistics
+
+
+def chunk_of(head: Head, differentiated: bool, num_tokens: int) -> int:
+    """Tokens per chunk; fewer where the derivative of the gradient needs more arrays of a chunk's logits."""
+    size = max(1, head.chunk_size // 3) if differentiated else head.chunk_size
+    return max(1, min(size, num_tokens))
+
+
+def _order(weights: Array, valid: Array | None, skip: bool, chunk: int) -> tuple[Array, Array]:
+    """Indices of the tokens that count, padded with N to whole chunks, and the number of chunks that hold any."""
+    num_tokens = weights.shape[0]
+    chunks = -(-num_tokens // chunk)
+    if skip:
+        counts = weights != 0
+        valid = counts if valid is None else valid & counts
+    if valid is None:
+        order = jnp.arange(chunks * chunk, dtype=jnp.int32)
+        return jnp.minimum(order, num_tokens), jnp.int32(chunks)
+    (order,) = jnp.nonzero(valid, size=chunks * chunk, fill_value=num_tokens)
+    return order.astype(jnp.int32), (jnp.sum(valid, dtype=jnp.int32) + (chunk - 1)) // chunk
+
+
+class Block(NamedTuple):
+    """One chunk's rows: the values and the direction of x and token_weights, and the constants."""
+
+    values: dict[str, Array]
+    moving: dict[str, Array]
+    constants: Any
+
+
+def _take(theta, moving, tokens: Tokens, index: Array, wide) -> Block:
+    take = lambda x: x.at[index].get(mode="fill", fill_value=0)
+    local = ("x", "token_weights")
+    values = {n: take(theta[n]).astype(wide) for n in local}
+    return Block(
+        values,
+        {n: take(moving[n]).astype(wide) for n in local if n in moving},
+        (jax.tree.map(take, tokens.rows), tokens.shared),
+    )
+
+
+def _empty_statistics(head, block, chunk, num_tokens, theta, wide):
+    if head.statistics is None:
+        return None
+    vocab = theta["weights"].shape[head.vocab_axis]
+
+    def of_chunk():
+        here = block(jnp.zeros(chunk, jnp.int32))
+        return head.statistics(jnp.zeros((chunk, vocab), wide), here.constants, theta)
+
+    return jax.tree.map(lambda s: jnp.zeros((num_tokens, *s.shape[1:]), s.dtype), jax.eval_shape(of_chunk))
+
+
+def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out, index):
+    """Losses of one chunk, `out` with its contribution added, and its statistics."""
+    g: Any = None
+    weights, axis = theta["weights"], head.vocab_axis
+    shared = {n: v for n, v in theta.items() if n not in ("x", "weights", "token_weights")}
+    sought = tuple(n for n in rows if n not in ("x", "weights", "token_weights", "bias"))
+    needs_gradient = bool(set(rows) - {"token_weights"})
+    x, statistics, scale = block.values["x"], None, None
+
+    def logits(x, weights, bias):
+        z = times(x, weights, 1 - axis, axis)
+        return z if bias is None else z + bias.astype(z.dtype)[None, :]
+
+    def gradient(z, token_weights, options):
+        """(l, G, gradient in the options that are sought), by the plain rules."""
+        of = lambda z, sought: head.losses(head, z, block.constants, {**options, **sought})
+        losses, pull = jax.vjp(of, z, {n: options[n] for n in sought})
+        return losses, *pull(token_weights)
+
+    if is_gradient:
+        z = logits(x, weights, theta.get("bias"))
+        options = {n: v for n, v in shared.items() if n != "bias"}
+        if head.statistics is not None:
+            statistics = head.statistics(z, block.constants, options)
+        if head.rule is not None and not sought:
+            losses, g, scale = head.rule(z, block.constants, options)
+            scale = scale * block.values["token_weights"][:, None]
+            by_option = {}
+        elif needs_gradient:
+            losses, g, by_option = gradient(z, block.values["token_weights"], options)
+        else:
+            losses, g, by_option = head.losses(head, z, block.constants, options), None, {}
+        pairs_x, pairs_w = [(g, weights)], [(x, g)]
+    else:
+        tangents = {n: moving[n] for n in moving if n not in ("x", "weights", "token_weights")}
+        z, dz = _logits_along(logits, x, block.moving.get("x"), weights, moving.get("weights"), theta, moving)
+        options = {n: v for n, v in shared.items() if n != "bias"}
+        da = block.moving.get("token_weights")
+        if head.rule_along is not None and not sought and not set(tangents) - {"bias"}:
+            losses, g, dg = head.rule_along(z, dz, block.constants, options, block.values["token_weights"], da)
+            by_option = {}
+        else:
+            names = tuple(n for n in tangents if n != "bias")
+            args = {"z": z, "token_weights": block.values["token_weights"], **options}
+            along = {"z": dz, "token_weights": da, **{n: tangents[n] for n in names}}
+            along = {n: t.astype(args[n].dtype) for n, t in along.items() if t is not None}
+
+            def of(along_args):
+                full = {**args, **along_args}
+                rest = {n: v for n, v in full.items() if n not in ("z", "token_weights")}
+                if needs_gradient:
+                    return gradient(full["z"], full["token_weights"], rest)
+                return head.losses(head, full["z"], block.constants, rest), None, {}
+
+            (_, g, _), (losses, dg, by_option) = jax.jvp(of, ({n: args[n] for n in along},), (along,))
+        pairs_x, pairs_w = [(dg, weights)], [(x, dg)]
+        if "weights" in moving:
+            pairs_x.append((g, moving["weights"]))
+        if "x" in moving:
+            pairs_w.append((block.moving["x"], g))
+        g = dg
+
+    out = dict(out)
+    if "x" in rows:
+        dx = sum(times(g_i, w_i, axis, axis) for g_i, w_i in pairs_x)
+        out["x"] = out["x"].at[index].set(dx if scale is None else dx * scale, mode="drop")
+    if "weights" in rows:
+        pairs_w = [(x_i if scale is None else x_i * scale, g_i) for x_i, g_i in pairs_w]
+        out["weights"] = _add_products(out["weights"], pairs_w, axis)
+    if "bias" in rows:
+        g = g if scale is None else g * scale
+        out["bias"] = out["bias"] + jnp.sum(g, 0)
+    for name in sought:
+        out[name] = out[name] + by_option[name].astype(out[name].dtype)
+    return losses, out, statistics
+
+
+def _logits_along(logits, x, dx, weights, dw, theta, moving):
+    """z and ż = ẋW + xẆ + ḃ; ż is None where nothing that moves reaches the logits."""
+    z = logits(x, weights, theta.get("bias"))
+    terms = []
+    if dx is not None:
+        terms.append(logits(dx, weights, None))
+    if dw is not None:
+        terms.append(logits(x, dw, None))
+    if "bias" in moving:
+        terms.append(jnp.broadcast_to(moving["bias"].astype(z.dtype)[None, :], z.shape))
+    return z, (sum(terms[1:], terms[0]) if terms else None)
+
+
+def times(a: Array, weights: Array, contract: int, vocab_axis: int) -> Array:
+    """a times the weights, contracted over one of their axes, in a's dtype; half-precision weights widen by slabs."""
+    if weights.dtype == a.dtype:
+        return lax.dot_general(a, weights, (((1,), (contract,)), ((), ())))
+    over_vocab = contract == vocab_axis
+    vocab, features = weights.shape[vocab_axis], weights.shape[1 - vocab_axis]
+
+    def step(start, size, out):
+        w = lax.dynamic_slice_in_dim(weights, start, size, vocab_axis).astype(a.dtype)
+        part = lax.dynamic_slice_in_dim(a, start, size, 1) if over_vocab else a
+        product = lax.dot_general(part, w, (((1,), (contract,)), ((), ())))
+        return out + product if over_vocab else lax.dynamic_update_slice_in_dim(out, product, start, 1)
+
+    start = jnp.zeros((a.shape[0], features if over_vocab else vocab), a.dtype)
+    return _over_slabs(vocab, slab_size(features, vocab), step, start)
+
+
+def _add_products(total: Array, pairs: list[tuple[Array, Array]], axis: int) -> Array:
+    """total + Σ xᵀg (its transpose for a (V, D) layout), slab by slab: no second array of the size of the weights."""
+    vocab, features = total.shape[axis], total.shape[1 - axis]
+
+    def step(start, size, total):
+        slab = lax.dynamic_slice_in_dim(total, start, size, axis)
+        for x, g in pairs:
+            g = lax.dynamic_slice_in_dim(g, start, size, 1)
+            left, right = (x, g) if axis == 1 else (g, x)
+            slab = slab + lax.dot_general(left, right, (((0,), (0,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(total, slab, start, axis)
+
+    return _over_slabs(vocab, slab_size(features, vocab), step, total)
+
+
+def _over_slabs(vocab: int, size: int, step: Callable, carry):
+    """step(start, size, carry) over whole slabs, then over what is left."""
+    whole = vocab // size
+    if whole == 1 and vocab == size:
+        return step(0, size, carry)
+    carry = lax.fori_loop(0, whole, lambda j, carry: step(j * size, size, carry), carry)
+    return step(whole * size, vocab - whole * size, carry) if vocab % size else carry

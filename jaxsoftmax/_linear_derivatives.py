@@ -1,0 +1,160 @@
+"""F = Σ_i a_i l(x_i W + b) and its derivatives of every order, in both modes, from passes that are only ever evaluated.
+
+    tangent of F: <grad F, t>,    tangent of grad F: (D grad F)[t],    its transpose: the same symmetric form.
+
+So a sum's gradient is formed with its value and only scaled by the cotangent; losses per token are the row ∂F/∂a,
+and what reverse mode asks of them is a column of the Hessian, grad F with the cotangents for token weights.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxsoftmax import _linear_chunks as chunks
+from jaxsoftmax._linear_chunks import Head, Tokens
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def weighted_sum(head: Head, theta, tokens: Tokens):
+    """F = Σ a_i l_i, and the statistics. Its tangent is <grad F, t>, so that reverse mode only scales grad F."""
+    losses, _, statistics = chunks.stream(head, (), theta, None, tokens)
+    return jnp.sum(theta["token_weights"] * losses), statistics
+
+
+@functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
+def _weighted_sum_jvp(head, primals, tangents):
+    theta, tokens = primals
+    direction = _moving(tangents[0])
+    value, rows, statistics = value_and_gradient(head, tuple(direction), theta, tokens)
+    return (value, statistics), (_inner(rows, direction, value), _zero_tangents(statistics))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
+    """F, the rows of its gradient by name, and the statistics."""
+    losses, gradient, statistics = chunks.stream(head, rows, theta, None, tokens)
+    return jnp.sum(theta["token_weights"] * losses), gradient, statistics
+
+
+@functools.partial(value_and_gradient.defjvp, symbolic_zeros=True)
+def _value_and_gradient_jvp(head, rows, primals, tangents):
+    theta, tokens = primals
+    direction = _moving(tangents[0])
+    everything = tuple(dict.fromkeys((*rows, *direction)))
+    value, gradient, statistics = value_and_gradient(head, everything, theta, tokens)
+    moved = gradient_along(head, rows, theta, (direction,), tokens) if direction else _zeros(theta, rows)
+    out = value, {name: gradient[name] for name in rows}, statistics
+    return out, (_inner(gradient, direction, value), moved, _zero_tangents(statistics))
+
+
+def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
+    """Rows of (D^k grad F)[t_1, …, t_k], k ≥ 1: linear in the last direction, and transposable there.
+
+    With M that linear map, <c, M t> = <t, Mᵀ c> is the same form with other rows, since F's derivatives are
+    symmetric. `lax.custom_linear_solve` lets a map bring its transpose, batches, and differentiates in what the map
+    depends on. The symmetric system (y - Mᵀw, v, w, u - Mv) = (0, t, 0, 0) has the solution v = t, u = M t, w = y = 0.
+    """
+    *fixed, last = directions
+    columns = tuple(last)
+
+    def forth(t):
+        return _along(head, rows, theta, (*fixed, t), tokens)
+
+    def back(c):
+        return _along(head, columns, theta, (*fixed, c), tokens)
+
+    def system(unknowns):
+        v, y, u, w = unknowns
+        image, coimage = forth(v), back(w)
+        return _tied((_minus(y, coimage), v, w, _minus(u, image)), (image, coimage))
+
+    def solve(_, right):
+        y, v, w, u = right
+        return v, _plus(y, back(w)), _plus(u, forth(v)), w
+
+    last = {n: last[n].astype(theta[n].dtype) for n in columns}
+    of_columns, of_rows = _zeros(theta, columns), _zeros(theta, rows)
+    right = _tied((of_columns, last, of_rows, of_rows), last)
+    solution = lax.custom_linear_solve(system, right, solve, symmetric=True)
+    return _tied(solution[2], solution)
+
+
+def _tied(arrays, to):
+    """`arrays` plus a 0 that is linear in all of `to`: JAX's linear solve handles no symbolic zero among its leaves."""
+    zero = sum((jnp.sum(jnp.ravel(x)[:0]).astype(jnp.float32) for x in jax.tree.leaves(to)), jnp.float32(0))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
+
+
+_plus = functools.partial(jax.tree.map, lambda a, b: a + b)
+_minus = functools.partial(jax.tree.map, lambda a, b: a - b)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
+    """What `gradient_along` computes; its derivatives are made of `gradient_along`, so that they transpose."""
+    return _evaluate(head, rows, theta, directions, tokens)
+
+
+@functools.partial(_along.defjvp, symbolic_zeros=True)
+def _along_jvp(head, rows, primals, tangents):
+    theta, directions, tokens = primals
+    terms = []
+    moved = _moving(tangents[0])
+    if moved:
+        terms.append(gradient_along(head, rows, theta, (*directions, moved), tokens))
+    for i, tangent in enumerate(tangents[1]):
+        moved = _moving(tangent)
+        if moved:
+            rest = (*directions[:i], *directions[i + 1 :])
+            terms.append(gradient_along(head, rows, theta, (*rest, moved), tokens))
+    total = functools.reduce(_plus, terms) if terms else _zeros(theta, rows)
+    return _along(head, rows, theta, directions, tokens), total
+
+
+@functools.partial(jax.jit, static_argnames=("head", "rows"))
+def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
+    """Rows of (D^k grad F)[t_1, …, t_k]. F is linear in the token weights: a direction in them alone replaces them."""
+    weightings = [t for t in directions if tuple(t) == ("token_weights",)]
+    if len(weightings) > 1:
+        return _zeros(theta, rows)
+    if weightings:
+        directions = tuple(t for t in directions if tuple(t) != ("token_weights",))
+        theta = {**theta, **weightings[0]}
+        found = tuple(name for name in rows if name != "token_weights")
+        return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
+    if not directions:
+        return chunks.stream(head, rows, theta, None, tokens)[1]
+
+    def along(directions, theta):
+        if len(directions) == 1:
+            return chunks.stream(head, rows, theta, directions[0], tokens)[1]
+        *before, t = directions
+        moving = {name: theta[name] for name in t}
+        return jax.jvp(lambda moving: along(before, {**theta, **moving}), (moving,), (t,))[1]
+
+    return along(list(directions), theta)
+
+
+def _moving(tangents) -> dict[str, Array]:
+    return {name: t for name, t in tangents.items() if not isinstance(t, SymbolicZero)}
+
+
+def _zeros(theta, rows) -> dict[str, Array]:
+    return {name: jnp.zeros_like(theta[name]) for name in rows}
+
+
+def _inner(rows, direction, value: Array) -> Array:
+    """Σ <row, direction>, in the dtype of the value."""
+    wide = [jnp.sum(rows[n].astype(value.dtype) * t.astype(value.dtype)) for n, t in direction.items()]
+    return sum(wide, jnp.zeros_like(value))
+
+
+def _zero_tangents(statistics):
+    def zero(s):
+        return jnp.zeros_like(s) if jnp.issubdtype(s.dtype, jnp.inexact) else np.zeros(s.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, statistics)

@@ -1,0 +1,412 @@
+"""The linear layer and its loss, fused: the softmax cross-entropy of xW + b without the logits in memory.
+
+    F = Σ_i a_i l(z_i),    z = xW + b,    ∂F/∂x = G Wᵀ,    ∂F/∂W = xᵀG,    ∂F/∂b = Σ G,    ∂F/∂a = l,    G = a ∂l/∂z.
+
+Value and gradient come from one pass over chunks of tokens (`_linear_chunks`), three matrix products in all; the
+cotangent of a sum or a mean only scales them. Losses per token are the row ∂F/∂a, so their derivatives are rows and
+columns of the Hessian of F. Every higher derivative of F is a symmetric form: the transpose of a derivative is a
+derivative again, so both modes and all orders stream.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _linear_chunks as chunks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax._linear_chunks import Head, Tokens
+from jaxsoftmax._linear_derivatives import value_and_gradient, weighted_sum
+from jaxsoftmax.losses.cross_entropy import softmax_cross_entropy_with_integer_labels
+from jaxsoftmax.losses.elementary import tanh
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits tells about each token, beside its loss; 0 for tokens that do not count.
+
+    Attributes:
+      logsumexp: log Σ exp(z), float.
+      prediction: the most probable token, int32.
+      probability: its probability, float.
+      correct: whether it is the label, boolean.
+      entropy: -Σ p log p in nats, float.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> _, statistics = jaxsoftmax.linear_softmax_cross_entropy_with_statistics(x, jnp.array([2]), weights)
+      >>> print(statistics.prediction, statistics.correct)
+      [1] [False]
+
+    Reference: MATHEMATICS.md section 6.
+    """
+
+    logsumexp: Array
+    prediction: Array
+    probability: Array
+    correct: Array
+    entropy: Array
+
+
+def linear_softmax_cross_entropy_loss(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    reduction: str = "sum",
+    token_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    vocab_axis: int = -1,
+) -> Array:
+    """Softmax cross-entropy of the logits xW + b, which never exist as a whole: Σ_i a_i l(softcap(x_i W + b), label_i).
+
+    l is `softmax_cross_entropy_with_integer_labels`, softcap(z) = c tanh(z / c). Value with gradient takes three
+    matrix products, the value alone one. Differentiable in every floating argument, in both modes and to any order.
+
+    Args:
+      x: hidden states (..., D).
+      labels: integer classes (...). A label outside [0, V), -1 included, makes its token's loss and gradient NaN.
+      weights: (D, V), or (V, D) with `vocab_axis=0` (tied embeddings).
+      bias: (V,).
+      reduction: "none", "sum", or "mean", which divides by the sum of what was counted: token weights times the
+        labels' class weights.
+      token_weights: a, broadcast to (...). Tokens of weight 0 cost nothing while a is not differentiated.
+      label_smoothing: in [0, 1], as in the plain head.
+      class_weights: (V,), as in the plain head.
+      ignore_index: label of tokens to leave out; loss 0, gradient 0.
+      z_loss: factor of logsumexp², as in the plain head.
+      logit_softcap: c > 0; None for no cap.
+      chunk_size: tokens whose logits exist at once; None chooses by `default_chunk_size`.
+      vocab_axis: the axis of `weights` that counts the classes.
+
+    Returns:
+      The reduced loss, or the losses (...), in float32 for half-precision x and weights, else in their common dtype.
+      Gradients have the dtypes of their arguments; they are accumulated in the loss's dtype.
+
+    Raises:
+      TypeError: if x, weights or an option is not floating point, or labels are not integers.
+      ValueError: if shapes do not fit, or an option is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> x, weights, labels = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([1])
+      >>> print(jax.grad(jaxsoftmax.linear_softmax_cross_entropy_loss)(x, labels, weights).round(4))
+      [[ 0.2447 -0.3348]]
+
+    Reference: MATHEMATICS.md section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
+    """
+    call = _prepare(
+        x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+        logit_softcap, chunk_size, vocab_axis, statistics=False,
+    )  # fmt: skip
+    return reduced(*call)[0]
+
+
+def linear_softmax_cross_entropy_with_statistics(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    reduction: str = "sum",
+    token_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    vocab_axis: int = -1,
+) -> tuple[Array, TokenStatistics]:
+    """The loss of `linear_softmax_cross_entropy_loss`, and statistics of the same logits at no further matrix product.
+
+    Args:
+      x: hidden states (..., D); all other arguments too are those of `linear_softmax_cross_entropy_loss`.
+      labels: integer classes (...).
+      weights: (D, V), or (V, D) with `vocab_axis=0`.
+      bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap, chunk_size,
+        vocab_axis: see there.
+
+    Returns:
+      The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Not differentiable. Fields of
+      ignored tokens, and under "sum" and "mean" of tokens of weight 0, are 0 where they were skipped.
+
+    Raises:
+      TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> loss, statistics = jaxsoftmax.linear_softmax_cross_entropy_with_statistics(x, jnp.array([1]), weights)
+      >>> print(loss.round(4), statistics.probability.round(4))
+      0.4076 [0.6652]
+
+    Reference: MATHEMATICS.md section 6.
+    """
+    call = _prepare(
+        x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+        logit_softcap, chunk_size, vocab_axis, statistics=True,
+    )  # fmt: skip
+    return reduced(*call)
+
+
+def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
+    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (2 V + 4 D)), saturation, N), N tokens.
+
+    The budget of temporary memory is 64 MiB on CPU and 2 GiB elsewhere. A chunk of C tokens takes the time of its
+    6 C D V operations plus that of passing once over the (D, V) accumulator, 6 N D V / F (1 + κ F / (6 BW C)) in all,
+    so beyond a saturation (512 tokens on CPU, 8192 elsewhere) a larger chunk gains nothing.
+
+    Args:
+      num_tokens: N.
+      features: D.
+      vocab: V.
+      itemsize: bytes of one logit.
+
+    Returns:
+      The number of tokens, at least 1.
+
+    Example:
+      >>> from jaxsoftmax import linear_head
+      >>> linear_head.default_chunk_size(num_tokens=5, features=16, vocab=100)
+      5
+
+    Reference: MATHEMATICS.md section 6.
+    """
+    return chunks.default_chunk_size(num_tokens, features, vocab, itemsize)
+
+
+def predict_temp_bytes(
+    num_tokens: int, features: int, vocab: int, chunk_size: int | None = None, itemsize: int = 4
+) -> int:
+    """Peak temporary bytes of value and gradient, beside arguments and gradients: two arrays of a chunk's logits.
+
+    itemsize (max(2 C V, C V + S (C + D)) + 3 C D), with slabs of S < V columns of the weights, for x and weights of one
+    dtype of at least 32 bits, without softcap, smoothing and z-loss.
+
+    Args:
+      num_tokens: N.
+      features: D.
+      vocab: V.
+      chunk_size: C; None for `default_chunk_size`.
+      itemsize: bytes of one logit.
+
+    Returns:
+      The number of bytes, within 25 % of the compiled program's `memory_analysis()` where the logits of a chunk are
+      the most of it.
+
+    Example:
+      >>> from jaxsoftmax import linear_head
+      >>> linear_head.predict_temp_bytes(2048, 512, 32768, chunk_size=128) >> 20
+      32
+
+    Reference: MATHEMATICS.md section 6.
+    """
+    chunk = chunk_size or default_chunk_size(num_tokens, features, vocab, itemsize)
+    chunk, slab = min(chunk, num_tokens), chunks.slab_size(features, vocab)
+    logits = chunk * vocab
+    update = slab * (features + (chunk if slab < vocab else 0))  # a slab of xᵀG, and the copy of its part of G
+    return itemsize * (max(2 * logits, logits + update) + 3 * chunk * features)
+
+
+# From arguments to (head, theta, tokens, reduction, shape, counted weight per token).
+
+
+def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array], tuple[int, ...], int]:
+    """The checked arguments of the layer by name, tokens flattened; the tokens' shape; the vocabulary's axis."""
+    x, weights = checks.as_loss_float("x", x), checks.as_loss_float("weights", weights)
+    if x.ndim == 0:
+        raise ValueError("x must have a feature axis, (..., D), got a scalar")
+    if weights.ndim != 2:
+        raise ValueError(f"weights must have shape (D, V), or (V, D) with vocab_axis=0, got {weights.shape}")
+    axis = checks.one_axis(vocab_axis, 2, "vocab_axis")
+    if weights.shape[1 - axis] != x.shape[-1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, weights of shape {weights.shape} has {weights.shape[1 - axis]} with "
+            f"vocab_axis={vocab_axis}: need the same; a (V, D) array goes with vocab_axis=0"
+        )
+    shape = x.shape[:-1]
+    theta = {"x": x.reshape(-1, x.shape[-1]), "weights": weights}
+    if bias is not None:
+        theta["bias"] = checks.as_loss_float("bias", bias)
+        checks.same_shape("bias", theta["bias"], "the classes", (weights.shape[axis],))
+    wide = chunks.wide_dtype(theta)
+    if token_weights is None:
+        theta["token_weights"] = jnp.ones(theta["x"].shape[0], wide)
+    else:
+        token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
+        theta["token_weights"] = checks.broadcast("token_weights", token_weights, shape).reshape(-1)
+    return theta, shape, axis
+
+
+def chosen_chunk(chunk_size: int | None, theta: dict[str, Array], axis: int) -> int:
+    if chunk_size is not None:
+        if checks.integer("chunk_size", chunk_size) < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        return checks.integer("chunk_size", chunk_size)
+    num_tokens, features = theta["x"].shape
+    return chunks.default_chunk_size(
+        num_tokens, features, theta["weights"].shape[axis], chunks.wide_dtype(theta).itemsize
+    )
+
+
+def checked_reduction(reduction: str) -> str:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    return reduction
+
+
+def _prepare(
+    x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+    logit_softcap, chunk_size, vocab_axis, statistics,
+):  # fmt: skip
+    theta, shape, axis = layer(x, weights, bias, token_weights, vocab_axis)
+    vocab, wide = theta["weights"].shape[axis], chunks.wide_dtype(theta)
+    labels = checks.as_labels("labels", labels)
+    checks.same_shape("labels", labels, "x without its feature axis", shape)
+    labels = labels.reshape(-1)
+    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.number("z_loss", z_loss)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not _is_zero(value)}
+    if logit_softcap is not None:
+        checks.number("logit_softcap", logit_softcap, 0.0)
+        if _is_zero(logit_softcap):
+            raise ValueError("logit_softcap must be positive, or None for no cap, got 0")
+        theta["logit_softcap"] = jnp.asarray(logit_softcap, wide)
+    counted = theta["token_weights"]
+    known = num.class_labels(labels, vocab)
+    if class_weights is not None:
+        class_weights = checks.as_loss_float("class_weights", class_weights)
+        checks.same_shape("class_weights", class_weights, "the classes", (vocab,))
+        theta["class_weights"] = class_weights.astype(wide)
+        counted = counted * jnp.where(known < 0, jnp.nan, theta["class_weights"][jnp.maximum(known, 0)])
+    valid = None
+    if ignore_index is not None:
+        valid = labels != jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
+        known, counted = jnp.where(valid, known, 0), jnp.where(valid, counted, 0.0)
+    plain = theta.keys() <= {"x", "weights", "bias", "token_weights", "class_weights"}
+    rules = (_label_rule, _label_rule_along) if plain else (None, None)
+    chunk = chosen_chunk(chunk_size, theta, axis)
+    head = Head(_token_losses, *rules, axis, chunk, _statistics if statistics else None)
+    return head, theta, Tokens(known, valid), checked_reduction(reduction), shape, counted
+
+
+def _is_zero(option: Any) -> bool:
+    return not isinstance(option, Tracer) and option == 0
+
+
+@functools.partial(jax.jit, static_argnames=("head", "reduction", "shape"), inline=True)
+def reduced(head: Head, theta, tokens: Tokens, reduction: str, shape: tuple[int, ...], counted: Array):
+    """The reduced loss, and the statistics of shape `shape`."""
+    if reduction == "none":
+        ones = {**theta, "token_weights": jnp.ones_like(theta["token_weights"])}
+        _, rows, statistics = value_and_gradient(head, ("token_weights",), ones, tokens)
+        losses = rows["token_weights"] * theta["token_weights"]
+        out = losses.reshape(shape) if tokens.valid is None else jnp.where(tokens.valid, losses, 0.0).reshape(shape)
+    else:
+        out, statistics = weighted_sum(head, theta, tokens)
+        if reduction == "mean":
+            total = jnp.sum(counted)
+            out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
+    return out, jax.tree.map(lambda s: s.reshape(shape), statistics)
+
+
+# Logits of a chunk (C, V) to losses (C,). Constants are the labels and what the tokens share.
+
+
+def _capped(z: Array, options) -> Array:
+    return options["logit_softcap"] * tanh(z / options["logit_softcap"]) if "logit_softcap" in options else z
+
+
+def _token_losses(head: Head, z: Array, constants, options) -> Array:
+    plain = {name: value for name, value in options.items() if name != "logit_softcap"}
+    return softmax_cross_entropy_with_integer_labels(_capped(z, options), constants[0], **plain)
+
+
+class _LabelSums(NamedTuple):
+    """Per row, of shape (C, 1), but for `others`: exp(z - m), 0 at the label."""
+
+    others: Array
+    at_label: Array  # exp(z_label - m)
+    rest: Array  # Σ others
+    total: Array
+    gap: Array  # z_label - m
+    weight: Array  # the label's class weight
+    place: tuple[Array, Array]  # of the labels in (C, V)
+
+    def with_label(self, x: Array, value: Array) -> Array:
+        return x.at[self.place].set(value[:, 0], mode="drop")
+
+
+def _label_sums(z: Array, constants, options) -> _LabelSums:
+    labels = constants[0][:, None]
+    index = jnp.arange(z.shape[0]), jnp.where(labels < 0, z.shape[1], labels)[:, 0]  # out of range: dropped
+    z_label = num.take_class(z, labels, 1)
+    m = lax.stop_gradient(num.class_max(z, 1))
+    gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
+    others = jnp.exp(num.shift(z, m)).at[index].set(0.0, mode="drop")
+    rest = num.class_sum(others, 1)
+    weight = jnp.ones_like(m)
+    if "class_weights" in options:
+        weights = options["class_weights"][jnp.maximum(labels, 0)]
+        weight = jnp.where(labels < 0, jnp.nan, weights)
+    return _LabelSums(others, jnp.exp(gap), rest, num.one_infinity(rest + jnp.exp(gap), m, 1), gap, weight, index)
+
+
+def _label_rule(z: Array, constants, options) -> tuple[Array, Array, Array]:
+    """Losses, E and s (C, 1) with ∂l/∂z = s E: E_k = exp(z_k - m), E_label = -Σ of the others.
+
+    E takes the place of the logits; the factor s is left to the smaller side of the matrix products.
+    """
+    sums = _label_sums(z, constants, options)
+    gap, rest, total = sums.gap, sums.rest, sums.total
+    losses = jnp.where(gap > -1, jnp.log1p(rest / sums.at_label), jnp.log(total) - gap)
+    return (losses * sums.weight)[:, 0], sums.with_label(sums.others, -rest), sums.weight / total
+
+
+def _label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Array, Array]:
+    """l̇ = <p, ż> - ż_label, G = a ∂l/∂z and Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z.
+
+    ż is measured from its value r at the class with p > 1/2, the label or another, so that nothing cancels there.
+    """
+    sums = _label_sums(z, constants, options)
+    s = sums.weight / sums.total
+    gradient = s * sums.with_label(sums.others, -sums.rest)
+    if dz is None:
+        losses, moved = jnp.zeros(z.shape[0], z.dtype), jnp.zeros_like(z)
+    else:
+        q, at_label = sums.others / sums.total, sums.at_label / sums.total
+        dz_label = num.take_class(dz, constants[0][:, None], 1)
+        label_on_top = lax.stop_gradient(num.is_top(at_label))
+        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(q) * dz, 1)
+        mean = num.class_sum(num.below_half(q) * (dz - r), 1) + (1 - label_on_top) * at_label * (dz_label - r)
+        losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
+        moved = sums.weight * sums.with_label(q * ((dz - r) - mean), at_label * ((dz_label - r) - mean))
+    moved = a[:, None] * moved
+    return losses, a[:, None] * gradient, moved if da is None else moved + da[:, None] * gradient
+
+
+def _statistics(z: Array, constants, options) -> TokenStatistics:
+    u = _capped(z, options)
+    m = num.class_max(u, 1)
+    prediction = jnp.argmax(u, 1).astype(jnp.int32)
+    e = jnp.exp(u - m)
+    total = num.class_sum(e, 1)
+    entropy = jnp.log(total) - num.class_sum(e * jnp.maximum(u - m, -num.largest(u.dtype)), 1) / total
+    return TokenStatistics(
+        (m + jnp.log(total))[:, 0], prediction, (1 / total)[:, 0], prediction == constants[0], entropy[:, 0]
+    )
