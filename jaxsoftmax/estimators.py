@@ -1,0 +1,379 @@
+"""What can be learnt of a symmetric matrix from its products with vectors: trace, diagonal, eigenvalues, their density.
+
+A matrix A is given as a function v -> A v over pytrees, for instance `functools.partial(ggn_vp, f, loss, params, x,
+labels)`, and by `like`, a pytree of the structure, shapes and dtypes of v (its values are not looked at). Each function
+is one loop over products: wrap it in `jax.jit` where it is called more than once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+
+__all__ = [
+    "Estimate",
+    "SpectralDensity",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "spectral_density",
+    "top_eigenpairs",
+]
+
+Product = Callable[[Any], Any]
+
+
+class Estimate(NamedTuple):
+    """An estimate from random probes.
+
+    Args:
+      mean: the estimate, an array or a pytree of arrays.
+      standard_error: of the mean, likewise; infinite where there was one probe only.
+
+    Example:
+      >>> from jaxsoftmax.estimators import Estimate
+      >>> Estimate(mean=2.0, standard_error=0.1).mean
+      2.0
+    """
+
+    mean: Any
+    standard_error: Any
+
+
+def hutchinson_trace(product: Product, like: Any, key: Array, num_samples: int) -> Estimate:
+    """Trace of A: the mean of <ε, Aε> over random signs ε; its variance is 2 Σ_{i≠j} A_ij² for each probe.
+
+    Args:
+      product: v -> A v, A symmetric.
+      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
+      key: a PRNG key.
+      num_samples: number of probes, one product each.
+
+    Returns:
+      An `Estimate` with scalars.
+
+    Raises:
+      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      ValueError: if `num_samples` is less than 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax.estimators import hutchinson_trace
+      >>> print(hutchinson_trace(lambda v: jnp.array([1.0, 2.0]) * v, jnp.zeros(2), jax.random.key(0), 2))
+      Estimate(mean=Array(3., dtype=float32), standard_error=Array(0., dtype=float32))
+
+    Reference: Hutchinson (1989); Avron and Toledo, Randomized algorithms for the trace (2011).
+    """
+    A = _Flat.of(product, like)
+
+    def probe(key):
+        v = A.signs(key)
+        return jnp.vdot(v, A(v))
+
+    return _estimate(probe, key, _at_least("num_samples", num_samples, 1))
+
+
+def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: int) -> Estimate:
+    """Diagonal of A: the mean of ε∘Aε over random signs ε; its variance is Σ_{j≠i} A_ij² for each probe.
+
+    Args:
+      product: v -> A v, A symmetric.
+      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
+      key: a PRNG key.
+      num_samples: number of probes, one product each.
+
+    Returns:
+      An `Estimate` with pytrees like `like`.
+
+    Raises:
+      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      ValueError: if `num_samples` is less than 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax.estimators import hutchinson_diagonal
+      >>> print(hutchinson_diagonal(lambda v: jnp.array([1.0, 2.0]) * v, jnp.zeros(2), jax.random.key(0), 2).mean)
+      [1. 2.]
+
+    Reference: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007).
+    """
+    A = _Flat.of(product, like)
+
+    def probe(key):
+        v = A.signs(key)
+        return v * A(v)
+
+    mean, error = _estimate(probe, key, _at_least("num_samples", num_samples, 1))
+    return Estimate(A.unravel(mean), A.unravel(error))
+
+
+def hutchpp_trace(product: Product, like: Any, key: Array, num_samples: int) -> Estimate:
+    """Trace of A with variance reduction: exact on the span Q of A's action on random signs, estimated outside it.
+
+    tr A = tr QᵀAQ + tr (I - QQᵀ)A(I - QQᵀ), a third of the products each for Q, the first term and the second.
+
+    Args:
+      product: v -> A v, A symmetric.
+      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
+      key: a PRNG key.
+      num_samples: number of products, at least 3; a third as many vectors are kept in memory.
+
+    Returns:
+      An `Estimate` with scalars. With n parameters and num_samples ≥ 3n it is exact.
+
+    Raises:
+      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      ValueError: if `num_samples` is less than 3.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax.estimators import hutchpp_trace
+      >>> estimate = hutchpp_trace(lambda v: jnp.full(4, v.sum()), jnp.zeros(4), jax.random.key(0), 6)
+      >>> print(estimate.mean.round(4))  # a matrix of rank 1
+      4.0
+
+    Reference: Meyer et al., Hutch++: optimal stochastic trace estimation, arXiv:2010.09649.
+    """
+    A = _Flat.of(product, like)
+    num_samples = _at_least("num_samples", num_samples, 3)
+    rank = min(num_samples // 3, A.size)
+    sketch_key, probe_key = jax.random.split(key)
+    sketch = lax.map(lambda key: A(A.signs(key)), jax.random.split(sketch_key, rank))
+    Q, _ = jnp.linalg.qr(sketch.T)
+    inside = jnp.sum(lax.map(lambda q: jnp.vdot(q, A(q)), Q.T))
+
+    def probe(key):
+        v = A.signs(key)
+        v = v - Q @ (Q.T @ v)
+        return jnp.vdot(v, A(v))
+
+    outside = _estimate(probe, probe_key, num_samples - 2 * (num_samples // 3))
+    return Estimate(inside + outside.mean, outside.standard_error)
+
+
+def top_eigenpairs(
+    product: Product, like: Any, key: Array, num_pairs: int, num_steps: int | None = None
+) -> tuple[Array, Any, Array]:
+    """The eigenvalues of A of largest modulus, with eigenvectors, by the Lanczos method.
+
+    Args:
+      product: v -> A v, A symmetric.
+      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
+      key: a PRNG key, for the first vector.
+      num_pairs: number of eigenpairs.
+      num_steps: number of products, and of vectors kept in memory; 4 num_pairs + 20 if it is not given. No more than
+        the number of parameters are taken, and then every eigenvalue is exact.
+
+    Returns:
+      (eigenvalues, eigenvectors, residuals): eigenvalues (num_pairs,) by decreasing modulus; unit eigenvectors, a
+      pytree like `like` with a leading axis of `num_pairs`; residuals ‖Av - λv‖ (num_pairs,), each the bound of the
+      distance from λ to an eigenvalue of A.
+
+    Raises:
+      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      ValueError: if there are not 1 ≤ num_pairs ≤ num_steps, or fewer parameters than num_pairs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax.estimators import top_eigenpairs
+      >>> diagonal = jnp.array([-5.0, 1.0, 3.0])
+      >>> eigenvalues, _, _ = top_eigenpairs(lambda v: diagonal * v, diagonal, jax.random.key(0), 2)
+      >>> print(eigenvalues.round(4))
+      [-5.  3.]
+
+    Reference: Lanczos (1950); Golub and Van Loan, Matrix Computations, section 10.1.
+    """
+    A = _Flat.of(product, like)
+    num_pairs = _at_least("num_pairs", num_pairs, 1)
+    num_steps = 4 * num_pairs + 20 if num_steps is None else _at_least("num_steps", num_steps, num_pairs)
+    if num_pairs > A.size:
+        raise ValueError(f"num_pairs must be at most the number of parameters, {A.size}, got {num_pairs}")
+    start_key, lanczos_key = jax.random.split(key)
+    start = jax.random.normal(start_key, (A.size,), A.dtype)
+    diagonal, off_diagonal, basis, last = _lanczos(A, start, lanczos_key, min(num_steps, A.size))
+    eigenvalues, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    order = jnp.argsort(-jnp.abs(eigenvalues))[:num_pairs]
+    residuals = last * jnp.abs(vectors[-1, order])
+    return eigenvalues[order], jax.vmap(A.unravel)(vectors[:, order].T @ basis), residuals
+
+
+class SpectralDensity(NamedTuple):
+    """Eigenvalue density of a matrix, as quadrature rules: ∫ f dμ = tr f(A)/n ≈ Σ weights f(nodes), for each probe.
+
+    Args:
+      nodes: (num_probes, num_steps), Ritz values.
+      weights: (num_probes, num_steps), nonnegative; each row sums to 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax.estimators import SpectralDensity
+      >>> two = SpectralDensity(jnp.array([[1.0, 3.0]]), jnp.array([[0.5, 0.5]]))
+      >>> print(two.mean_of(jnp.square).mean)
+      5.0
+
+    Reference: Ghorbani, Krishnan and Xiao, arXiv:1901.10159.
+    """
+
+    nodes: Array
+    weights: Array
+
+    def mean_of(self, f: Callable[[Array], Array]) -> Estimate:
+        """tr f(A) / n, for an element-wise f, with its standard error over the probes."""
+        return _mean_and_error(jnp.sum(self.weights * f(self.nodes), -1))
+
+    def density(self, grid: ArrayLike, width: ArrayLike) -> Array:
+        """The density at the points of `grid` (m,), each node a Gaussian of standard deviation `width`."""
+        grid = checks.as_float("grid", grid).astype(self.nodes.dtype)
+        width = jnp.asarray(width, self.nodes.dtype)
+        distance = (grid[:, None, None] - self.nodes[None]) / width
+        bumps = jnp.exp(-(distance**2) / 2) / (width * math.sqrt(2 * math.pi))
+        return jnp.mean(jnp.sum(self.weights[None] * bumps, -1), -1)
+
+
+def spectral_density(
+    product: Product, like: Any, key: Array, num_steps: int = 50, num_probes: int = 4
+) -> SpectralDensity:
+    """Density of A's eigenvalues by stochastic Lanczos quadrature.
+
+    Args:
+      product: v -> A v, A symmetric.
+      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
+      key: a PRNG key.
+      num_steps: Lanczos steps, one product and one vector in memory each; tr f(A) is exact in expectation over the
+        probes for polynomials f of degree up to 2 num_steps - 1.
+      num_probes: number of random starting vectors.
+
+    Returns:
+      A `SpectralDensity`.
+
+    Raises:
+      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      ValueError: if `num_steps` or `num_probes` is less than 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax.estimators import spectral_density
+      >>> diagonal = jnp.array([1.0, 1.0, 2.0, 4.0])
+      >>> density = spectral_density(lambda v: diagonal * v, diagonal, jax.random.key(0))
+      >>> print(density.mean_of(lambda x: x).mean.round(4))
+      2.0
+
+    Reference: Ubaru, Chen and Saad, Fast estimation of tr f(A) via stochastic Lanczos quadrature (2017).
+    """
+    A = _Flat.of(product, like)
+    num_steps = min(_at_least("num_steps", num_steps, 1), A.size)
+
+    def probe(key):
+        start_key, lanczos_key = jax.random.split(key)
+        diagonal, off_diagonal, _, _ = _lanczos(A, A.signs(start_key), lanczos_key, num_steps)
+        nodes, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+        return nodes, vectors[0] ** 2
+
+    return SpectralDensity(*lax.map(probe, jax.random.split(key, _at_least("num_probes", num_probes, 1))))
+
+
+def _lanczos(A: "_Flat", start: Array, key: Array, num_steps: int) -> tuple[Array, Array, Array, Array]:
+    """(diagonal, off-diagonal, basis, last): basis @ A @ basis.T is tridiagonal; `last` is the norm of what is left.
+
+    Each new vector is made orthogonal to all before it, so that no eigenvalue is found again. Where the space is
+    exhausted (what is left is rounding) a random direction goes on, with 0 in T: the eigenvalues of every block count.
+    """
+    fresh = jax.random.split(key, num_steps)
+
+    def orthogonal(v, basis):
+        for _ in range(2):  # once leaves the rounding of what it takes away
+            v = v - (basis @ v) @ basis
+        return v
+
+    def step(i, state):
+        diagonal, off_diagonal, basis, v, _ = state
+        basis = basis.at[i].set(v)
+        Av = A(v)
+        rest = orthogonal(Av, basis)
+        size = jnp.linalg.norm(rest)
+        exhausted = size <= 16 * jnp.finfo(A.dtype).eps * jnp.linalg.norm(Av)
+        v = orthogonal(jnp.where(exhausted, jax.random.normal(fresh[i], v.shape, v.dtype), rest), basis)
+        size = jnp.where(exhausted, 0.0, size)
+        return diagonal.at[i].set(jnp.vdot(basis[i], Av)), off_diagonal.at[i].set(size), basis, _unit(v), size
+
+    zeros, basis = jnp.zeros(num_steps, A.dtype), jnp.zeros((num_steps, A.size), A.dtype)
+    state = zeros, zeros, basis, _unit(start), jnp.zeros((), A.dtype)
+    diagonal, off_diagonal, basis, _, last = lax.fori_loop(0, num_steps, step, state)
+    return diagonal, off_diagonal[:-1], basis, last
+
+
+def _unit(v: Array) -> Array:
+    return v / jnp.linalg.norm(v)
+
+
+def _tridiagonal(diagonal: Array, off_diagonal: Array) -> Array:
+    return jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
+
+
+class _Flat(NamedTuple):
+    """A product over pytrees as one over vectors (size,), in one dtype."""
+
+    product: Product
+    unravel: Callable[[Array], Any]
+    size: int
+    dtype: Any
+
+    @classmethod
+    def of(cls, product: Product, like: Any) -> "_Flat":
+        if not callable(product):
+            raise TypeError(f"product must be a function v -> A v, got {type(product).__name__}")
+        like = jax.tree.map(lambda leaf: checks.as_loss_float("each array of like", leaf), like)
+        leaves = jax.tree.leaves(like)
+        if not leaves:
+            raise TypeError(f"like must be a pytree of floating-point arrays, got {like!r}")
+        dtype = num.compute_dtype(num.common_dtype(*leaves))
+        flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), like))
+        narrow = lambda v: jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), unravel(v), like)
+        return cls(product, narrow, flat.size, dtype)
+
+    def __call__(self, v: Array) -> Array:
+        Av = self.product(self.unravel(v))
+        return ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(self.dtype), Av))[0]
+
+    def signs(self, key: Array) -> Array:
+        return jax.random.rademacher(key, (self.size,), self.dtype)
+
+
+def _estimate(probe: Callable[[Array], Array], key: Array, num_samples: int) -> Estimate:
+    """Mean and standard error of `probe(key)`, one pass with the running mean and sum of squared deviations."""
+
+    def add(state, key):
+        count, mean, squares = state
+        value, count = probe(key), count + 1
+        change = value - mean
+        mean = mean + change / count
+        return (count, mean, squares + change * (value - mean)), None
+
+    shape = jax.eval_shape(probe, key)
+    zero = jnp.zeros(shape.shape, shape.dtype)
+    (_, mean, squares), _ = lax.scan(add, (jnp.zeros((), shape.dtype), zero, zero), jax.random.split(key, num_samples))
+    return Estimate(mean, _standard_error(squares, num_samples))
+
+
+def _mean_and_error(values: Array) -> Estimate:
+    mean = jnp.mean(values)
+    return Estimate(mean, _standard_error(jnp.sum((values - mean) ** 2), values.size))
+
+
+def _standard_error(squares: Array, count: int) -> Array:
+    return jnp.full_like(squares, jnp.inf) if count == 1 else jnp.sqrt(squares / (count * (count - 1)))
+
+
+def _at_least(name: str, value: Any, low: int) -> int:
+    value = checks.integer(name, value)
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value

@@ -1,0 +1,191 @@
+"""Laplace approximation of a network's last layer: a posterior over its weights from the Gauss-Newton matrix.
+
+With features φ (a 1 appended where there is a bias), logits z = Wφ, head Hessians H_i and prior N(0, I/δ) on W,
+
+    posterior N(W, Σ),   Σ⁻¹ = G + δI,   G = Σ_i H_i ⊗ φ_i φ_iᵀ,   z | φ ~ N(Wφ, (I⊗φ)ᵀ Σ (I⊗φ)),
+    log evidence = -Σ_i l_i - ½ δ‖W‖² + ½ n log δ - ½ logdet(G + δI).
+
+One eigendecomposition of G serves every δ.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _heads as heads
+from jaxsoftmax._backprop import Layer, affine
+from jaxsoftmax.softmax import softmax
+
+__all__ = ["LastLayerLaplace", "last_layer_laplace"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layer", "eigenvalues", "eigenvectors", "total_loss", "prior_precision"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class LastLayerLaplace:
+    """The posterior over a last layer; made by `last_layer_laplace`. A pytree.
+
+    Args:
+      layer: the trained layer, W (K, D) and b (K,) or None: the mean.
+      eigenvalues: of G, (n,), with n = K (D + 1), or K D without a bias.
+      eigenvectors: of G, (K, D + 1, n) or (K, D, n).
+      total_loss: Σ_i l_i at the mean.
+      prior_precision: δ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import softmax_cross_entropy_with_integer_labels as loss
+      >>> from jaxsoftmax.laplace import last_layer_laplace
+      >>> from jaxsoftmax.network import Layer
+      >>> posterior = last_layer_laplace(Layer(jnp.eye(2)), jnp.eye(2), jnp.array([0, 1]), loss, prior_precision=1.0)
+      >>> print([round(float(p), 2) for p in posterior.probabilities(jnp.array([3.0, 0.0]))])  # softmax says 0.95
+      [0.82, 0.18]
+
+    Reference: Daxberger et al., Laplace Redux, arXiv:2106.14806.
+    """
+
+    layer: Layer
+    eigenvalues: Array
+    eigenvectors: Array
+    total_loss: Array
+    prior_precision: Array
+
+    def logits(self, features: ArrayLike) -> tuple[Array, Array]:
+        """Mean (..., K) and covariance (..., K, K) of the logits at features (..., D)."""
+        features = checks.as_float("features", features)
+        phi = _with_one(features, self.layer)
+        deviations = 1 / jnp.sqrt(self.eigenvalues + self.prior_precision)
+        roots = jnp.einsum("...d,kdn,n->...kn", phi, self.eigenvectors, deviations)
+        return affine(self.layer, features), jnp.einsum("...kn,...ln->...kl", roots, roots)
+
+    def probabilities(self, features: ArrayLike, key: Array | None = None, num_samples: int = 100) -> Array:
+        """Predictive class probabilities (..., K), the softmax averaged over the posterior.
+
+        Without a key, MacKay's approximation softmax(z_k / √(1 + π/8 Var z_k)); with one, the mean over draws of z.
+        """
+        mean, covariance = self.logits(features)
+        if key is None:
+            variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+            return softmax(mean / jnp.sqrt(1 + math.pi / 8 * variance))
+        # The covariance may be singular: a symmetric root, not Cholesky's.
+        values, vectors = jnp.linalg.eigh(covariance)
+        noise = jax.random.normal(key, (checks.integer("num_samples", num_samples), *mean.shape), mean.dtype)
+        roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+        return jnp.mean(softmax(mean[None] + jnp.einsum("...kl,s...l->s...k", roots, noise)), 0)
+
+    def log_evidence(self, prior_precision: ArrayLike | None = None) -> Array:
+        """Log marginal likelihood of the data, with -l for the log-likelihood, at this or another prior precision."""
+        precision = self.prior_precision if prior_precision is None else prior_precision
+        precision = jnp.asarray(precision, self.eigenvalues.dtype)
+        fit = -self.total_loss - precision * _squared_norm(self.layer) / 2
+        return fit - jnp.sum(jnp.log1p(self.eigenvalues / precision)) / 2
+
+    def with_best_prior(self, num_steps: int = 100) -> "LastLayerLaplace":
+        """The posterior with the prior precision that maximizes the evidence, W held fixed, by MacKay's iteration."""
+
+        def step(_, precision):
+            effective = jnp.sum(self.eigenvalues / (self.eigenvalues + precision))  # parameters that the data fix
+            return effective / _squared_norm(self.layer)
+
+        best = lax.fori_loop(0, num_steps, step, self.prior_precision)
+        return dataclasses.replace(self, prior_precision=best)
+
+
+def last_layer_laplace(
+    layer: Layer,
+    features: ArrayLike,
+    labels: Any,
+    loss: Callable[[Array, Any], Array],
+    *,
+    prior_precision: float = 1.0,
+    batch_size: int = 256,
+) -> LastLayerLaplace:
+    """Posterior over the last layer of a trained network.
+
+    Args:
+      layer: the layer, W (K, D) and b (K,) or None.
+      features: what it receives for the training data, (N, D).
+      labels: the data's labels, leading with N.
+      loss: the head of this library that it was trained with, -log p(label | logits).
+      prior_precision: δ > 0, as of a weight decay ½δ‖W‖² on the sum of the losses; `with_best_prior` fits it.
+      batch_size: examples at a time; the memory is that of G, K² D² numbers.
+
+    Returns:
+      A `LastLayerLaplace`.
+
+    Raises:
+      TypeError: if layer is no `Layer`, features are not real, or the head is unknown.
+      ValueError: if shapes do not fit, or a number is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import network, softmax_cross_entropy_with_integer_labels
+      >>> from jaxsoftmax.laplace import last_layer_laplace
+      >>> (layer,) = network.init(jax.random.key(0), (4, 3))
+      >>> loss = softmax_cross_entropy_with_integer_labels
+      >>> posterior = last_layer_laplace(layer, jnp.eye(4), jnp.array([0, 1, 2, 0]), loss)
+      >>> mean, covariance = posterior.logits(jnp.ones((5, 4)))
+      >>> mean.shape, covariance.shape
+      ((5, 3), (5, 3, 3))
+
+    Reference: MacKay, The evidence framework applied to classification networks (1992); arXiv:2106.14806.
+    """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer must be a network.Layer, got {type(layer).__name__}")
+    features = checks.as_float("features", features)
+    num_classes, width = layer.W.shape
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(f"features must have shape (N, {width}) for W of shape {layer.W.shape}, got {features.shape}")
+    if not checks.number("prior_precision", prior_precision, 0.0):
+        raise ValueError("prior_precision must be positive, got 0")
+    if checks.integer("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    G, total = _gauss_newton_matrix(loss, batch_size, layer, features, labels)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(G)
+    eigenvectors = eigenvectors.reshape(num_classes, -1, len(eigenvalues))
+    precision = jnp.asarray(prior_precision, G.dtype)
+    return LastLayerLaplace(layer, jnp.maximum(eigenvalues, 0), eigenvectors, total, precision)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gauss_newton_matrix(loss, batch_size, layer, features, labels):
+    """G and the total loss, over slices of the data."""
+    classes = jnp.eye(len(layer.W), dtype=features.dtype)
+
+    def of_batch(features, labels):
+        z, phi = affine(layer, features), _with_one(features, layer)
+        columns = lambda k: heads.hessian_product(loss, z, labels, jnp.broadcast_to(k, z.shape))
+        H = jax.vmap(columns, out_axes=1)(classes)  # (B, K, K)
+        outer = phi[:, :, None] * phi[:, None, :]
+        G = jnp.einsum("bkl,bij->kilj", H, outer)
+        return G.reshape(2 * (G.shape[0] * G.shape[1],)), jnp.sum(loss(z, labels))
+
+    add = lambda total, part: jax.tree.map(jnp.add, total, part)
+    data = features, labels
+    whole = len(features) // batch_size * batch_size
+    split = lambda leaf: leaf[:whole].reshape(-1, batch_size, *leaf.shape[1:])
+    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_batch, *data))
+    total, _ = lax.scan(lambda total, part: (add(total, of_batch(*part)), None), total, jax.tree.map(split, data))
+    return add(total, of_batch(*jax.tree.map(lambda leaf: leaf[whole:], data))) if whole < len(features) else total
+
+
+def _with_one(features: Array, layer: Layer) -> Array:
+    """The features, and a 1 that multiplies the bias."""
+    if layer.b is None:
+        return features
+    return jnp.concatenate([features, jnp.ones_like(features[..., :1])], -1)
+
+
+def _squared_norm(layer: Layer) -> Array:
+    return sum((jnp.sum(leaf**2) for leaf in layer if leaf is not None), jnp.zeros((), layer.W.dtype))

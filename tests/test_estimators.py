@@ -1,0 +1,184 @@
+"""Estimators against the exact value, each within its own standard error; Lanczos against eigh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxsoftmax as js
+from jaxsoftmax import network
+from jaxsoftmax.curvature import ggn_vp, hvp
+from jaxsoftmax.estimators import (
+    hutchinson_diagonal,
+    hutchinson_trace,
+    hutchpp_trace,
+    spectral_density,
+    top_eigenpairs,
+)
+
+N = 24
+LIKE = {"a": np.zeros((4, 5)), "b": [np.zeros(4)]}
+
+
+def symmetric(eigenvalues, seed=0):
+    n = len(eigenvalues)
+    Q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
+    return (Q * np.asarray(eigenvalues)) @ Q.T
+
+
+def tree_product(A):
+    """v -> A v over trees like LIKE."""
+    _, unravel = ravel_pytree(LIKE)
+    return lambda v: unravel(A @ ravel_pytree(v)[0])
+
+
+def assert_within(estimate, exact, errors=4.0):
+    assert jnp.all(jnp.abs(estimate.mean - exact) <= errors * estimate.standard_error)
+
+
+def test_hutchinson_trace_and_its_standard_error(key, x64):
+    """Each probe has variance 2 Σ_{i≠j} A_ij²: the reported error is that, to 10 %, and covers the truth."""
+    A = symmetric(np.linspace(-1, 3, N))
+    estimate = jax.jit(lambda key: hutchinson_trace(tree_product(A), LIKE, key, 2000))(key)
+    variance = 2 * (np.sum(A**2) - np.sum(np.diag(A) ** 2))
+    np.testing.assert_allclose(estimate.standard_error, np.sqrt(variance / 2000), rtol=0.1)
+    assert_within(estimate, np.trace(A))
+
+
+def test_hutchinson_diagonal_and_its_standard_error(key, x64):
+    A = symmetric(np.linspace(-1, 3, N))
+    estimate = hutchinson_diagonal(tree_product(A), LIKE, key, 4000)
+    assert jax.tree.map(jnp.shape, estimate.mean) == jax.tree.map(jnp.shape, LIKE)
+    flat = type(estimate)(*(ravel_pytree(part)[0] for part in estimate))
+    assert_within(flat, np.diag(A), 5.0)
+    variances = np.sum(A**2, 1) - np.diag(A) ** 2
+    np.testing.assert_allclose(flat.standard_error, np.sqrt(variances / 4000), rtol=0.15)
+
+
+def test_one_probe_claims_nothing(key):
+    assert hutchinson_trace(lambda v: v, jnp.zeros(3), key, 1).standard_error == jnp.inf
+
+
+def test_hutchpp_is_exact_on_low_rank_and_better_on_decay(key, x64):
+    low = symmetric([5.0, 3.0, 1.0] + [0.0] * (N - 3))
+    estimate = hutchpp_trace(tree_product(low), LIKE, key, 12)
+    np.testing.assert_allclose(estimate.mean, 9.0, rtol=1e-12)
+    full = symmetric(np.linspace(-1, 3, N))
+    np.testing.assert_allclose(hutchpp_trace(tree_product(full), LIKE, key, 3 * N).mean, np.trace(full), rtol=1e-12)
+    decay = symmetric(0.5 ** np.arange(N))
+    plain, better = (method(tree_product(decay), LIKE, key, 30) for method in (hutchinson_trace, hutchpp_trace))
+    assert better.standard_error < plain.standard_error / 20
+    assert_within(better, np.trace(decay))
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [np.linspace(-2, 3, N), np.repeat([4.0, 1.0, -2.0], N // 3), np.geomspace(1, 1e-12, N), np.zeros(N)],
+    ids=["distinct", "multiple", "decaying", "zero"],
+)
+def test_lanczos_to_the_end_finds_every_eigenvalue(eigenvalues, key, x64):
+    """As many steps as dimensions: the whole spectrum with multiplicities, and an orthonormal eigenbasis."""
+    A = symmetric(eigenvalues)
+    found, vectors, residuals = top_eigenpairs(tree_product(A), LIKE, key, N, N)
+    scale = max(np.abs(eigenvalues).max(), 1e-300)
+    np.testing.assert_allclose(np.sort(found), np.sort(eigenvalues), atol=1e-13 * scale)
+    V = jax.vmap(lambda v: ravel_pytree(v)[0])(vectors)
+    np.testing.assert_allclose(V @ V.T, np.eye(N), atol=1e-12)
+    np.testing.assert_allclose(A @ V.T, V.T * found[None], atol=1e-12 * scale)
+    assert jnp.all(residuals <= 1e-12 * scale)
+    assert jnp.all(jnp.diff(jnp.abs(found)) <= 1e-15)
+
+
+def test_top_eigenpairs_of_a_large_matrix_and_their_bounds(key, x64):
+    """A few steps: every eigenvalue within its residual of a true one, the reported residual being the real one."""
+    eigenvalues = np.concatenate([np.linspace(-1, 1, 396), [8.0, 7.0, -6.0, 5.0]])
+    A = jnp.asarray(symmetric(eigenvalues))
+    found, vectors, residuals = jax.jit(lambda key: top_eigenpairs(lambda v: A @ v, A[0], key, 4, 30))(key)
+    np.testing.assert_allclose(found, [8.0, 7.0, -6.0, 5.0], rtol=1e-10)
+    few, vectors, residuals = top_eigenpairs(lambda v: A @ v, A[0], key, 3, 6)
+    np.testing.assert_allclose(jnp.linalg.norm(A @ vectors.T - vectors.T * few[None], axis=0), residuals, rtol=1e-6)
+    nearest = np.abs(np.asarray(few)[:, None] - eigenvalues).min(1)
+    assert np.all(nearest <= residuals) and residuals[0] > 1e-6
+
+
+def test_spectral_density_is_exact_where_the_theory_says(key, x64):
+    """Per probe: weights sum to 1, and m steps integrate vᵀA^k v exactly up to k = 2m - 1; with m = n, everything."""
+    A = symmetric(np.linspace(0.5, 3, N))
+    density = spectral_density(tree_product(A), LIKE, key, num_steps=5, num_probes=300)
+    np.testing.assert_allclose(jnp.sum(density.weights, 1), 1.0, rtol=1e-12)
+    assert density.nodes.shape == (300, 5) and jnp.all(density.weights >= 0)
+    for power in (1, 3, 9):
+        moment = density.mean_of(lambda x, k=power: x**k)
+        assert_within(moment, np.mean(np.linspace(0.5, 3, N) ** power))
+    probe = jax.random.rademacher(jax.random.split(jax.random.split(key, 300)[0])[0], (N,), float)
+    moments = [probe @ np.linalg.matrix_power(A, k) @ probe / N for k in range(10)]
+    quadrature = [jnp.sum(density.weights[0] * density.nodes[0] ** k) for k in range(10)]
+    np.testing.assert_allclose(quadrature, moments, rtol=1e-11)
+    whole = spectral_density(tree_product(A), LIKE, key, num_steps=N, num_probes=2000)
+    assert_within(whole.mean_of(jnp.log), np.linalg.slogdet(A)[1] / N)
+
+
+def test_density_integrates_to_one_and_peaks_at_the_eigenvalues(key):
+    diagonal = jnp.array([0.0] * 3 + [2.0])
+    density = spectral_density(lambda v: diagonal * v, diagonal, key, num_probes=8)
+    grid = jnp.linspace(-1, 3, 4001)
+    values = density.density(grid, 0.1)
+    np.testing.assert_allclose(jnp.sum(values) * 1e-3, 1.0, rtol=1e-3)
+    height = 1 / (0.1 * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(values[jnp.array([1000, 3000])], [0.75 * height, 0.25 * height], rtol=1e-4)
+
+
+def test_on_a_network(key, x64):
+    """Trace, top eigenpair and density of a network's Gauss-Newton matrix and Hessian against the dense ones."""
+    keys = jax.random.split(key, 3)
+    params = network.init(keys[0], (5, 4, 3))
+    x, y = jax.random.normal(keys[1], (9, 5)), jax.random.randint(keys[2], (9,), 0, 3)
+    loss = js.softmax_cross_entropy_with_integer_labels
+    flat, unravel = ravel_pytree(params)
+    H = jax.hessian(lambda flat: jnp.mean(loss(network.forward(unravel(flat), x), y)))(flat)
+    product = functools.partial(hvp, network.forward, loss, params, x, y)
+    found, _, _ = top_eigenpairs(product, params, key, 5, len(flat))
+    eigenvalues = np.linalg.eigvalsh(H)
+    np.testing.assert_allclose(found, eigenvalues[np.argsort(-np.abs(eigenvalues))][:5], rtol=1e-9)
+    assert_within(hutchinson_trace(product, params, key, 500), np.trace(H))
+    ggn = functools.partial(ggn_vp, network.forward, loss, params, x, y)
+    rank = hutchpp_trace(ggn, params, key, 3 * 9 * 2)  # its rank is at most 2 per example
+    trace = hutchinson_trace(ggn, params, key, 500)
+    assert rank.standard_error < 1e-12
+    assert_within(trace, rank.mean)
+
+
+def test_mixed_dtypes_are_computed_in_the_wider():
+    like = {"half": jnp.zeros(2, jnp.bfloat16), "single": jnp.zeros(2)}
+    product = lambda v: {"half": 2 * v["half"], "single": 3 * v["single"]}
+    estimate = hutchinson_diagonal(product, like, jax.random.key(0), 2)
+    assert jax.tree.map(lambda leaf: str(leaf.dtype), estimate.mean) == {"half": "bfloat16", "single": "float32"}
+    assert hutchinson_trace(product, like, jax.random.key(0), 2).mean == 10.0
+
+
+def test_estimators_refuse(key):
+    identity = lambda v: v
+    for method in (hutchinson_trace, hutchinson_diagonal):
+        with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+            method(identity, jnp.zeros(3), key, 0)
+        with pytest.raises(TypeError, match="product must be a function"):
+            method(jnp.eye(3), jnp.zeros(3), key, 1)
+        with pytest.raises(TypeError, match="like must have a floating-point dtype"):
+            method(identity, {"n": jnp.arange(3)}, key, 1)
+        with pytest.raises(TypeError, match="like must be"):
+            method(identity, {"n": "text"}, key, 1)
+        with pytest.raises(TypeError, match="num_samples must be an integer"):
+            method(identity, jnp.zeros(3), key, 1.5)
+    with pytest.raises(ValueError, match="num_samples must be at least 3, got 2"):
+        hutchpp_trace(identity, jnp.zeros(3), key, 2)
+    with pytest.raises(ValueError, match="num_pairs must be at most the number of parameters, 3, got 4"):
+        top_eigenpairs(identity, jnp.zeros(3), key, 4)
+    with pytest.raises(ValueError, match="num_steps must be at least 2, got 1"):
+        top_eigenpairs(identity, jnp.zeros(3), key, 2, 1)
+    with pytest.raises(ValueError, match="num_probes must be at least 1, got 0"):
+        spectral_density(identity, jnp.zeros(3), key, num_probes=0)
+    with pytest.raises(TypeError, match="like must be a pytree of floating-point arrays, got {}"):
+        spectral_density(identity, {}, key)
