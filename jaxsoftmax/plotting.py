@@ -1,0 +1,198 @@
+"""Pictures: the Jacobian and its spectrum. Each function returns a matplotlib Figure and shows nothing itself."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import network
+from jaxsoftmax.entmax import entmax
+from jaxsoftmax.jacobian_operator import SoftmaxJacobian
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["visualize_gradient_flow", "visualize_jacobian", "visualize_spectrum"]
+
+
+def visualize_jacobian(
+    x: ArrayLike, *, alpha: float = 1.0, class_names: Sequence[str] | None = None
+) -> "Figure":
+    """Draw J = ∂p/∂x: a heat map symmetric about 0, its diagonal p(1-p), and the probabilities p.
+
+    Args:
+      x: real logits (K,).
+      alpha: 1 for softmax, more for α-entmax.
+      class_names: K names for the axes; the class indices if not given.
+
+    Returns:
+      A matplotlib Figure with three panels.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      ValueError: if `x` is not a vector, or the number of names is not K.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> figure = jaxsoftmax.visualize_jacobian(jnp.array([2.0, 1.0, 0.5, -0.5, 0.0]))
+      >>> [axes.get_title() for axes in figure.axes[:3]]
+      ['Jacobian ∂p_i / ∂x_j', 'Diagonal', 'Probabilities']
+
+    Reference: seed text 001.
+    """
+    p, operator, names = _prepare(x, alpha, class_names)
+    matrix = np.asarray(operator.as_matrix(), np.float64)
+    figure = new_figure((13.0, 4.0))
+    heat, diagonal, bars = figure.subplots(1, 3)
+    limit = float(np.abs(matrix).max()) or 1.0
+    image = heat.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
+    figure.colorbar(image, ax=heat)
+    heat.set(title="Jacobian ∂p_i / ∂x_j", xlabel="input logit j", ylabel="output probability i")
+    diagonal.bar(range(len(p)), np.diagonal(matrix), color="steelblue")
+    diagonal.axhline(0.25 * _mass(p, alpha), color="grey", linestyle="--", linewidth=1, label="its bound")
+    diagonal.set(title="Diagonal", xlabel="class i", ylabel="∂p_i / ∂x_i")
+    diagonal.legend()
+    bars.bar(range(len(p)), p, color="coral")
+    bars.set(title="Probabilities", xlabel="class i", ylabel="p_i", ylim=(0, 1))
+    _name_classes(heat.xaxis, names)
+    _name_classes(heat.yaxis, names)
+    _name_classes(diagonal.xaxis, names)
+    _name_classes(bars.xaxis, names)
+    return figure
+
+
+def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
+    """Draw the eigenvalues of J with the intervals that interlace them, q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎, and the bounds of λ₁.
+
+    Args:
+      x: real logits (K,).
+      alpha: 1 for softmax (q = p), more for α-entmax (q = p^(2-α)).
+
+    Returns:
+      A matplotlib Figure with one panel.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      ValueError: if `x` is not a vector.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> figure = jaxsoftmax.visualize_spectrum(jnp.array([2.0, 1.0, 0.5, -0.5]))
+      >>> figure.axes[0].get_ylabel()
+      'eigenvalue'
+
+    Reference: MATHEMATICS.md section 2.
+    """
+    p, operator, _ = _prepare(x, alpha, None)
+    values = np.sort(np.asarray(operator.eigvalsh(), np.float64))[::-1]
+    weights = np.sort(np.where(p > 0, np.where(p > 0, p, 1.0) ** (2 - alpha), 0.0))[::-1]
+    mass = _mass(p, alpha)
+    largest = float(np.max(weights * (1 - weights / mass)))
+    figure = new_figure((8.0, 4.5))
+    axes = figure.subplots()
+    index = np.arange(1, len(values) + 1)
+    floor = np.append(weights[1:], 0.0)
+    axes.bar(index, weights - floor, bottom=floor, color="lightsteelblue", label="interval q₍ᵢ₊₁₎ to q₍ᵢ₎")
+    axes.plot(index, values, "o", color="firebrick", label="eigenvalue λᵢ")
+    axes.axhspan(largest, 2 * largest, color="orange", alpha=0.15, label="max q(1-q/Σq) ≤ λ₁ ≤ twice that")
+    sharp = 2.0 ** (alpha - 2)
+    axes.axhline(sharp, color="black", linestyle="--", linewidth=1, label=f"sharp bound {sharp:g}")
+    axes.axhline(0.25 * mass, color="grey", linestyle=":", linewidth=1, label="bound of the diagonal, no bound of λ₁")
+    axes.set(title="Spectrum of the Jacobian", xlabel="i", ylabel="eigenvalue")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def visualize_gradient_flow(
+    params: network.Params,
+    x: ArrayLike,
+    targets: ArrayLike,
+    loss: network.Loss,
+    activation: network.Activation = jnp.tanh,
+) -> "Figure":
+    """Draw how gradients fare on their way down a network: norms, singular values, saturated units, layer by layer.
+
+    Args:
+      params, x, targets, loss, activation: as in `jaxsoftmax.network.gradient_flow`; x of shape (batch, d_0).
+
+    Returns:
+      A matplotlib Figure with three panels; lines are medians over the examples, bands run from the 10th to the 90th
+      percentile.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+      TypeError, ValueError: as `gradient_flow`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import network, plotting, sum_squared_error
+      >>> params = network.init(jax.random.key(0), (4, 3, 3, 2))
+      >>> figure = plotting.visualize_gradient_flow(params, jnp.ones((5, 4)), jnp.zeros((5, 2)), sum_squared_error)
+      >>> len(figure.axes)
+      3
+
+    Reference: Glorot and Bengio (2010).
+    """
+    flow = network.gradient_flow(params, x, targets, loss, activation)
+    figure = new_figure((13.0, 4.0))
+    norms, values, stuck = figure.subplots(1, 3)
+    layers = np.arange(1, len(params) + 1)
+    _band(norms, layers, flow.gradient_norms, "steelblue", "‖∂l/∂z_n‖")
+    norms.set(title="Gradient norms", ylabel="norm", yscale="log")
+    for pairs, at, color, what in (
+        (flow.layer_singular_values, layers, "firebrick", "∂z_n/∂z_{n-1}"),
+        (flow.output_singular_values, layers[:-1], "seagreen", "∂z_N/∂z_n"),
+    ):
+        _band(values, at, pairs[..., 0], color, f"{what}, largest")
+        _band(values, at, pairs[..., 1], color, f"{what}, smallest", linestyle="--")
+    values.set(title="Singular values", ylabel="singular value", yscale="log")
+    _band(stuck, layers[:-1], flow.saturation, "darkorange", "units with slope below 0.1")
+    stuck.set(title="Saturation", ylabel="fraction of units", ylim=(0, 1))
+    for axes in (norms, values, stuck):
+        axes.set_xlabel("layer n")
+        axes.set_xticks(layers)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _band(axes: Any, at: np.ndarray, samples: ArrayLike, color: str, label: str, linestyle: str = "-") -> None:
+    """Median over the examples, with the band that holds four in five."""
+    samples = np.asarray(samples, np.float64).reshape(len(at), -1)
+    if len(at):
+        low, middle, high = np.percentile(samples, [10, 50, 90], axis=1)
+        axes.plot(at, middle, "o", color=color, label=label, linestyle=linestyle)
+        axes.fill_between(at, low, high, color=color, alpha=0.15)
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty Figure outside pyplot's state, so that it needs no display and leaves none behind."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "jaxsoftmax[plot]"') from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _prepare(x, alpha, class_names) -> tuple[np.ndarray, SoftmaxJacobian, Sequence[str] | None]:
+    x = checks.as_float("x", x)
+    if x.ndim != 1 or x.shape[0] == 0:
+        raise ValueError(f"x must be a vector of logits (K,), got shape {x.shape}")
+    if class_names is not None and len(class_names) != x.shape[0]:
+        raise ValueError(f"class_names must hold {x.shape[0]} names, one per class, got {len(class_names)}")
+    p = entmax(x, alpha)
+    return np.asarray(p, np.float64), SoftmaxJacobian.from_probs(p, alpha=alpha), class_names
+
+
+def _mass(p: np.ndarray, alpha: float) -> float:
+    return float(np.sum(np.where(p > 0, np.where(p > 0, p, 1.0) ** (2 - alpha), 0.0)))
+
+
+def _name_classes(axis: Any, names: Sequence[str] | None) -> None:
+    if names is not None:
+        axis.set_ticks(range(len(names)), labels=list(names))
+    else:
+        axis.get_major_locator().set_params(integer=True)

@@ -1,0 +1,176 @@
+"""The properties of the Jacobian that seed text 001 lists, measured on given logits and reported as a table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _checks as checks
+from jaxsoftmax import _numerics as num
+from jaxsoftmax.entmax import entmax
+from jaxsoftmax.jacobian_operator import SoftmaxJacobian
+
+__all__ = ["JacobianReport", "Property", "verify_jacobian_properties"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Property:
+    """One line of the report: what should hold, what was measured, and within which bound it holds.
+
+    Example:
+      >>> from jaxsoftmax.verify import Property
+      >>> Property("row sums", "J 1 = 0", measured=1e-8, bound=1e-6).holds
+      True
+    """
+
+    name: str
+    statement: str
+    measured: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.measured <= self.bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobianReport:
+    """What `verify_jacobian_properties` found.
+
+    Attributes:
+      alpha: 1 for softmax, else the α of the entmax map.
+      probs: the map's value, (..., K).
+      eigenvalues: of the Jacobian, descending, (..., K).
+      properties: one `Property` per line of the table; over a batch, the worst case.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> [p.name for p in jaxsoftmax.verify_jacobian_properties(jnp.zeros(2)).properties][:3]
+      ['symmetry', 'row sums', 'column sums']
+    """
+
+    alpha: float
+    probs: np.ndarray
+    eigenvalues: np.ndarray
+    properties: tuple[Property, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every property holds."""
+        return all(p.holds for p in self.properties)
+
+    def __str__(self) -> str:
+        name = "softmax" if self.alpha == 1 else f"{self.alpha:g}-entmax"
+        rows = [(p.name, p.statement, f"{p.measured:.3g}", f"{p.bound:.3g}", "ok" if p.holds else "FAILS")
+                for p in self.properties]
+        rows.insert(0, ("property", "statement", "measured", "at most", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        shown = np.array2string(np.asarray(self.eigenvalues, np.float64), precision=6, threshold=32)
+        head = f"Jacobian of {name} at {self.probs.shape[-1]} classes"
+        note = f"The largest eigenvalue is at most {_sharp_bound(self.alpha):g}; 1/4 bounds the diagonal entries only."
+        return "\n".join([head, f"eigenvalues: {shown}", "", *lines, "", note])
+
+
+def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float = 0.05) -> JacobianReport:
+    """Measure the properties of J = ∂p/∂x at the logits x: symmetry, sums, spectrum, linear approximation, autodiff.
+
+    The largest eigenvalue of softmax's J is at most 1/2, reached at p = (1/2, 1/2): λ₁ ≤ 2 max p(1-p) ≤ 1/2. The bound
+    1/4 sometimes stated holds for the diagonal entries p(1-p), not for the eigenvalues. For α-entmax it is 2^(α-2).
+
+    Args:
+      x: real, finite logits (..., K); over a batch the worst example counts.
+      alpha: 1 for softmax, more for α-entmax.
+      step: length of the displacement Δ in f(x+Δ) ≈ f(x) + JΔ.
+
+    Returns:
+      A `JacobianReport`: `.ok`, the figures in `.properties`, and a table as `str()`.
+
+    Raises:
+      TypeError: if `x` is not real.
+      ValueError: if `x` is a scalar or has no class.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> report = jaxsoftmax.verify_jacobian_properties(jnp.array([2.0, 1.0, 0.5, -0.5]))
+      >>> report.ok
+      True
+
+    Reference: seed text 001, properties 1 to 5; MATHEMATICS.md sections 1 to 3.
+    """
+    x = checks.as_float("x", x)
+    checks.one_axis(-1, x.ndim, "the class axis of x")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one class, got shape {x.shape}")
+    checks.number("alpha", alpha, 1.0)
+    checks.number("step", step, 0.0)
+    x = num.widen(x)[0]
+    f = lambda x: entmax(x, alpha)
+    p = f(x)
+    operator = SoftmaxJacobian.from_probs(p, alpha=alpha)
+    matrix = np.asarray(operator.as_matrix(), np.float64)
+    eigenvalues = np.sort(np.asarray(operator.eigvalsh(), np.float64), -1)[..., ::-1]
+    forward, reverse = (np.asarray(_batched(d(f), x), np.float64) for d in (jax.jacfwd, jax.jacrev))
+    probs = np.asarray(p, np.float64)
+    weights = np.where(probs > 0, np.where(probs > 0, probs, 1.0) ** (2 - alpha), 0.0)
+    mass = weights.sum(-1, keepdims=True)
+    ordered = np.sort(weights, -1)[..., ::-1]
+    support = (probs > 0).sum(-1)
+    eps = float(jnp.finfo(x.dtype).eps)
+    tolerance = 8 * eps * max(1.0, float(mass.max()))
+    dense = np.linalg.eigvalsh(matrix)[..., ::-1]
+    values, below = eigenvalues[..., :-1], eigenvalues[..., 1:]
+    error, order = _linear_approximation(f, operator, x, step)
+    properties = (
+        Property("symmetry", "J = Jᵀ", _worst(matrix - np.swapaxes(matrix, -1, -2)), 0.0),
+        Property("row sums", "J 1 = 0", _worst(matrix.sum(-1)), tolerance),
+        Property("column sums", "1ᵀ J = 0", _worst(matrix.sum(-2)), tolerance),
+        Property("null vector", "1 is mapped to 0", _worst(operator.mv(jnp.ones_like(p))), tolerance),
+        Property("positive semidefinite", "-min λ ≤ 0", -float(dense.min(initial=0.0)), tolerance),
+        Property("rank", "rank J = |support| - 1", _worst(np.asarray(operator.rank()) - (support - 1)), 0.0),
+        Property("diagonal", "J_ii = q_i (1 - q_i / Σq)",
+                 _worst(np.diagonal(matrix, axis1=-2, axis2=-1) - weights * (1 - weights / mass)), tolerance),
+        Property("diagonal bound", "J_ii ≤ Σq / 4", _worst(np.diagonal(matrix, axis1=-2, axis2=-1) / mass), 0.25 + eps),
+        Property("largest eigenvalue", "λ₁ ≤ 2^(α-2), here sharp", float(eigenvalues.max()),
+                 _sharp_bound(alpha) * (1 + 8 * eps)),
+        Property("spectrum", "λ as LAPACK finds them", _worst(eigenvalues - dense), tolerance),
+        Property("interlacing", "q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎",
+                 max(_excess(values - ordered[..., :-1]), _excess(ordered[..., 1:] - values), _excess(below - values)),
+                 tolerance),
+        Property("linear approximation", f"f(x+Δ) ≈ f(x) + JΔ, |Δ| = {step:g}", error, step**2),
+        Property("its order", "|order - 2| of that error", abs(order - 2), 0.25),
+        Property("jacfwd", "J = jacfwd(f)(x)", _worst(matrix - forward), tolerance),
+        Property("jacrev", "J = jacrev(f)(x)", _worst(matrix - reverse), tolerance),
+    )
+    return JacobianReport(float(alpha), probs, eigenvalues, properties)
+
+
+def _sharp_bound(alpha: float) -> float:
+    return 2.0 ** (alpha - 2)
+
+
+def _worst(x) -> float:
+    return float(np.max(np.abs(np.asarray(x, np.float64)), initial=0.0))
+
+
+def _excess(x) -> float:
+    return float(np.max(x, initial=0.0))
+
+
+def _batched(jacobian, x):
+    for _ in range(x.ndim - 1):
+        jacobian = jax.vmap(jacobian)
+    return jacobian(x)
+
+
+def _linear_approximation(f, operator, x, step: float) -> tuple[float, float]:
+    """The error at |Δ| = step, and the order p of error ∝ |Δ|^p; 2 where the error is mere rounding."""
+    direction = jnp.broadcast_to(jnp.cos(1.0 + jnp.arange(x.shape[-1], dtype=x.dtype)), x.shape)
+    direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
+    errors = [_worst(f(x + h * direction) - f(x) - operator.mv(h * direction)) for h in (step, step / 2)]
+    rounding = 32 * float(jnp.finfo(x.dtype).eps)
+    order = 2.0 if errors[1] <= rounding else float(np.log2(errors[0] / errors[1]))
+    return errors[0], order

@@ -1,0 +1,105 @@
+"""The report and the pictures of the Jacobian."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as js
+from jaxsoftmax import verify
+
+LOGITS = {
+    "seed text": [2.0, 1.0, 0.5, -0.5],
+    "two equal": [0.0, 0.0],
+    "one class": [3.0],
+    "ties": [1.0, 1.0, 1.0, 0.0],
+    "sure": [12.0, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("name", LOGITS)
+def test_every_property_holds(name, alpha):
+    report = js.verify_jacobian_properties(jnp.array(LOGITS[name]), alpha=alpha)
+    assert report.ok, f"\n{report}"
+
+
+def test_batch_and_float64(x64):
+    z = np.random.default_rng(0).normal(size=(3, 5))
+    report = js.verify_jacobian_properties(z)
+    assert report.ok and report.eigenvalues.shape == (3, 5)
+    assert next(p for p in report.properties if p.name == "jacrev").measured < 1e-15
+
+
+def test_the_sharp_bound_is_reached():
+    """1/2 at p = (1/2, 1/2), above the 1/4 that bounds the diagonal."""
+    report = js.verify_jacobian_properties(jnp.zeros(2))
+    found = {p.name: p for p in report.properties}
+    assert found["largest eigenvalue"].measured == pytest.approx(0.5, rel=1e-6)
+    assert found["diagonal bound"].measured == pytest.approx(0.25, rel=1e-6)
+    assert "at most 0.5; 1/4 bounds the diagonal" in str(report)
+
+
+def test_a_wrong_jacobian_is_found_out(monkeypatch):
+    """With a diagonal off by 0.01 the report fails, and names what is wrong."""
+
+    class Wrong:
+        def __init__(self, right):
+            self.right = right
+
+        @classmethod
+        def from_probs(cls, p, alpha):
+            return cls(js.SoftmaxJacobian.from_probs(p, alpha))
+
+        def __getattr__(self, name):
+            return getattr(self.right, name)
+
+        def as_matrix(self):
+            return self.right.as_matrix() + 0.01 * jnp.eye(4)
+
+    monkeypatch.setattr(verify, "SoftmaxJacobian", Wrong)
+    report = js.verify_jacobian_properties(jnp.array(LOGITS["seed text"]))
+    failing = {p.name for p in report.properties if not p.holds}
+    assert {"row sums", "column sums", "diagonal", "jacfwd", "jacrev", "spectrum"} <= failing
+    assert not report.ok and "FAILS" in str(report)
+
+
+def test_pictures():
+    names = ["cat", "dog", "eel", "fox", "gnu"]
+    z = jnp.array([2.0, 1.0, 0.5, -0.5, 0.0])
+    figure = js.visualize_jacobian(z, class_names=names)
+    heat, diagonal, bars = figure.axes[:3]
+    image = heat.images[0]
+    assert image.norm.vmin == -image.norm.vmax
+    np.testing.assert_allclose(image.get_array(), js.softmax_jacobian(z), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose([b.get_height() for b in bars.patches], js.softmax(z), rtol=1e-6)
+    assert [t.get_text() for t in diagonal.get_xticklabels()] == names
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (heat, diagonal, bars))
+    points = js.visualize_spectrum(z).axes[0].lines[0].get_ydata()
+    np.testing.assert_allclose(np.sort(points), js.SoftmaxJacobian.from_logits(z).eigvalsh(), rtol=1e-5, atol=1e-7)
+
+
+def test_wrong_calls():
+    with pytest.raises(ValueError, match="x must be a vector of logits"):
+        js.visualize_jacobian(jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match="class_names must hold 3 names"):
+        js.visualize_jacobian(jnp.ones(3), class_names=["a"])
+    with pytest.raises(TypeError, match="x must be real"):
+        js.verify_jacobian_properties(1j * np.ones(3))
+    with pytest.raises(ValueError, match="at least one class"):
+        js.verify_jacobian_properties(jnp.ones((2, 0)))
+    with pytest.raises(ValueError, match="alpha must lie in"):
+        js.verify_jacobian_properties(jnp.ones(3), alpha=0.5)
+
+
+def test_the_tour(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, root / "examples" / "jacobian_tour.py", "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "0.628532" in done.stdout and "ok" in done.stdout and "FAILS" not in done.stdout
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("jacobian.png", "spectrum.png"))
