@@ -2,7 +2,8 @@
 
 Every test by transformation runs over `CASES`, so a function entered here inherits them all. A case holds a function of
 its differentiable arguments alone, and sample arguments as float64 numpy arrays with a leading batch axis of length 3,
-along which the function works example by example unless `batched` is False.
+along which the function works example by example unless `batched` is False. A function with `kinks` is only piecewise
+smooth; the samples lie away from its kinks.
 """
 
 import dataclasses
@@ -15,12 +16,17 @@ import numpy as np
 
 import jaxsoftmax as js
 
+if hasattr(jax, "shard_map"):
+    shard_map = jax.shard_map
+else:  # JAX 0.6.0
+    from jax.experimental.shard_map import shard_map as shard_map
+
 # Relative tolerance per dtype: of a value, and of a derivative (one more rounding, one more sum).
 VALUE_RTOL = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 DERIVATIVE_RTOL = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3.2e-2}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One function of the registry with sample arguments."""
 
@@ -29,6 +35,8 @@ class Case:
     args: tuple[np.ndarray, ...]
     batched: bool = True
     is_loss: bool = False
+    kinks: bool = False
+    sharded: bool = True  # False: the rule has an argument that is constant over the mesh, which shard_map refuses
 
     def cast(self, dtype) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(a, dtype) for a in self.args)
@@ -41,49 +49,58 @@ Z[0, 1] += 6.0  # one example that is sure of itself
 V = _rng.normal(size=(BATCH, K))
 P = np.exp(Z) / np.exp(Z).sum(-1, keepdims=True)
 Y = np.exp(V) / np.exp(V).sum(-1, keepdims=True)
-LABELS = np.array([1, 3, 0])
+LABELS = np.array([1, 3, 0], np.int32)
 MASK = np.array([[True, True, False, True], [True, True, True, True], [True, False, False, True]])
 WEIGHTS = np.array([0.5, 1.0, 2.0, 1.5])
-
-
-def _with_labels(f):
-    """A loss of (logits, label) per example, applied with the labels above whatever the batch shape."""
-
-    def apply(z, *args):
-        labels = jnp.asarray(LABELS)
-        return f(z, jnp.broadcast_to(labels[: z.shape[0]], z.shape[:-1]) if z.ndim > 1 else labels[0], *args)
-
-    return apply
-
-
-def _match(z, x):
-    """The registry's constant array x for the batch z belongs to."""
-    return jnp.asarray(x) if z.ndim == x.ndim else jnp.asarray(x[0])
 
 
 ce = js.softmax_cross_entropy_with_integer_labels
 
 CASES = [
     Case("softmax", js.softmax, (Z,)),
-    Case("softmax_where", lambda z: js.softmax(z, where=_match(z, MASK)), (Z,), batched=False),
+    Case("softmax_where", lambda z: js.softmax(z, where=MASK), (Z,), batched=False),
     Case("softmax_axis0", lambda z: js.softmax(z, axis=0), (Z,), batched=False),
     Case("softmax_axis_none", lambda z: js.softmax(z, axis=None), (Z,), batched=False),
     Case("log_softmax", js.log_softmax, (Z,)),
     Case("log_softmax_axes", lambda z: js.log_softmax(z, axis=(0, 1)), (Z,), batched=False),
-    Case("log_softmax_where", lambda z: jnp.where(_match(z, MASK), js.log_softmax(z, where=_match(z, MASK)), 0.0), (Z,),
-         batched=False),
+    Case("log_softmax_where", lambda z: jnp.where(MASK, js.log_softmax(z, where=MASK), 0.0), (Z,), batched=False),
     Case("logsumexp", lambda z: js.logsumexp(z, -1), (Z,)),
     Case("logsumexp_all", lambda z: js.logsumexp(z, keepdims=True), (Z,), batched=False),
     Case("logsumexp_b", lambda z, b: js.logsumexp(z, -1, b=b, return_sign=True)[0], (Z, V)),
-    Case("logsumexp_where", lambda z: js.logsumexp(z, -1, where=_match(z, MASK)), (Z,), batched=False),
+    Case("logsumexp_where", lambda z: js.logsumexp(z, -1, where=MASK), (Z,), batched=False),
     Case("cross_entropy", js.softmax_cross_entropy, (Z, Y), is_loss=True),
-    Case("cross_entropy_where", lambda z: js.softmax_cross_entropy(z, jnp.where(MASK, _match(z, Y).astype(z.dtype), 0.0),
+    Case("cross_entropy_where", lambda z: js.softmax_cross_entropy(z, jnp.where(MASK, jnp.asarray(Y, jnp.float32), 0.0),
          where=MASK), (Z,), batched=False, is_loss=True),
     Case("safe_cross_entropy", js.safe_softmax_cross_entropy, (Z, Y), is_loss=True),
     Case("label_cross_entropy", lambda z: ce(z, LABELS), (Z,), batched=False, is_loss=True),
-    Case("label_cross_entropy_axis0", lambda z: ce(z, np.array([0, 2, 1, 1]), axis=0), (Z,), batched=False, is_loss=True),
+    Case("label_cross_entropy_axis0", lambda z: ce(z, np.array([0, 2, 1, 1], np.int32), axis=0), (Z,), batched=False,
+         is_loss=True),
     Case("label_cross_entropy_options", lambda z, w: ce(z, LABELS, label_smoothing=0.1, class_weights=w, ignore_index=3,
          z_loss=0.01), (Z, WEIGHTS), batched=False, is_loss=True),
+    Case("sparsemax", js.sparsemax, (Z,), kinks=True),
+    Case("entmax15", js.entmax15, (Z,), kinks=True),
+    Case("entmax", js.entmax, (Z, np.array([1.2, 1.5, 1.8])), kinks=True),
+    Case("softmax_vjp", js.softmax_vjp, (V, P)),
+    Case("softmax_jvp", js.softmax_jvp, (V, P)),
+    Case("softmax_jacobian", js.softmax_jacobian, (Z,), sharded=False),
+    Case("softmax_hessian", js.softmax_hessian, (Z,), sharded=False),
+    Case("softmax_second_derivative", js.softmax_second_derivative, (P, V, Y), sharded=False),
+    Case("softmax_third_derivative", lambda p, u, v: js.softmax_third_derivative(p, u, v, v), (P, V, Y), sharded=False),
+    Case("sigmoid_binary_cross_entropy", js.sigmoid_binary_cross_entropy, (Z, Y), is_loss=True, sharded=False),
+    Case("sigmoid_focal_loss", js.sigmoid_focal_loss, (Z, Y), is_loss=True),
+    Case("focal_loss", lambda z: js.focal_loss_with_integer_labels(z, LABELS, 2.0), (Z,), batched=False, is_loss=True),
+    Case("poly_loss", js.poly_loss_cross_entropy, (Z, Y), is_loss=True),
+    Case("kl_divergence", js.kl_divergence, (np.log(P), Y), is_loss=True),
+    Case("kl_divergence_with_log_targets", js.kl_divergence_with_log_targets, (np.log(P), np.log(Y)), is_loss=True),
+    Case("convex_kl_divergence", js.convex_kl_divergence, (np.log(P), Y), is_loss=True),
+    Case("softmax_kl_divergence", js.softmax_kl_divergence, (Z, V), is_loss=True),
+    Case("jensen_shannon_divergence", js.jensen_shannon_divergence, (Z, V), is_loss=True),
+    Case("softmax_entropy", js.softmax_entropy, (Z,), is_loss=True),
+    Case("brier_loss", js.brier_loss, (Z, Y), is_loss=True),
+    Case("sparsemax_loss", js.sparsemax_loss, (Z, Y), is_loss=True, kinks=True),
+    Case("entmax_loss", js.entmax_loss, (Z, Y), is_loss=True, kinks=True),
+    Case("huber_loss", js.huber_loss, (Z, V), is_loss=True, kinks=True, sharded=False),
+    Case("log_cosh", js.log_cosh, (Z, V), is_loss=True),
     Case("squared_error", js.squared_error, (Z, V), is_loss=True),
     Case("l2_loss", js.l2_loss, (Z, V), is_loss=True),
     Case("sum_squared_error", js.sum_squared_error, (Z, V), is_loss=True),
