@@ -50,7 +50,7 @@ def ours(weight, smoothing, ignore, reduction):
         if reduction != "mean":
             return losses if reduction == "none" else jnp.sum(losses)
         kept = labels != IGNORED
-        counts = kept.astype(float) if weight is None else kept * jnp.asarray(weight)[labels]
+        counts = kept.astype(float) if weight is None else jnp.where(kept, jnp.asarray(weight)[labels], 0)
         return weighted_mean(losses, kept, normalizer=counts)
 
     return loss(jnp.asarray(LOGITS)), jax.grad(lambda z: jnp.sum(loss(z)))(jnp.asarray(LOGITS))

@@ -202,7 +202,8 @@ def _logistic_operators(logits, labels, weight) -> Curvature:
 
 
 def _draw_binary(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
-    return jax.random.bernoulli(key, sigmoid(x), shape + x.shape).astype(x.dtype)
+    p = jnp.broadcast_to(sigmoid(x), shape + x.shape)
+    return jax.random.bernoulli(key, p).astype(x.dtype)
 
 
 @curvature_of(sigmoid_focal_loss)

@@ -166,8 +166,11 @@ def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
     x, top_x = _one_hot_limit(x, sums.top_x)
     z, top_z = _one_hot_limit(z, sums.top_z)
     p, q = jnp.exp(x - top_x) / sums.total_x, jnp.exp(z - top_z) / sums.total_z
+    # (x - top_x) - (z - top_z), by the subtraction that rounds less first; finite where a class is excluded.
     huge = num.largest(x.dtype) / 4
-    d = (jnp.maximum(x, -huge) - jnp.maximum(z, -huge)) - (top_x - top_z)
+    x, z = jnp.maximum(x, -huge), jnp.maximum(z, -huge)
+    a, b, c, e = x - z, top_x - top_z, x - top_x, z - top_z
+    d = jnp.where(jnp.abs(a) + jnp.abs(b) < jnp.abs(c) + jnp.abs(e), a - b, c - e)
     return p, q, d - sums.ratio
 
 

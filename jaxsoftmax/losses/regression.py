@@ -222,11 +222,16 @@ def _of_variance(variance: float, errors: Array, predictions: ArrayLike) -> Curv
 
 
 def _draw_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
-    return mean + jax.random.normal(key, shape + mean.shape, mean.dtype)
+    return _draw_gaussian(key, mean, shape, 1.0)
 
 
 def _draw_narrow_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
-    return mean + math.sqrt(0.5) * jax.random.normal(key, shape + mean.shape, mean.dtype)
+    return _draw_gaussian(key, mean, shape, 0.5)
+
+
+def _draw_gaussian(key: Array, mean: Array, shape: tuple[int, ...], variance: float) -> Array:
+    mean = jnp.broadcast_to(mean, shape + mean.shape)
+    return mean + math.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
 @curvature_of(huber_loss)

@@ -73,7 +73,7 @@ def weighted_mean(losses: ArrayLike, weights: ArrayLike, normalizer: ArrayLike |
 
     - "none": l;    "sum": jnp.sum(l)
     - "mean": weighted_mean(l, labels != ignore_index)
-    - "mean" with class weights, which l contains: weighted_mean(l, kept, normalizer=kept * class_weights[labels]),
+    - "mean" with class weights, which l contains: weighted_mean(l, kept, normalizer=jnp.where(kept, weights[labels], 0)),
       where kept = labels != ignore_index.
 
     Args:
