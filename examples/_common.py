@@ -1,5 +1,6 @@
-"""What the examples share: MNIST-format IDX files, and checkpoints that survive a kill at any moment."""
+"""What the examples share: MNIST-format IDX files, checkpoints that survive a kill at any moment, option types."""
 
+import argparse
 import gzip
 import hashlib
 import io
@@ -152,3 +153,18 @@ def check_settings(path: Path, found: dict, wanted: dict) -> None:
     if names:
         listed = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in names)
         raise FileError(f"{path}: belongs to another run, with {listed}; use the same options or another folder")
+
+
+# --- types of command line options ---
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return int(text)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import FileError, load_checkpoint, read_idx_pair, save_checkpoint
+from _common import FileError, load_checkpoint, natural, positive, read_idx_pair, save_checkpoint
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -229,18 +229,6 @@ def draw_predictions(data: Data, probs: np.ndarray, path: Path) -> None:
 
 
 # --- command line ---
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return int(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
