@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxsoftmax import losses
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -54,6 +56,11 @@ def test_the_two_commands_are_there():
     lines = [line for _, block in fenced_blocks(README, "bash") for line in block.splitlines()]
     assert lines.count('pip install ".[examples]" && python examples/train_digits.py') == 1
     assert lines.count('pip install ".[test]" && pytest') == 1
+
+
+def test_the_table_of_heads_is_the_one_of_the_package():
+    (table,) = re.findall(r"^\| head \|.*?(?=\n\n)", str(losses.__doc__), re.MULTILINE | re.DOTALL)
+    assert len(table.splitlines()) > 15 and table in README
 
 
 def version(text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What stands before a head and after it: transforms of the logits, and the weighted mean of the losses.
 
-    softcap: x = c tanh(z/c), ∂x/∂z = sech²(z/c), so that |x| < c;    temperature: x = z/T.
+softcap: x = c tanh(z/c), ∂x/∂z = sech²(z/c), so that |x| < c;    temperature: x = z/T.
 """
 
 import functools
@@ -73,7 +73,7 @@ def weighted_mean(losses: ArrayLike, weights: ArrayLike, normalizer: ArrayLike |
 
     - "none": l;    "sum": jnp.sum(l)
     - "mean": weighted_mean(l, labels != ignore_index)
-    - "mean" with class weights, which l contains: weighted_mean(l, kept, normalizer=jnp.where(kept, weights[labels], 0)),
+    - "mean" with class weights w, which l contains: weighted_mean(l, kept, normalizer=jnp.where(kept, w[labels], 0)),
       where kept = labels != ignore_index.
 
     Args:
