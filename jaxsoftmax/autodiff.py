@@ -7,6 +7,7 @@ both modes, because a pullback already holds the whole derivative: it is linear,
     <ct, J t> = <Jᵀ ct, t>   for all ct   =>   J = (ct ↦ Jᵀ ct)ᵀ.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,7 +83,7 @@ class custom_vjp:
         for name, rule in (("fwd", fwd), ("bwd", bwd)):
             if not callable(rule):
                 raise TypeError(f"defvjp: {name} must be a function, got {type(rule).__name__}")
-        self._reverse.defvjp(self._checked_fwd(fwd), bwd, symbolic_zeros=symbolic_zeros)
+        self._reverse.defvjp(self._checked_fwd(fwd), _summed_over_the_mesh(bwd), symbolic_zeros=symbolic_zeros)
         self._has_rule = True
 
     def __call__(self, *args, **kwargs):
@@ -104,7 +105,9 @@ class custom_vjp:
             if not (isinstance(result, tuple) and len(result) == 2):
                 got = type(result).__name__
                 raise TypeError(f"{self._name}: fwd must return the pair (output, residuals), got {got}")
-            return result
+            output, residuals = result
+            arguments = [x for i, x in enumerate(args) if i not in self._nondiff]
+            return output, (residuals, _MeshAxes(jax.tree.map(_mesh_axes, arguments)))
 
         return checked
 
@@ -139,6 +142,41 @@ class custom_vjp:
         pushed = iter(push(pullback, tuple(tangent_leaves[i] for i in perturbed)))
         tangent_out = [next(pushed) if f else _float0_zeros(x) for x, f in zip(out_leaves, inexact)]
         return out, jax.tree.unflatten(out_tree, tangent_out)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _MeshAxes:
+    """For each array among the arguments, the axes of a `shard_map` that it varies over."""
+
+    of_arguments: list
+
+    def __hash__(self):
+        return hash(tuple(jax.tree.leaves(self.of_arguments)))
+
+
+def _mesh_axes(x) -> frozenset[str]:
+    kind = jax.typeof(getattr(x, "value", x))
+    kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
+    return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
+def _summed_over_the_mesh(bwd: Callable) -> Callable:
+    """`bwd` under `shard_map`: an argument that is the same on every device gets the sum of their cotangents."""
+
+    def total(axes, cotangent):
+        extra = () if cotangent is None else tuple(_mesh_axes(cotangent) - axes)
+        return jax.lax.psum(cotangent, extra) if extra else cotangent
+
+    @functools.wraps(bwd)
+    def summed(*args):
+        *static, (residuals, axes), ct = args
+        cotangents = bwd(*static, residuals, ct)
+        if not any(map(_mesh_axes, jax.tree.leaves(ct))):
+            return cotangents
+        return tuple(c if c is None else jax.tree.map(total, a, c) for a, c in zip(axes.of_arguments, cotangents))
+
+    return summed
 
 
 def _is_symbolic_zero(tangent: Any) -> bool:

@@ -36,7 +36,6 @@ class Case:
     batched: bool = True
     is_loss: bool = False
     kinks: bool = False
-    sharded: bool = True  # False: the rule has an argument that is constant over the mesh, which shard_map refuses
 
     def cast(self, dtype) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(a, dtype) for a in self.args)
@@ -69,24 +68,39 @@ CASES = [
     Case("logsumexp_b", lambda z, b: js.logsumexp(z, -1, b=b, return_sign=True)[0], (Z, V)),
     Case("logsumexp_where", lambda z: js.logsumexp(z, -1, where=MASK), (Z,), batched=False),
     Case("cross_entropy", js.softmax_cross_entropy, (Z, Y), is_loss=True),
-    Case("cross_entropy_where", lambda z: js.softmax_cross_entropy(z, jnp.where(MASK, jnp.asarray(Y, jnp.float32), 0.0),
-         where=MASK), (Z,), batched=False, is_loss=True),
+    Case(
+        "cross_entropy_where",
+        lambda z: js.softmax_cross_entropy(z, jnp.where(MASK, jnp.asarray(Y, jnp.float32), 0.0), where=MASK),
+        (Z,),
+        batched=False,
+        is_loss=True,
+    ),
     Case("safe_cross_entropy", js.safe_softmax_cross_entropy, (Z, Y), is_loss=True),
     Case("label_cross_entropy", lambda z: ce(z, LABELS), (Z,), batched=False, is_loss=True),
-    Case("label_cross_entropy_axis0", lambda z: ce(z, np.array([0, 2, 1, 1], np.int32), axis=0), (Z,), batched=False,
-         is_loss=True),
-    Case("label_cross_entropy_options", lambda z, w: ce(z, LABELS, label_smoothing=0.1, class_weights=w, ignore_index=3,
-         z_loss=0.01), (Z, WEIGHTS), batched=False, is_loss=True),
+    Case(
+        "label_cross_entropy_axis0",
+        lambda z: ce(z, np.array([0, 2, 1, 1], np.int32), axis=0),
+        (Z,),
+        batched=False,
+        is_loss=True,
+    ),
+    Case(
+        "label_cross_entropy_options",
+        lambda z, w: ce(z, LABELS, label_smoothing=0.1, class_weights=w, ignore_index=3, z_loss=0.01),
+        (Z, WEIGHTS),
+        batched=False,
+        is_loss=True,
+    ),
     Case("sparsemax", js.sparsemax, (Z,), kinks=True),
     Case("entmax15", js.entmax15, (Z,), kinks=True),
     Case("entmax", js.entmax, (Z, np.array([1.2, 1.5, 1.8])), kinks=True),
     Case("softmax_vjp", js.softmax_vjp, (V, P)),
     Case("softmax_jvp", js.softmax_jvp, (V, P)),
-    Case("softmax_jacobian", js.softmax_jacobian, (Z,), sharded=False),
-    Case("softmax_hessian", js.softmax_hessian, (Z,), sharded=False),
-    Case("softmax_second_derivative", js.softmax_second_derivative, (P, V, Y), sharded=False),
-    Case("softmax_third_derivative", lambda p, u, v: js.softmax_third_derivative(p, u, v, v), (P, V, Y), sharded=False),
-    Case("sigmoid_binary_cross_entropy", js.sigmoid_binary_cross_entropy, (Z, Y), is_loss=True, sharded=False),
+    Case("softmax_jacobian", js.softmax_jacobian, (Z,)),
+    Case("softmax_hessian", js.softmax_hessian, (Z,)),
+    Case("softmax_second_derivative", js.softmax_second_derivative, (P, V, Y)),
+    Case("softmax_third_derivative", lambda p, u, v: js.softmax_third_derivative(p, u, v, v), (P, V, Y)),
+    Case("sigmoid_binary_cross_entropy", js.sigmoid_binary_cross_entropy, (Z, Y), is_loss=True),
     Case("sigmoid_focal_loss", js.sigmoid_focal_loss, (Z, Y), is_loss=True),
     Case("focal_loss", lambda z: js.focal_loss_with_integer_labels(z, LABELS, 2.0), (Z,), batched=False, is_loss=True),
     Case("poly_loss", js.poly_loss_cross_entropy, (Z, Y), is_loss=True),
@@ -99,7 +113,7 @@ CASES = [
     Case("brier_loss", js.brier_loss, (Z, Y), is_loss=True),
     Case("sparsemax_loss", js.sparsemax_loss, (Z, Y), is_loss=True, kinks=True),
     Case("entmax_loss", js.entmax_loss, (Z, Y), is_loss=True, kinks=True),
-    Case("huber_loss", js.huber_loss, (Z, V), is_loss=True, kinks=True, sharded=False),
+    Case("huber_loss", js.huber_loss, (Z, V), is_loss=True, kinks=True),
     Case("log_cosh", js.log_cosh, (Z, V), is_loss=True),
     Case("squared_error", js.squared_error, (Z, V), is_loss=True),
     Case("l2_loss", js.l2_loss, (Z, V), is_loss=True),

@@ -150,7 +150,7 @@ def test_dtypes(case, dtype):
     assert_close(got, gradient, DERIVATIVE_RTOL[dtype], scale=scale)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.batched and c.sharded], ids=case_id)
+@pytest.mark.parametrize("case", [c for c in CASES if c.batched], ids=case_id)
 def test_batch_sharded_over_a_mesh(case):
     """shard_map with its replication checks on, over the batch, in value and in both modes."""
     size = len(case.args[0])
