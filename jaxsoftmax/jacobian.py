@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _checks as checks
 from jaxsoftmax import _numerics as num
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.softmax import jacobian_product, softmax
+from jaxsoftmax.softmax import jacobian_product, rounded_one, softmax
 from jaxsoftmax.symmetric import centred, compiled, complement
 
 
@@ -207,7 +207,7 @@ def _higher(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> Array:
 @functools.partial(jax.jit, static_argnames="axis", inline=True)
 def _jacobian_product(v: Array, p: Array, axis: int) -> Array:
     wide_v, wide_p = num.widen(v, p)
-    return jacobian_product(wide_v, wide_p, axis).astype(num.common_dtype(v, p))
+    return jacobian_product(wide_v, wide_p, axis, rounded_one(wide_p, axis)).astype(num.common_dtype(v, p))
 
 
 @compiled

@@ -22,7 +22,7 @@ from jaxsoftmax import spectrum
 from jaxsoftmax.entmax import as_order, entmax, order_of, support_power
 from jaxsoftmax.jacobian import dense_jacobian
 from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import jacobian_product, softmax
+from jaxsoftmax.softmax import jacobian_product, rounded_one, softmax
 from jaxsoftmax.symmetric import AXIS, SymmetricOperator, centred, centred_transpose, compiled, complement, root
 
 
@@ -187,7 +187,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @compiled
     def _mv(self, v: Array) -> Array:
-        return self.scale * jacobian_product(v, self.probs, AXIS)
+        return self.scale * jacobian_product(v, self.probs, AXIS, rounded_one(self.probs, AXIS))
 
     @compiled
     def _quadratic_form(self, v: Array) -> Array:

@@ -273,8 +273,8 @@ def test_dense_derivatives_are_autodiffs(x64):
         assert_close(softmax_hessian(z), second, rtol=1e-15, scale=1.0)
         assert_close(batch(jax.jacfwd(softmax_jacobian))(z), second, rtol=1e-15, scale=1.0)
         assert_close(batch(jax.jacrev(softmax_jacobian))(z), second, rtol=1e-15, scale=1.0)
-        assert_close(batch(jax.jacrev(jax.jacfwd(softmax_jacobian)))(z), third, rtol=1e-15, scale=1.0)
-        assert_close(batch(jax.jacrev(softmax_hessian))(z), third, rtol=1e-15, scale=1.0)
+        assert_close(batch(jax.jacrev(jax.jacfwd(softmax_jacobian)))(z), third, rtol=3e-15, scale=1.0)
+        assert_close(batch(jax.jacrev(softmax_hessian))(z), third, rtol=3e-15, scale=1.0)
         p = jax.nn.softmax(z)
         u, v, w = (logits(z.shape, seed=s) for s in (1, 2, 3))
         products = (
@@ -358,13 +358,13 @@ METHODS = {
     "sample_inverse": lambda j, v: j.sample_inverse(jax.random.key(0), jnp.sum(v**2), (2,)),
     "spectral_norm": lambda j, v: j.spectral_norm(),
     "eigvalsh": lambda j, v: j.eigvalsh(),
-    "eigh": lambda j, v: (lambda w, q: (q * jnp.exp(w)) @ q.T @ v)(*j.eigh()),
+    "eigh": lambda j, v: (lambda w, q: (q * jnp.exp(w)[None]) @ q.T @ v)(*j.eigh()),
 }
 over_methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
 @over_methods
-@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_methods_in_both_modes_to_second_order(method, alpha, x64):
     z, v = jnp.asarray(logits((4,), gap=1.0)), jnp.asarray(logits((4,), seed=2))
     f = jax.jit(lambda z, v: method(SoftmaxJacobian.from_logits(z, alpha=alpha), v))
