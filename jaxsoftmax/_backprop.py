@@ -59,6 +59,13 @@ def affine(layer: Layer, a: Array) -> Array:
     return z if layer.b is None else z + jnp.broadcast_to(layer.b, z.shape)
 
 
+def output(params: Params, a: Array, activation: Activation) -> Array:
+    """z_N from a_0."""
+    for layer in params[:-1]:
+        a = activation(affine(layer, a))
+    return affine(params[-1], a)
+
+
 def _loss_derivative(loss: Loss, z: Array, targets: ArrayLike) -> Array:
     """∂l/∂z_N of the mean loss."""
     losses, pullback = jax.vjp(lambda z: loss(z, targets), z)
@@ -82,3 +89,10 @@ def checked(params: Params, x: ArrayLike) -> Array:
         if b is not None and jnp.shape(b) != (width,):
             raise ValueError(f"{given}, so b_{n} must have shape ({width},), got {jnp.shape(b)}")
     return x
+
+
+def example_signals(params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
+    """`signals` of each example's own loss, not of the mean."""
+    found = signals(params, checked(params, x), targets, loss, activation)
+    count = found.z[-1][..., 0].size
+    return found._replace(z=[dz * count for dz in found.z], a=[da * count for da in found.a])

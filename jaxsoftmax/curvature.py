@@ -115,15 +115,15 @@ def fisher_vp(
     """Product of the Fisher information with v: mean(Jᵀ E_y[ggᵀ] J) v, g = ∂/∂z of -log p(y|z), y drawn from p(·|z).
 
     The head says which distribution the logits are the parameters of: softmax cross-entropy the categorical one,
-    sigmoid cross-entropy Bernoulli's, l2_loss N(z, 1), the squared errors N(z, 1/2). For these E[ggᵀ] has a closed
-    form, and the Fisher information is the Gauss-Newton matrix of -log p.
+    sigmoid cross-entropy Bernoulli's, l2_loss N(z, 1), the squared errors N(z, 1/2). For these `loss_fisher` has E[ggᵀ]
+    and its draws, and the Fisher information is the Gauss-Newton matrix of -log p.
 
     Args:
       f: the model, (params, x) -> logits (..., K).
       loss: one of the heads above.
       params: pytree of floating-point arrays.
       x: inputs, any pytree that f takes; its arrays lead with the batch axis where `batch_size` or `key` is given.
-      labels: only their shapes are looked at: the Fisher information is the model's.
+      labels: of these only the shapes matter, and the weight of soft labels: the Fisher information is the model's.
       v: pytree of the structure and shapes of params.
       key: None for the expectation over y; a PRNG key for the mean over `num_samples` draws for each example.
       num_samples: number of draws; with few, the product is that of an unbiased estimate.
@@ -151,13 +151,13 @@ def fisher_vp(
     Reference: Amari, Natural gradient works efficiently in learning (1998); Martens, arXiv:1412.1193.
     """
     count, batch_size = _checked(f, loss, params, x, labels, batch_size)
-    likelihood, v = heads.likelihood(loss), _like(params, v)
+    v = _like(params, v)
     if key is None:
-        return _sandwich(f, (heads.fisher_product, likelihood), count, batch_size, params, (x, labels), v)
+        return _sandwich(f, (heads.fisher_product, loss), count, batch_size, params, (x, labels), v)
     if checks.integer("num_samples", num_samples) < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    data = x, jax.random.split(key, _num_examples((x, labels)))
-    return _sandwich(f, (heads.sampled_fisher_product, likelihood, num_samples), count, batch_size, params, data, v)
+    data = x, (jax.random.split(key, _num_examples((x, labels))), labels)
+    return _sandwich(f, (heads.sampled_fisher_product, loss, num_samples), count, batch_size, params, data, v)
 
 
 def empirical_fisher_vp(

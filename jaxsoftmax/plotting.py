@@ -155,7 +155,7 @@ def visualize_gradient_flow(
     for axes in (norms, values, stuck):
         axes.set_xlabel("layer n")
         axes.set_xticks(layers)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False, ncols=2)
     return figure
 
 

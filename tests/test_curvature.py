@@ -233,8 +233,10 @@ def test_products_refuse(product, changes, error, message):
 
 
 def test_fisher_refuses():
-    with pytest.raises(TypeError, match="loss must be the -log p of a distribution, one of softmax_cross_entropy_with"):
+    with pytest.raises(TypeError, match="loss must be a head with a closed form .*softmax_cross_entropy"):
         call(fisher_vp, loss=lambda z, y: jnp.sum(z, -1))
+    with pytest.raises(TypeError, match="loss must be a likelihood .*got focal_loss_with_integer_labels"):
+        call(fisher_vp, loss=js.focal_loss_with_integer_labels)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         call(fisher_vp, key=jax.random.key(0), num_samples=0)
 
