@@ -205,7 +205,7 @@ def softmax_of(z: Array, axis: int) -> Array:
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
 def log_softmax_of(z: Array, axis: int) -> Array:
     m, s = moments(z, axis)
-    return jnp.where(z == jnp.inf, 0.0, z - m) - jnp.log1p(num.one_infinity(s, m, 0))
+    return num.shift(z, m) - jnp.log1p(num.one_infinity(s, m, 0))
 
 
 def _log_softmax_fwd(z, axis):
@@ -214,12 +214,11 @@ def _log_softmax_fwd(z, axis):
 
 
 def _log_softmax_bwd(axis, logp, g):
-    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p). Either form
-    # serves where p is little above 1/2, so -0.69 > -log 2 need not match the sums, whose top class is exact.
-    p = jnp.exp(logp)
+    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p).
+    p, other = jnp.exp(logp), num.is_not_top_log(logp)
     first = num.class_sum(num.is_top_log(logp) * g, axis)
     rest = num.class_sum(num.is_not_top_log(logp) * g, axis)
-    return (jnp.where(logp > -0.69, -jnp.expm1(logp) * g - p * rest, g - p * (first + rest)),)
+    return ((other - (1 - other) * jnp.expm1(logp)) * g - p * rest - p * other * first,)
 
 
 log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)

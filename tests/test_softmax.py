@@ -171,7 +171,7 @@ def test_residuals(dtype):
     for f in (js.softmax, js.log_softmax):
         assert [r.shape for r in jax.tree.leaves(jax.vjp(f, z)[1])] == [(4, 5)]
     shapes = [r.shape for r in jax.tree.leaves(jax.vjp(lambda z: js.logsumexp(z, 1), z)[1])]
-    assert sorted(shapes) == [(4, 1), (4, 1), (4, 5)]
+    assert shapes.count((4, 5)) == 1 and set(shapes) == {(4, 1), (4, 5)}
 
 
 def test_the_rule_runs():

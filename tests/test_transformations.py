@@ -169,4 +169,5 @@ def test_batch_sharded_over_a_mesh(case):
         return pullback(jnp.cos(out))
 
     for derivative in (push, pull):
-        assert_close(jax.jit(sharded(derivative))(*args), derivative(*plain), DERIVATIVE_RTOL["float32"])
+        got, want = jax.jit(sharded(derivative))(*args), derivative(*plain)
+        assert_close(got, want, DERIVATIVE_RTOL["float32"], scale=1.0)  # third derivatives nearly cancel in the sum
