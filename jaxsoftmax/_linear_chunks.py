@@ -28,10 +28,17 @@ SATURATION = {"cpu": 512}
 SATURATION_OTHER = 8192
 SLAB_BYTES = 8 << 20
 ALIGNMENT = 8
+# So few tokens per chunk, as a part of the saturation, that four matrix products over blocks of the vocabulary take
+# less time than three over all of it.
+FEW = 0.1
+MIN_BLOCK = 128
 
 
 class Head(NamedTuple):
-    """What is static in a linear head: how logits become losses, where the vocabulary lies, how many tokens at once."""
+    """What is static in a linear head: how logits become losses, where the vocabulary lies, how much exists at once.
+
+    With `by_blocks`, which then does the work of a chunk, no more than `block` classes have logits at once.
+    """
 
     losses: Callable[[Any, Array, Any, Arrays], Array]
     rule: Callable[[Array, Any, Arrays], tuple[Array, Array, Array]] | None
@@ -39,6 +46,8 @@ class Head(NamedTuple):
     vocab_axis: int
     chunk_size: int
     statistics: Callable[[Array, Any, Arrays], Any] | None = None
+    block: int = 0
+    by_blocks: Callable[..., tuple[Array, dict[str, Array], Any]] | None = None
 
 
 class Tokens(NamedTuple):
@@ -54,13 +63,26 @@ def slab_size(features: int, vocab: int) -> int:
     return max(1, min(vocab, max(256, SLAB_BYTES // (4 * max(features, 1)))))
 
 
-def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
-    """Tokens per chunk: as many as the memory budget allows, but no more than saturate the matrix product."""
+def default_chunk(
+    num_tokens: int, features: int, vocab: int, itemsize: int = 4, whole: bool = False
+) -> tuple[int, int | None]:
+    """How many tokens and classes have logits at once, by budget and saturation; None stands for all classes.
+
+    Part of the classes only where the budget has no room for all those of a few tokens, and `whole` does not forbid it.
+    """
     backend = jax.default_backend()
     budget, saturation = BUDGET.get(backend, BUDGET_OTHER), SATURATION.get(backend, SATURATION_OTHER)
-    per_token = itemsize * (2 * vocab + 4 * features + 16)
-    fits = max(ALIGNMENT, (budget // per_token) // ALIGNMENT * ALIGNMENT)
-    return max(1, min(fits, saturation, num_tokens))
+    most = max(1, min(saturation, num_tokens))
+    fits = budget // (itemsize * (2 * vocab + 4 * features + 16))
+    if whole or fits >= min(FEW * saturation, most):
+        return min(most, fits // ALIGNMENT * ALIGNMENT or max(1, fits)), None
+    columns = (budget // itemsize - 3 * most * features) // (3 * (most + features))
+    return most, equal_blocks(vocab, max(MIN_BLOCK, columns))
+
+
+def equal_blocks(vocab: int, most: int) -> int:
+    """Classes per block, at most `most`, so that few are left over: what is left has buffers of its own."""
+    return vocab // -(-vocab // max(1, most))
 
 
 def wide_dtype(theta: Arrays) -> jnp.dtype:
@@ -68,7 +90,7 @@ def wide_dtype(theta: Arrays) -> jnp.dtype:
 
 
 def stream(
-    head: Head, rows: tuple[str, ...], theta: Arrays, direction: Arrays | None, tokens: Tokens
+    head: Head, rows: tuple[str, ...], theta: Arrays, direction: Arrays | None, tokens: Tokens, skip: bool
 ) -> tuple[Array, dict[str, Array], Any]:
     """One pass over the tokens.
 
@@ -78,6 +100,7 @@ def stream(
       theta: the arguments by name: x (N, D), weights, token_weights (N,), and where given bias (V,) and options.
       direction: None for the gradient itself, or the direction of its derivative, by name; a missing name means zero.
       tokens: what is not differentiated.
+      skip: whether to leave out tokens of weight 0; only where nothing differentiates the weights.
 
     Returns:
       The losses (N,), 0 for skipped tokens, or their derivative; the rows by name, in the dtypes of `theta`;
@@ -87,16 +110,17 @@ def stream(
     num_tokens = x.shape[0]
     chunk = chunk_of(head, direction is not None, num_tokens)
     moving = {} if direction is None else dict(direction)
-    skip = "token_weights" not in rows and "token_weights" not in moving
     order, count = _order(theta["token_weights"], tokens.valid, skip, chunk)
     out = {name: jnp.zeros(theta[name].shape, wide) for name in rows if name != "token_weights"}
     block = lambda index: _take(theta, moving, tokens, index, wide)
     statistics = _empty_statistics(head, block, chunk, num_tokens, theta, wide)
 
+    work = _chunk if head.by_blocks is None else head.by_blocks
+
     def step(carry):
         i, losses, out, statistics = carry
         index = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-        here, out, facts = _chunk(head, rows, theta, moving, direction is None, block(index), out, index)
+        here, out, facts = work(head, rows, theta, moving, direction is None, block(index), out, index)
         put = lambda whole, part: whole.at[index].set(part, mode="drop")
         return i + 1, put(losses, here), out, jax.tree.map(put, statistics, facts)
 
@@ -109,7 +133,7 @@ def stream(
 
 def chunk_of(head: Head, differentiated: bool, num_tokens: int) -> int:
     """Tokens per chunk; fewer where the derivative of the gradient needs more arrays of a chunk's logits."""
-    size = max(1, head.chunk_size // 3) if differentiated else head.chunk_size
+    size = max(1, head.chunk_size // 3) if differentiated and head.by_blocks is None else head.chunk_size
     return max(1, min(size, num_tokens))
 
 
@@ -262,7 +286,7 @@ def times(a: Array, weights: Array, contract: int, vocab_axis: int) -> Array:
         return out + product if over_vocab else lax.dynamic_update_slice_in_dim(out, product, start, 1)
 
     start = jnp.zeros((a.shape[0], features if over_vocab else vocab), a.dtype)
-    return _over_slabs(vocab, slab_size(features, vocab), step, start)
+    return over_slabs(vocab, slab_size(features, vocab), step, start)
 
 
 def _add_products(total: Array, pairs: list[tuple[Array, Array]], axis: int) -> Array:
@@ -277,10 +301,10 @@ def _add_products(total: Array, pairs: list[tuple[Array, Array]], axis: int) -> 
             slab = slab + lax.dot_general(left, right, (((0,), (0,)), ((), ())))
         return lax.dynamic_update_slice_in_dim(total, slab, start, axis)
 
-    return _over_slabs(vocab, slab_size(features, vocab), step, total)
+    return over_slabs(vocab, slab_size(features, vocab), step, total)
 
 
-def _over_slabs(vocab: int, size: int, step: Callable, carry):
+def over_slabs(vocab: int, size: int, step: Callable, carry):
     """step(start, size, carry) over whole slabs, then over what is left."""
     whole = vocab // size
     if whole == 1 and vocab == size:

@@ -21,7 +21,7 @@ from jaxsoftmax._linear_chunks import Head, Tokens
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sum(head: Head, theta, tokens: Tokens):
     """F = Σ a_i l_i, and the statistics. Its tangent is <grad F, t>, so that reverse mode only scales grad F."""
-    losses, _, statistics = chunks.stream(head, (), theta, None, tokens)
+    losses, _, statistics = chunks.stream(head, (), theta, None, tokens, skip=True)
     return jnp.sum(theta["token_weights"] * losses), statistics
 
 
@@ -36,7 +36,8 @@ def _weighted_sum_jvp(head, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
     """F, the rows of its gradient by name, and the statistics."""
-    losses, gradient, statistics = chunks.stream(head, rows, theta, None, tokens)
+    skip = "token_weights" not in rows
+    losses, gradient, statistics = chunks.stream(head, rows, theta, None, tokens, skip)
     return jnp.sum(theta["token_weights"] * losses), gradient, statistics
 
 
@@ -58,6 +59,7 @@ def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens:
     symmetric. `lax.custom_linear_solve` lets a map bring its transpose, batches, and differentiates in what the map
     depends on. The symmetric system (y - Mᵀw, v, w, u - Mv) = (0, t, 0, 0) has the solution v = t, u = M t, w = y = 0.
     """
+    head = head._replace(statistics=None)
     *fixed, last = directions
     columns = tuple(last)
 
@@ -126,12 +128,13 @@ def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
         theta = {**theta, **weightings[0]}
         found = tuple(name for name in rows if name != "token_weights")
         return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
+    skip = not any("token_weights" in names for names in (rows, *directions))
     if not directions:
-        return chunks.stream(head, rows, theta, None, tokens)[1]
+        return chunks.stream(head, rows, theta, None, tokens, skip)[1]
 
     def along(directions, theta):
         if len(directions) == 1:
-            return chunks.stream(head, rows, theta, directions[0], tokens)[1]
+            return chunks.stream(head, rows, theta, directions[0], tokens, skip)[1]
         *before, t = directions
         moving = {name: theta[name] for name in t}
         return jax.jvp(lambda moving: along(before, {**theta, **moving}), (moving,), (t,))[1]

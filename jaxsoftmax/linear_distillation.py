@@ -82,7 +82,7 @@ def linear_softmax_kl_divergence(
         shared["bias"] = checks.as_loss_float("target_bias", target_bias)
         checks.same_shape("target_bias", shared["bias"], "the classes", (vocab,))
     tokens = jax.tree.map(lax.stop_gradient, Tokens(target_x.reshape(-1, features), None, shared))
-    head = Head(_token_divergences, None, None, axis, chosen_chunk(chunk_size, theta, axis))
+    head = Head(_token_divergences, None, None, axis, chosen_chunk(chunk_size, theta, axis, whole=True)[0])
     return reduced(head, theta, tokens, reduction, shape, theta["token_weights"])[0]
 
 

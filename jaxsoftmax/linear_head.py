@@ -9,11 +9,11 @@ derivative again, so both modes and all orders stream.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -22,37 +22,10 @@ from jaxsoftmax import _linear_chunks as chunks
 from jaxsoftmax import _numerics as num
 from jaxsoftmax._linear_chunks import Head, Tokens
 from jaxsoftmax._linear_derivatives import value_and_gradient, weighted_sum
-from jaxsoftmax.losses.cross_entropy import softmax_cross_entropy_with_integer_labels
-from jaxsoftmax.losses.elementary import tanh
+from jaxsoftmax._linear_losses import TokenStatistics, label_rule, label_rule_along, token_losses, token_statistics
+from jaxsoftmax._linear_vocabulary import chunk_by_blocks
 
 REDUCTIONS = ("none", "sum", "mean")
-
-
-class TokenStatistics(NamedTuple):
-    """What one pass over the logits tells about each token, beside its loss; 0 for tokens that do not count.
-
-    Attributes:
-      logsumexp: log Σ exp(z), float.
-      prediction: the most probable token, int32.
-      probability: its probability, float.
-      correct: whether it is the label, boolean.
-      entropy: -Σ p log p in nats, float.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsoftmax
-      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
-      >>> _, statistics = jaxsoftmax.linear_softmax_cross_entropy_with_statistics(x, jnp.array([2]), weights)
-      >>> print(statistics.prediction, statistics.correct)
-      [1] [False]
-
-    Reference: MATHEMATICS.md section 6.
-    """
-
-    logsumexp: Array
-    prediction: Array
-    probability: Array
-    correct: Array
-    entropy: Array
 
 
 def linear_softmax_cross_entropy_loss(
@@ -168,7 +141,9 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
 
     The budget of temporary memory is 64 MiB on CPU and 2 GiB elsewhere. A chunk of C tokens takes the time of its
     6 C D V operations plus that of passing once over the (D, V) accumulator, 6 N D V / F (1 + κ F / (6 BW C)) in all,
-    so beyond a saturation (512 tokens on CPU, 8192 elsewhere) a larger chunk gains nothing.
+    so beyond a saturation (512 tokens on CPU, 8192 elsewhere) a larger chunk gains nothing. Where the budget holds the
+    logits of only a few tokens, the number saturates all the same and the vocabulary is streamed in blocks that fit:
+    the same result in every mode and order, for a fourth matrix product.
 
     Args:
       num_tokens: N.
@@ -186,7 +161,7 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
 
     Reference: MATHEMATICS.md section 6.
     """
-    return chunks.default_chunk_size(num_tokens, features, vocab, itemsize)
+    return chunks.default_chunk(num_tokens, features, vocab, itemsize)[0]
 
 
 def predict_temp_bytes(
@@ -195,7 +170,8 @@ def predict_temp_bytes(
     """Peak temporary bytes of value and gradient, beside arguments and gradients: two arrays of a chunk's logits.
 
     itemsize (max(2 C V, C V + S (C + D)) + 3 C D), with slabs of S < V columns of the weights, for x and weights of one
-    dtype of at least 32 bits, without softcap, smoothing and z-loss.
+    dtype of at least 32 bits, without softcap, smoothing and z-loss; itemsize (B (3 C + 1.5 D) + 3 C D) where the
+    vocabulary is streamed in blocks of B classes.
 
     Args:
       num_tokens: N.
@@ -215,8 +191,10 @@ def predict_temp_bytes(
 
     Reference: MATHEMATICS.md section 6.
     """
-    chunk = chunk_size or default_chunk_size(num_tokens, features, vocab, itemsize)
+    chunk, block = (chunk_size, None) if chunk_size else chunks.default_chunk(num_tokens, features, vocab, itemsize)
     chunk, slab = min(chunk, num_tokens), chunks.slab_size(features, vocab)
+    if block is not None:
+        return itemsize * (block * (6 * chunk + 3 * features) // 2 + 3 * chunk * features)
     logits = chunk * vocab
     update = slab * (features + (chunk if slab < vocab else 0))  # a slab of xᵀG, and the copy of its part of G
     return itemsize * (max(2 * logits, logits + update) + 3 * chunk * features)
@@ -252,15 +230,15 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
     return theta, shape, axis
 
 
-def chosen_chunk(chunk_size: int | None, theta: dict[str, Array], axis: int) -> int:
+def chosen_chunk(chunk_size: int | None, theta: dict[str, Array], axis: int, whole=False) -> tuple[int, int | None]:
+    """Tokens, and classes if not all, whose logits exist at once."""
     if chunk_size is not None:
         if checks.integer("chunk_size", chunk_size) < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        return checks.integer("chunk_size", chunk_size)
+        return checks.integer("chunk_size", chunk_size), None
     num_tokens, features = theta["x"].shape
-    return chunks.default_chunk_size(
-        num_tokens, features, theta["weights"].shape[axis], chunks.wide_dtype(theta).itemsize
-    )
+    vocab, itemsize = theta["weights"].shape[axis], chunks.wide_dtype(theta).itemsize
+    return chunks.default_chunk(num_tokens, features, vocab, itemsize, whole)
 
 
 def checked_reduction(reduction: str) -> str:
@@ -299,9 +277,11 @@ def _prepare(
         valid = labels != jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
         known, counted = jnp.where(valid, known, 0), jnp.where(valid, counted, 0.0)
     plain = theta.keys() <= {"x", "weights", "bias", "token_weights", "class_weights"}
-    rules = (_label_rule, _label_rule_along) if plain else (None, None)
-    chunk = chosen_chunk(chunk_size, theta, axis)
-    head = Head(_token_losses, *rules, axis, chunk, _statistics if statistics else None)
+    rules = (label_rule, label_rule_along) if plain else (None, None)
+    chunk, block = chosen_chunk(chunk_size, theta, axis)
+    head = Head(token_losses, *rules, axis, chunk, token_statistics if statistics else None)
+    if block is not None:
+        head = head._replace(block=block, by_blocks=chunk_by_blocks)
     return head, theta, Tokens(known, valid), checked_reduction(reduction), shape, counted
 
 
@@ -323,90 +303,3 @@ def reduced(head: Head, theta, tokens: Tokens, reduction: str, shape: tuple[int,
             total = jnp.sum(counted)
             out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
     return out, jax.tree.map(lambda s: s.reshape(shape), statistics)
-
-
-# Logits of a chunk (C, V) to losses (C,). Constants are the labels and what the tokens share.
-
-
-def _capped(z: Array, options) -> Array:
-    return options["logit_softcap"] * tanh(z / options["logit_softcap"]) if "logit_softcap" in options else z
-
-
-def _token_losses(head: Head, z: Array, constants, options) -> Array:
-    plain = {name: value for name, value in options.items() if name != "logit_softcap"}
-    return softmax_cross_entropy_with_integer_labels(_capped(z, options), constants[0], **plain)
-
-
-class _LabelSums(NamedTuple):
-    """Per row, of shape (C, 1), but for `others`: exp(z - m), 0 at the label."""
-
-    others: Array
-    at_label: Array  # exp(z_label - m)
-    rest: Array  # Σ others
-    total: Array
-    gap: Array  # z_label - m
-    weight: Array  # the label's class weight
-    place: tuple[Array, Array]  # of the labels in (C, V)
-
-    def with_label(self, x: Array, value: Array) -> Array:
-        return x.at[self.place].set(value[:, 0], mode="drop")
-
-
-def _label_sums(z: Array, constants, options) -> _LabelSums:
-    labels = constants[0][:, None]
-    index = jnp.arange(z.shape[0]), jnp.where(labels < 0, z.shape[1], labels)[:, 0]  # out of range: dropped
-    z_label = num.take_class(z, labels, 1)
-    m = lax.stop_gradient(num.class_max(z, 1))
-    gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
-    others = jnp.exp(num.shift(z, m)).at[index].set(0.0, mode="drop")
-    rest = num.class_sum(others, 1)
-    weight = jnp.ones_like(m)
-    if "class_weights" in options:
-        weights = options["class_weights"][jnp.maximum(labels, 0)]
-        weight = jnp.where(labels < 0, jnp.nan, weights)
-    return _LabelSums(others, jnp.exp(gap), rest, num.one_infinity(rest + jnp.exp(gap), m, 1), gap, weight, index)
-
-
-def _label_rule(z: Array, constants, options) -> tuple[Array, Array, Array]:
-    """Losses, E and s (C, 1) with ∂l/∂z = s E: E_k = exp(z_k - m), E_label = -Σ of the others.
-
-    E takes the place of the logits; the factor s is left to the smaller side of the matrix products.
-    """
-    sums = _label_sums(z, constants, options)
-    gap, rest, total = sums.gap, sums.rest, sums.total
-    losses = jnp.where(gap > -1, jnp.log1p(rest / sums.at_label), jnp.log(total) - gap)
-    return (losses * sums.weight)[:, 0], sums.with_label(sums.others, -rest), sums.weight / total
-
-
-def _label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Array, Array]:
-    """l̇ = <p, ż> - ż_label, G = a ∂l/∂z and Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z.
-
-    ż is measured from its value r at the class with p > 1/2, the label or another, so that nothing cancels there.
-    """
-    sums = _label_sums(z, constants, options)
-    s = sums.weight / sums.total
-    gradient = s * sums.with_label(sums.others, -sums.rest)
-    if dz is None:
-        losses, moved = jnp.zeros(z.shape[0], z.dtype), jnp.zeros_like(z)
-    else:
-        q, at_label = sums.others / sums.total, sums.at_label / sums.total
-        dz_label = num.take_class(dz, constants[0][:, None], 1)
-        label_on_top = lax.stop_gradient(num.is_top(at_label))
-        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(q) * dz, 1)
-        mean = num.class_sum(num.below_half(q) * (dz - r), 1) + (1 - label_on_top) * at_label * (dz_label - r)
-        losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
-        moved = sums.weight * sums.with_label(q * ((dz - r) - mean), at_label * ((dz_label - r) - mean))
-    moved = a[:, None] * moved
-    return losses, a[:, None] * gradient, moved if da is None else moved + da[:, None] * gradient
-
-
-def _statistics(z: Array, constants, options) -> TokenStatistics:
-    u = _capped(z, options)
-    m = num.class_max(u, 1)
-    prediction = jnp.argmax(u, 1).astype(jnp.int32)
-    e = jnp.exp(u - m)
-    total = num.class_sum(e, 1)
-    entropy = jnp.log(total) - num.class_sum(e * jnp.maximum(u - m, -num.largest(u.dtype)), 1) / total
-    return TokenStatistics(
-        (m + jnp.log(total))[:, 0], prediction, (1 / total)[:, 0], prediction == constants[0], entropy[:, 0]
-    )

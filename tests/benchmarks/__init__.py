@@ -1,4 +1,4 @@
-"""Side-by-side timings with peers: `python -m tests.benchmarks.run NAME... [--json FILE]`.
+"""Side-by-side timings with peers: `python -m tests.benchmarks.run NAME... [--gpu-sizes] [--json FILE]`.
 
 A benchmark is a generator of rows, in a module `bench_*.py` of this folder:
 
@@ -24,15 +24,17 @@ class Row(NamedTuple):
 
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {}
+GPU_SIZES: dict[str, Callable[[], Iterator[Row]]] = {}  # what `--gpu-sizes` adds to the benchmark of the same name
 
 
-def benchmark(name: str):
+def benchmark(name: str, gpu_sizes: bool = False):
     """Register a generator of rows under `name`."""
+    registry = GPU_SIZES if gpu_sizes else BENCHMARKS
 
     def register(rows: Callable[[], Iterator[Row]]) -> Callable[[], Iterator[Row]]:
-        if name in BENCHMARKS:
-            raise ValueError(f"benchmark name {name!r} is taken by {BENCHMARKS[name].__module__}: choose another")
-        BENCHMARKS[name] = rows
+        if name in registry:
+            raise ValueError(f"benchmark name {name!r} is taken by {registry[name].__module__}: choose another")
+        registry[name] = rows
         return rows
 
     return register

@@ -1,7 +1,8 @@
-"""`python -m tests.benchmarks.run NAME... [--json FILE]`: a table of times and ratios, and the same as JSON."""
+"""`python -m tests.benchmarks.run NAME... [--gpu-sizes] [--json FILE]`: times and ratios, as a table and as JSON."""
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import optax
 
-from tests.benchmarks import BENCHMARKS, Row
+from tests.benchmarks import BENCHMARKS, GPU_SIZES, Row
 
 COLUMNS = f"{'name':52} {'size':>12} {'ours ms':>10} {'theirs ms':>10} {'ratio':>6} {'goal':>5}"
 
@@ -41,11 +42,13 @@ def main() -> None:
     names = [*BENCHMARKS, "all"]
     parser.add_argument("names", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--gpu-sizes", action="store_true", help="also sizes that need the memory of a large GPU")
     options = parser.parse_args()
     record: dict = {**environment(), "rows": []}
     print("  ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), COLUMNS, sep="\n", flush=True)
     for name in BENCHMARKS if "all" in options.names else dict.fromkeys(options.names):
-        for row in BENCHMARKS[name]():
+        more = GPU_SIZES[name]() if options.gpu_sizes and name in GPU_SIZES else ()
+        for row in itertools.chain(BENCHMARKS[name](), more):
             print(line(row), flush=True)
             record["rows"].append({"benchmark": name, **row._asdict()})
             if options.json:  # after every row: an interrupted run keeps what it has measured

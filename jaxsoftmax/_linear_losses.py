@@ -1,0 +1,125 @@
+"""What a chunk of logits (C, V) tells of its tokens: losses (C,), their derivatives, statistics.
+
+Constants are the labels and what the tokens share; options are arrays by name.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax import _numerics as num
+from jaxsoftmax._linear_chunks import Head
+from jaxsoftmax.losses.cross_entropy import softmax_cross_entropy_with_integer_labels
+from jaxsoftmax.losses.elementary import tanh
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits tells about each token, beside its loss; 0 for tokens that do not count.
+
+    Attributes:
+      logsumexp: log Σ exp(z), float.
+      prediction: the most probable token, int32.
+      probability: its probability, float.
+      correct: whether it is the label, boolean.
+      entropy: -Σ p log p in nats, float.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> _, statistics = jaxsoftmax.linear_softmax_cross_entropy_with_statistics(x, jnp.array([2]), weights)
+      >>> print(statistics.prediction, statistics.correct)
+      [1] [False]
+
+    Reference: MATHEMATICS.md section 6.
+    """
+
+    logsumexp: Array
+    prediction: Array
+    probability: Array
+    correct: Array
+    entropy: Array
+
+
+def capped(z: Array, options) -> Array:
+    return options["logit_softcap"] * tanh(z / options["logit_softcap"]) if "logit_softcap" in options else z
+
+
+def token_losses(head: Head, z: Array, constants, options) -> Array:
+    plain = {name: value for name, value in options.items() if name != "logit_softcap"}
+    return softmax_cross_entropy_with_integer_labels(capped(z, options), constants[0], **plain)
+
+
+class LabelSums(NamedTuple):
+    """Per row, of shape (C, 1), but for `others`: exp(z - m), 0 at the label."""
+
+    others: Array
+    at_label: Array  # exp(z_label - m)
+    rest: Array  # Σ others
+    total: Array
+    gap: Array  # z_label - m
+    weight: Array  # the label's class weight
+    place: tuple[Array, Array]  # of the labels in (C, V)
+
+    def with_label(self, x: Array, value: Array) -> Array:
+        return x.at[self.place].set(value[:, 0], mode="drop")
+
+
+def label_sums(z: Array, constants, options) -> LabelSums:
+    labels = constants[0][:, None]
+    index = jnp.arange(z.shape[0]), jnp.where(labels < 0, z.shape[1], labels)[:, 0]  # out of range: dropped
+    z_label = num.take_class(z, labels, 1)
+    m = lax.stop_gradient(num.class_max(z, 1))
+    gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
+    others = jnp.exp(num.shift(z, m)).at[index].set(0.0, mode="drop")
+    rest = num.class_sum(others, 1)
+    weight = jnp.ones_like(m)
+    if "class_weights" in options:
+        weights = options["class_weights"][jnp.maximum(labels, 0)]
+        weight = jnp.where(labels < 0, jnp.nan, weights)
+    return LabelSums(others, jnp.exp(gap), rest, num.one_infinity(rest + jnp.exp(gap), m, 1), gap, weight, index)
+
+
+def label_rule(z: Array, constants, options) -> tuple[Array, Array, Array]:
+    """Losses, E and s (C, 1) with ∂l/∂z = s E: E_k = exp(z_k - m), E_label = -Σ of the others.
+
+    E takes the place of the logits; the factor s is left to the smaller side of the matrix products.
+    """
+    sums = label_sums(z, constants, options)
+    gap, rest, total = sums.gap, sums.rest, sums.total
+    losses = jnp.where(gap > -1, jnp.log1p(rest / sums.at_label), jnp.log(total) - gap)
+    return (losses * sums.weight)[:, 0], sums.with_label(sums.others, -rest), sums.weight / total
+
+
+def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Array, Array]:
+    """l̇ = <p, ż> - ż_label, G = a ∂l/∂z and Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z.
+
+    ż is measured from its value r at the class with p > 1/2, the label or another, so that nothing cancels there.
+    """
+    sums = label_sums(z, constants, options)
+    s = sums.weight / sums.total
+    gradient = s * sums.with_label(sums.others, -sums.rest)
+    if dz is None:
+        losses, moved = jnp.zeros(z.shape[0], z.dtype), jnp.zeros_like(z)
+    else:
+        q, at_label = sums.others / sums.total, sums.at_label / sums.total
+        dz_label = num.take_class(dz, constants[0][:, None], 1)
+        label_on_top = lax.stop_gradient(num.is_top(at_label))
+        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(q) * dz, 1)
+        mean = num.class_sum(num.below_half(q) * (dz - r), 1) + (1 - label_on_top) * at_label * (dz_label - r)
+        losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
+        moved = sums.weight * sums.with_label(q * ((dz - r) - mean), at_label * ((dz_label - r) - mean))
+    moved = a[:, None] * moved
+    return losses, a[:, None] * gradient, moved if da is None else moved + da[:, None] * gradient
+
+
+def token_statistics(z: Array, constants, options) -> TokenStatistics:
+    u = capped(z, options)
+    m = num.class_max(u, 1)
+    prediction = jnp.argmax(u, 1).astype(jnp.int32)
+    e = jnp.exp(num.shift(u, m))
+    total = num.class_sum(e, 1)
+    entropy = jnp.log(total) - num.class_sum(e * jnp.maximum(num.shift(u, m), -num.largest(u.dtype)), 1) / total
+    return TokenStatistics(
+        (m + jnp.log(total))[:, 0], prediction, (1 / total)[:, 0], prediction == constants[0], entropy[:, 0]
+    )
