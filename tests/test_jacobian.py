@@ -266,7 +266,7 @@ def test_from_probs_is_from_logits(case):
 def test_dense_derivatives_are_autodiffs(x64):
     for z in (logits((4,)), logits((2, 3), gap=6.0), logits((3, 1))):
         z = jnp.asarray(z)
-        batch = jax.vmap if z.ndim > 1 else lambda f: f
+        batch = (lambda f: jax.jit(jax.vmap(f))) if z.ndim > 1 else jax.jit
         second = batch(jax.jacfwd(jax.jacrev(jax.nn.softmax)))(z)
         third = batch(jax.jacfwd(jax.jacfwd(jax.jacrev(jax.nn.softmax))))(z)
         assert_close(softmax_jacobian(z), batch(jax.jacrev(jax.nn.softmax))(z), rtol=1e-15, scale=1.0)
@@ -394,7 +394,7 @@ def test_a_pytree_through_scan_and_grad():
 
 def test_the_derivative_in_the_order_of_entmax(x64):
     z, v = jnp.asarray(logits((4,))), jnp.asarray(logits((4,), seed=2))
-    f = lambda alpha: SoftmaxJacobian.from_logits(z, alpha=alpha).solve(v, 0.1)
+    f = jax.jit(lambda alpha: SoftmaxJacobian.from_logits(z, alpha=alpha).solve(v, 0.1))
     check_grads(f, (jnp.asarray(1.4),), order=2, modes=("fwd", "rev"))
     p = entmax(z, 1.4)
     g = lambda p, alpha: SoftmaxJacobian.from_probs(p, alpha).mv(v)
