@@ -129,7 +129,7 @@ def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) ->
     """A real scalar in [low, high]; a traced value passes, since it cannot be looked at."""
     if isinstance(value, Tracer):
         return value
-    if np.ndim(value) != 0 or not np.isrealobj(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+    if np.ndim(value) != 0 or not np.isrealobj(value) or not jnp.issubdtype(np.asarray(value).dtype, np.number):
         raise TypeError(f"{name} must be a real number, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")

@@ -279,7 +279,7 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
     d = finite(num.shift(z, m))
     infinite = num.class_sum((z == jnp.inf).astype(z.dtype), axis)
     valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (infinite < 2)
-    start = jnp.where(valid, 1.0, jnp.nan)
+    start = jnp.where(valid, 1.0, jnp.nan).astype(z.dtype)
     p = _from_top(d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
         above = alpha > 2

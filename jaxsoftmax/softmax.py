@@ -205,7 +205,8 @@ def softmax_of(z: Array, axis: int) -> Array:
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
 def log_softmax_of(z: Array, axis: int) -> Array:
     m, s = moments(z, axis)
-    return num.shift(z, m) - jnp.log1p(num.one_infinity(s, m, 0))
+    far = jnp.where(m == jnp.inf, 4.0, jnp.ones_like(m))  # beside +inf everything finite is -inf, not just very small
+    return num.shift(z, m) * far - jnp.log1p(num.one_infinity(s, m, 0))
 
 
 def _log_softmax_fwd(z, axis):

@@ -36,6 +36,25 @@ Every head takes transformed logits: `softcap_logits(z, c)` = c tanh(z/c) has gr
 which 0/0 is 0, has torch's reductions. `loss_ggn` and `loss_fisher` are the Gauss-Newton part of the Hessian and the
 Fisher matrix, with a factor and with targets drawn from the model; `natural_gradient_norm` is gᵀJ⁺g = exp(L) - 1.
 
+Special values, the same in value, forward and reverse mode and at second order, in every dtype:
+
+| logits or label | p | log p | logsumexp | loss | its gradient |
+|---|---|---|---|---|---|
+| a logit of -inf, label elsewhere | 0 there | -inf there | without it | without it | 0 there |
+| a label on it, hard or soft | | | | +inf | not NaN |
+| one logit of +inf, label on it | one-hot | 0 there, else -inf | +inf | 0 | 0 |
+| one logit of +inf, label elsewhere | | | | +inf | not NaN |
+| several of +inf | NaN | NaN | +inf | NaN | NaN |
+| all -inf | NaN | NaN | -inf | NaN | NaN |
+| NaN | NaN in its slice | NaN in its slice | NaN | NaN | NaN in its slice |
+| where=False, whatever stands there | 0 there | -inf there | without it | without it | 0 there |
+| a label on it | | | | +inf | not NaN |
+| all masked | 0 | -inf | -inf | 0 | 0 |
+| an integer label outside [0, K) | | | | NaN | NaN |
+| ignored (`ignore_index`), or an example masked | | | | 0 | 0 |
+| K = 1 | 1 | 0 | the logit | 0 | 0 |
+| K = 0 | empty | empty | -inf | NaN for a hard label, else 0 | empty |
+
 The functions that optax has too pass optax's own tests in the place of its own. They differ on purpose where optax
 gives NaN and there is a number:
 

@@ -170,7 +170,7 @@ log_miss.defvjp(_log_miss_fwd, _log_miss_bwd)
 @custom_vjp
 def _share(x: Array, y: Array) -> Array:
     """(1 - y) σ(x) / u = σ(x - logit y)."""
-    return sigmoid(x - (jnp.log(y) - jnp.log1p(-y)))
+    return sigmoid(x - (jnp.log(y) - jnp.log(1 - y)))
 
 
 def _share_bwd(residuals, ct):

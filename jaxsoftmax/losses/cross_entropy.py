@@ -182,13 +182,14 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
     (logits, mask), axis = num.one_axis(axes, logits, mask)
     z = num.present(logits, mask, (axis,))
     labels = jnp.expand_dims(num.class_labels(labels, z.shape[axis]), axis)
-    loss = label_loss(z, labels, axis)
+    wide = num.widen(z)[0]
+    # Two terms in the logits: their gradients are added before the one rounding.
+    loss = label_loss(z if smooth is None and penalty is None else wide, labels, axis)
     if class_weights is not None:
         weights = jnp.expand_dims(class_weights.astype(loss.dtype), [i for i in range(z.ndim) if i != axis])
         loss = loss * num.take_class(jnp.broadcast_to(weights, z.shape), labels, axis)
     else:
         weights = jnp.ones([1] * z.ndim, loss.dtype)
-    wide = num.widen(z)[0]
     if smooth is not None:
         exists = lax.stop_gradient(wide) > -jnp.inf
         count = num.class_sum(exists.astype(loss.dtype), axis)

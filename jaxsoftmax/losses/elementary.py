@@ -36,15 +36,24 @@ def tanh(x: Array) -> Array:
     return jnp.tanh(x)
 
 
-tanh.defvjp(lambda x: (tanh(x), x), lambda x, ct: (4 * ct * sigmoid(2 * x) * sigmoid(-2 * x),))
+tanh.defvjp(lambda x: (tanh(x), x), lambda x, ct: (ct * sech_squared(x),))
+
+
+@custom_vjp
+def sech_squared(x: Array) -> Array:
+    """1 - tanh²."""
+    return 4 * sigmoid(2 * x) * sigmoid(-2 * x)
+
+
+sech_squared.defvjp(lambda x: (sech_squared(x), x), lambda x, ct: (-2 * ct * tanh(x) * sech_squared(x),))
 
 
 @custom_vjp
 def log_cosh(x: Array) -> Array:
     """log cosh x: log1p(2 sinh²(x/2)) near 0, where |x| - log 2 + … would cancel."""
     size = jnp.abs(x)
-    near = jnp.log1p(2 * jnp.sinh(jnp.minimum(size, 1) / 2) ** 2)
-    return jnp.where(size < 1, near, size - num.LOG2 + jnp.log1p(jnp.exp(-2 * size)))
+    near = jnp.log1p(2 * jnp.sinh(jnp.minimum(size, 3) / 2) ** 2)
+    return jnp.where(size < 3, near, size - num.LOG2 + jnp.log1p(jnp.exp(-2 * size)))
 
 
 log_cosh.defvjp(lambda x: (log_cosh(x), x), lambda x, ct: (ct * tanh(x),))
@@ -80,8 +89,10 @@ def exp_remainder(x: Array) -> Array:
 
 @custom_vjp
 def log_double_sigmoid(x: Array) -> Array:
-    """log(2 σ(x)), which is 0 at 0."""
-    return jnp.where(x > -1, -jnp.log1p(jnp.expm1(-jnp.maximum(x, -1)) / 2), x + num.LOG2 - jnp.log1p(jnp.exp(x)))
+    """log(2 σ(x)) = log(1 + tanh(x/2)), which is 0 at 0."""
+    # No log1p of a negative number: in float64 older XLA gets it wrong by 100 eps.
+    near = jnp.where(x > 0, jnp.log1p(jnp.tanh(jnp.maximum(x, 0) / 2)), -jnp.log1p(jnp.expm1(jnp.clip(-x, 0, 1)) / 2))
+    return jnp.where(x > -1, near, x + num.LOG2 - jnp.log1p(jnp.exp(jnp.minimum(x, 0))))
 
 
 log_double_sigmoid.defvjp(lambda x: (log_double_sigmoid(x), x), lambda x, ct: (ct * sigmoid(-x),))

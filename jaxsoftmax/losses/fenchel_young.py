@@ -174,6 +174,8 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
         on_absent = jnp.where(jnp.any(~mask & (y > 0), axis, keepdims=True), jnp.inf, 0.0)
         y = jnp.where(mask, y, 0.0)
     loss = fenchel_young(z, typed_like(z, y), alpha, p, axis, indices) + on_absent
+    if indices:
+        loss = loss * (1 + 0 * num.class_max(y, axis))  # NaN at every order for a label that is no class
     return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
 
 

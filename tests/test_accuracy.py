@@ -1,0 +1,154 @@
+"""The goals of accuracy, for every public function, on the small regimes of tests/accuracy.py.
+
+2 eps (1 + κ) for values and gradients of float32, 20 eps |J||v| for products, 100 at gaps beyond 80; the value of a
+loss of half-precision logits is as good as of float32, and what is half precision is within a unit of its last place.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as js
+from tests.accuracy import FUNCTIONS, errors
+from tests.helpers import CASES, MASK, Z
+
+GOAL = {"value": 2, "vjp": 2, "jvp": 20, "hvp": 20}
+HALF = ("bfloat16", "float16")
+
+# (function, quantity) -> the goal that is reached, where it is another, and why.
+OTHERS = {
+    # p_c^γ: its exponent is γ times as large, and so is the error that the rounding of the gap leaves.
+    ("focal", "hvp"): 60,
+    ("sigmoid_focal", "hvp"): 60,
+    ("sigmoid_focal", "value"): 4,
+    ("sigmoid_focal", "vjp"): 4,
+    # A second derivative of size sech²(z/c), z/c up to 333: κ is 2z/c.
+    ("softcap_logits", "hvp"): 400,
+    # x - z is that of four numbers, each of which was rounded when the logits were shifted.
+    ("softmax_kl", "vjp"): 4,
+    # tanh is good to 2 eps only, and loses half of its digits' worth of two more to log cosh.
+    ("jensen_shannon", "value"): 4,
+}
+
+
+def goal(name: str, quantity: str, regime: str, dtype: str) -> float:
+    function = FUNCTIONS[name]
+    if regime == "gap to 100":
+        return 100
+    rounded = quantity == "vjp" or not function.loss and not name.startswith("J.")  # operators compute in float32
+    if dtype in HALF and rounded:
+        return 1
+    # The derivatives of a map, and what a method of the operator returns, are products.
+    product = function.product or not function.loss and quantity == "vjp" or function.order == 0
+    return OTHERS.get((name, quantity), 20 if product else GOAL[quantity])
+
+
+def missed(name: str, **run) -> dict:
+    found = errors(name, quick=True, **run)
+    assert found and all(np.isfinite(units) for units in found.values())
+    return {k: u for k, u in found.items() if u > goal(name, *k, run.get("dtype", "float32"))}
+
+
+over_functions = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@over_functions
+def test_float32(name):
+    assert not missed(name, num_classes=5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "label_cross_entropy", "focal", "softmax_kl", "jensen_shannon"])
+def test_two_classes(name):
+    assert not missed(name, num_classes=2)
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "cross_entropy", "J.mv", "softmax_kl", "sigmoid_focal"])
+def test_float64(name):
+    assert not missed(name, num_classes=5, dtype="float64")
+
+
+@pytest.mark.parametrize("name", [n for n, f in FUNCTIONS.items() if not f.product])
+def test_bfloat16(name):
+    assert not missed(name, num_classes=5, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "label_cross_entropy(options)", "poly", "sigmoid_focal"])
+def test_float16(name):
+    assert not missed(name, num_classes=5, dtype="float16")
+
+
+def test_the_harness_sees_what_others_lose():
+    """The plain formula of cross-entropy returns 0 at a gap of 20: an error of 1/eps."""
+    found = errors("label_cross_entropy", num_classes=5, peer="jax.nn", quick=True)
+    assert found["value", "gap to 60"] > 1e5 and found["vjp", "gap to 60"] > 1e5
+
+
+# What holds exactly.
+
+
+@pytest.mark.parametrize("gap", [1.0, 20.0, 90.0])
+def test_tangents_along_the_ones_vanish(gap):
+    """J1 = 0 where one p is above 1/2; elsewhere to the rounding of Σp."""
+    z = jnp.array([[gap, 0.0, -0.3, 0.1]])
+    ones, p = jnp.ones_like(z), js.softmax(z)
+    for product in (js.softmax_jvp(ones, p), js.softmax_vjp(ones, p), js.SoftmaxJacobian.from_logits(z).mv(ones)):
+        assert np.all(np.asarray(product) == 0) if gap > 1 else np.all(abs(np.asarray(product)) <= 1e-7)
+
+
+@pytest.mark.parametrize("shift", [1.0, -64.0, 1024.0])
+def test_shift_by_a_representable_constant_changes_nothing(shift):
+    z = jnp.round(jnp.asarray(Z, jnp.float32) * 64) / 64
+    x = jnp.round(jnp.asarray(Z[::-1], jnp.float32) * 64) / 64
+    labels, y = jnp.array([1, 3, 0]), jnp.full(z.shape, 0.25)
+    for f in (
+        js.softmax,
+        js.log_softmax,
+        lambda z: js.softmax_cross_entropy_with_integer_labels(z, labels),
+        lambda z: js.softmax_cross_entropy(z, y),
+        lambda z: js.softmax_kl_divergence(z, x),
+        lambda z: js.brier_loss(z, y),
+        js.softmax_entropy,
+        js.entmax15,
+    ):
+        np.testing.assert_array_equal(f(z), f(z + shift))
+
+
+def test_divergences_and_losses_are_not_negative():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2000, 5)) * 10.0 ** rng.uniform(-4, 2, (2000, 1)), jnp.float32)
+    near = x * (1 + jnp.asarray(rng.normal(size=x.shape) * 1e-6, jnp.float32)) + 3
+    labels = jnp.argmax(x, -1)
+    for loss in (
+        js.softmax_kl_divergence(x, near),
+        js.softmax_kl_divergence(near, x),
+        js.jensen_shannon_divergence(x, near),
+        js.softmax_cross_entropy_with_integer_labels(x, labels),
+        js.softmax_cross_entropy(x, jax.nn.one_hot(labels, 5)),
+        js.softmax_entropy(x),
+        js.focal_loss_with_integer_labels(x, labels),
+        js.brier_loss(x, jax.nn.one_hot(labels, 5)),
+        js.log_cosh(x, near),
+    ):
+        assert np.all(np.asarray(loss) >= 0)
+    assert np.all(np.asarray(js.softmax_kl_divergence(x, x)) == 0)
+
+
+def test_gradient_of_a_masked_class_is_0():
+    mask, z = jnp.asarray(MASK), jnp.asarray(Z, jnp.float32)
+    labels, y = jnp.array([1, 3, 0]), jnp.where(mask, 0.3, 0.0)
+    for f in (
+        lambda z: js.softmax_cross_entropy_with_integer_labels(z, labels, where=mask),
+        lambda z: js.softmax_cross_entropy(z, y, where=mask),
+        lambda z: js.softmax(z, where=mask) ** 2,
+        lambda z: js.logsumexp(z, -1, where=mask),
+        lambda z: js.brier_loss(z, y, where=mask),
+        lambda z: js.softmax_kl_divergence(z, -z, where=mask),
+    ):
+        assert np.all(np.asarray(jax.grad(lambda z: jnp.sum(f(z)))(z))[~MASK] == 0)
+
+
+def test_every_public_head_is_measured():
+    """A loss head that enters the registry enters the harness."""
+    names = {case.name.removesuffix("_loss") for case in CASES if case.is_loss}
+    assert len([f for f in FUNCTIONS.values() if f.loss]) >= len(names - {"cross_entropy_where"}) - 3

@@ -1,0 +1,201 @@
+"""Wrong calls of every function: a ValueError or TypeError of this package, which names the argument, before any
+computation. Each argument of a right call in turn is replaced by everything that it must not be."""
+
+import traceback
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as js
+from tests.conftest import enable_x64
+from tests.helpers import CASES
+
+N, K = 2, 3
+Z, V = np.linspace(-1, 1, N * K, dtype=np.float32).reshape(N, K), np.ones((N, K), np.float32)
+P = np.full((N, K), 1 / K, np.float32)
+LABELS, MASK = np.array([0, 2]), np.ones((N, K), bool)
+
+NOT_NUMBERS = ("abc", {"a": 1}, [[1.0], [1.0, 2.0]], None)
+COMPLEX = 1j * np.ones((N, K))
+SHAPELESS = np.ones((7, K), np.float32)
+MAP = (*NOT_NUMBERS, COMPLEX)
+LOGITS = (*MAP, np.ones((N, K), int), np.ones((N, K), bool))
+SOFT = (*NOT_NUMBERS, COMPLEX, SHAPELESS, np.ones(7))
+TARGETS = SOFT[:3] + SOFT[4:]  # None stands for 0
+HARD = (*NOT_NUMBERS, np.ones(N), np.ones((N, K), int), np.ones(7, int), 1j * np.ones(N))
+ONE_AXIS = (2, -3, 99, 0.5, "x", 1j)
+AXIS = (*ONE_AXIS, (0, 0), (1, -1), (0, 5), (0, 0.5))
+WHERE = (
+    np.ones((N, K)),
+    np.ones((N, K), int),
+    np.ones((7, K), bool),
+    np.ones((2, N, K), bool),
+    "abc",
+    [[True], [1, 2]],
+)
+NUMBER = ("x", 1j, np.ones((2, 2)), None)
+POSITIVE = (*NUMBER, 0.0, -1.0, float("nan"))
+TANGENT = (*MAP, np.ones(K), np.ones((N, K + 1)))
+VECTOR = (*MAP, np.ones((N, K + 1)), np.ones((7, K)))
+
+on_classes = {"axis": (-1, AXIS), "where": (MASK, WHERE)}
+
+
+def operator(method: str):
+    def f(x, **kwargs):
+        return getattr(js.SoftmaxJacobian.from_logits(x), method)(**kwargs)
+
+    f.__name__ = f"SoftmaxJacobian.{method}"
+    return f
+
+
+# function -> its arguments, each with a right value and the wrong ones
+CALLS = {
+    js.softmax: {"x": (Z, MAP), **on_classes},
+    js.log_softmax: {"x": (Z, MAP), **on_classes},
+    js.logsumexp: {"a": (Z, MAP), "b": (V, (*NOT_NUMBERS[:3], COMPLEX, SHAPELESS)), **on_classes},
+    js.sparsemax: {"x": (Z, MAP), **on_classes},
+    js.entmax15: {"x": (Z, MAP), **on_classes},
+    js.entmax: {"x": (Z, MAP), "alpha": (1.5, ("x", 1j, 0.5, float("nan"), float("inf"), np.ones(7))), **on_classes},
+    js.softmax_jvp: {"t": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
+    js.softmax_vjp: {"g": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
+    js.softmax_jacobian: {"x": (Z, (*MAP, 1.0))},
+    js.softmax_hessian: {"x": (Z, (*MAP, 1.0))},
+    js.softmax_second_derivative: {"p": (P, LOGITS), "u": (V, TANGENT), "v": (V, TANGENT), "axis": (-1, ONE_AXIS)},
+    js.softmax_third_derivative: {"p": (P, LOGITS), "u": (V, TANGENT), "v": (V, TANGENT), "w": (V, TANGENT)},
+    js.SoftmaxJacobian.from_logits: {"x": (Z, (*MAP, 1.0, np.ones((2, 0)))), "where": (MASK, WHERE)},
+    js.SoftmaxJacobian.from_probs: {"p": (P, (*LOGITS, 1.0, -P, 2 * P))},
+    operator("mv"): {"x": (Z, MAP), "v": (V, VECTOR)},
+    operator("quadratic_form"): {"x": (Z, MAP), "v": (V, VECTOR)},
+    operator("pinv_mv"): {"x": (Z, MAP), "v": (V, VECTOR)},
+    operator("solve"): {"x": (Z, MAP), "v": (V, VECTOR), "damping": (0.5, ("x", 1j, 0.0, -1.0, np.ones(7)))},
+    operator("logdet"): {"x": (Z, MAP), "damping": (0.5, ("x", 1j, 0.0, -1.0, np.ones(7)))},
+    js.softmax_cross_entropy: {"logits": (Z, LOGITS), "labels": (P, SOFT), **on_classes},
+    js.safe_softmax_cross_entropy: {"logits": (Z, LOGITS), "labels": (P, SOFT)},
+    js.softmax_cross_entropy_with_integer_labels: {
+        "logits": (Z, LOGITS),
+        "labels": (LABELS, HARD),
+        **on_classes,
+        "label_smoothing": (0.1, (*NUMBER, -0.1, 1.5, float("nan"))),
+        "class_weights": (np.ones(K, np.float32), (*NOT_NUMBERS[:3], np.ones(2), np.ones((N, K)), 1j * np.ones(K))),
+        "ignore_index": (1, (1.5, "x", 1j)),
+        "z_loss": (0.1, NUMBER),
+    },
+    js.natural_gradient_norm: {"logits": (Z, LOGITS), "labels": (LABELS, HARD), **on_classes},
+    js.focal_loss_with_integer_labels: {
+        "logits": (Z, LOGITS),
+        "labels": (LABELS, HARD),
+        "gamma": (2.0, (*NUMBER, -1.0, float("nan"))),
+        **on_classes,
+    },
+    js.poly_loss_cross_entropy: {"logits": (Z, LOGITS), "labels": (P, SOFT), "epsilon": (1.0, NUMBER), **on_classes},
+    js.softmax_kl_divergence: {
+        "logits": (Z, LOGITS),
+        "target_logits": (V, (*LOGITS, SHAPELESS)),
+        "temperature": (1.0, POSITIVE),
+        **on_classes,
+    },
+    js.jensen_shannon_divergence: {
+        "logits": (Z, LOGITS),
+        "target_logits": (V, (*LOGITS, SHAPELESS)),
+        "temperature": (1.0, POSITIVE),
+        **on_classes,
+    },
+    js.softmax_entropy: {"logits": (Z, LOGITS), **on_classes},
+    js.brier_loss: {"logits": (Z, LOGITS), "labels": (P, SOFT), **on_classes},
+    js.entmax_loss: {
+        "logits": (Z, LOGITS),
+        "labels": (P, (*SOFT, MASK)),
+        "alpha": (1.5, ("x", 1j, 0.5, float("nan"), np.ones(7))),
+        **on_classes,
+    },
+    js.multiclass_sparsemax_loss: {"scores": (Z, LOGITS), "labels": (LABELS, (*NOT_NUMBERS, np.ones(7, int)))},
+    js.kl_divergence: {"log_predictions": (Z, LOGITS), "targets": (P, SOFT), **on_classes},
+    js.kl_divergence_with_log_targets: {"log_predictions": (Z, LOGITS), "log_targets": (Z, SOFT), **on_classes},
+    js.generalized_kl_divergence: {"log_predictions": (Z, LOGITS), "targets": (P, SOFT), **on_classes},
+    js.sigmoid_binary_cross_entropy: {
+        "logits": (Z, LOGITS),
+        "labels": (P, SOFT),
+        "pos_weight": (2.0, ("x", 1j, np.ones(7))),
+    },
+    js.sigmoid_focal_loss: {
+        "logits": (Z, LOGITS),
+        "labels": (P, SOFT),
+        "alpha": (0.25, ("x", 1j, 1.5, -0.1, np.ones(7))),
+        "gamma": (2.0, ("x", 1j, -1.0, np.ones(7))),
+    },
+    js.sparsemax_loss: {"logits": (Z, LOGITS), "labels": (P, (*NOT_NUMBERS, COMPLEX, SHAPELESS))},
+    js.squared_error: {"predictions": (Z, LOGITS), "targets": (V, TARGETS)},
+    js.l2_loss: {"predictions": (Z, LOGITS), "targets": (V, TARGETS)},
+    js.sum_squared_error: {"predictions": (Z, LOGITS), "targets": (V, TARGETS), "axis": (-1, AXIS)},
+    js.huber_loss: {"predictions": (Z, LOGITS), "targets": (V, TARGETS), "delta": (1.0, (*POSITIVE[:2], -1.0))},
+    js.log_cosh: {"predictions": (Z, LOGITS), "targets": (V, TARGETS)},
+    js.softcap_logits: {"logits": (Z, LOGITS), "cap": (30.0, POSITIVE)},
+    js.temper_logits: {"logits": (Z, LOGITS), "temperature": (2.0, POSITIVE)},
+    js.weighted_mean: {"losses": (Z, LOGITS), "weights": (V, SOFT), "normalizer": (V, TARGETS)},
+}
+PACKAGE = Path(js.__file__).parent
+
+
+def complaint(f, arguments: dict, wrong: str) -> str:
+    """What is wrong with how `f` takes this call; empty if it raises as it must."""
+    try:
+        out = f(**arguments)
+    except (ValueError, TypeError) as error:
+        for frame in traceback.extract_tb(error.__traceback__)[1:]:
+            if PACKAGE not in Path(frame.filename).parents and frame.filename != __file__:
+                return f"raised in {frame.filename}: {error}"  # by JAX, or when a jitted function is already traced
+        return "" if wrong in str(error) else f"does not name it: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"returned {jax.tree.map(jnp.shape, out)}"
+
+
+@pytest.mark.parametrize("f", CALLS, ids=lambda f: f.__qualname__)
+def test_wrong_arguments(f):
+    call = CALLS[f]
+    right = {name: value for name, (value, _) in call.items()}
+    f(**right)
+    bad = {}
+    for name, (_, wrong) in call.items():
+        for value in wrong:
+            what = complaint(f, right | {name: value}, name)
+            if what:
+                bad[name, repr(value)[:60]] = what
+    assert not bad, "\n".join(f"{k}: {v}" for k, v in bad.items())
+
+
+@pytest.mark.parametrize("f", CALLS, ids=lambda f: f.__qualname__)
+def test_unknown_and_missing_arguments(f):
+    right = {name: value for name, (value, _) in CALLS[f].items()}
+    with pytest.raises(TypeError, match="colour"):
+        f(**right, colour=1)
+    with pytest.raises(TypeError, match=next(iter(right))):
+        f(**dict(list(right.items())[1:]))
+
+
+# What the session may have switched on or off.
+
+
+def run_all(cases) -> None:
+    for case in cases:
+        args = case.cast("float32")
+        value, gradient = jax.value_and_grad(lambda *a: jnp.sum(case.fn(*a)))(*args)
+        assert np.isfinite(value) and np.all(np.isfinite(gradient))
+        assert value.dtype == gradient.dtype == jnp.float32, case.name
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+def test_float32_where_x64_is_on(case):
+    """Strict promotion and rank promotion raise here, as in every test."""
+    with enable_x64():
+        run_all([case])
+
+
+@pytest.mark.parametrize("name", ["softmax_where", "label_cross_entropy_options", "softmax_kl_divergence", "poly_loss"])
+def test_without_jit(name):
+    with jax.disable_jit():
+        run_all([case for case in CASES if case.name == name])
