@@ -68,7 +68,7 @@ def linear_softmax_kl_divergence(
     """
     theta, shape, axis = layer(x, weights, bias, token_weights, vocab_axis)
     vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)
-    checks.number("temperature", temperature, 0.0)
+    checks.positive("temperature", temperature)
     target_x = checks.as_loss_float("target_x", target_x)
     target_weights = checks.as_loss_float("target_weights", target_weights)
     checked_reduction(reduction)

@@ -163,7 +163,7 @@ def _excess(x) -> float:
 def _batched(jacobian, x):
     for _ in range(x.ndim - 1):
         jacobian = jax.vmap(jacobian)
-    return jacobian(x)
+    return jax.jit(jacobian)(x)
 
 
 def _linear_approximation(f, operator, x, step: float) -> tuple[float, float]:

@@ -48,14 +48,19 @@ def test_jvp_vjp_jacfwd_jacrev_agree(case, x64):
     args = case.cast("float64")
     argnums = tuple(range(len(args)))
     tangents = directions(args)
-    forward = reference(case)[1]
-    assert_close(jax.jit(jax.jacrev(case.fn, argnums))(*args), forward, DERIVATIVE_RTOL["float64"])
-    out, pushed = jax.jvp(case.fn, args, tangents)
-    applied = sum(jnp.tensordot(j, t, t.ndim) for j, t in zip(forward, tangents))
+    value, forward = reference(case)
+    (cotangent,) = directions((value,), seed=4)
+
+    @jax.jit
+    def all_at_once(args, tangents, cotangent):
+        pushed = jax.jvp(case.fn, args, tangents)[1]
+        return jax.jacrev(case.fn, argnums)(*args), pushed, jax.vjp(case.fn, *args)[1](cotangent)
+
+    reverse, pushed, pulled = all_at_once(args, tangents, cotangent)
+    assert_close(reverse, forward, DERIVATIVE_RTOL["float64"])
+    applied = sum(np.tensordot(j, t, t.ndim) for j, t in zip(forward, tangents))
     assert_close(pushed, applied, DERIVATIVE_RTOL["float64"])
-    (cotangent,) = directions((out,), seed=4)
-    pulled = jax.vjp(case.fn, *args)[1](cotangent)
-    assert_close(pulled, [jnp.tensordot(cotangent, j, out.ndim) for j in forward], DERIVATIVE_RTOL["float64"])
+    assert_close(pulled, tuple(np.tensordot(cotangent, j, value.ndim) for j in forward), DERIVATIVE_RTOL["float64"])
 
 
 @pytest.mark.slow
@@ -90,22 +95,35 @@ def test_hessian_vector_products_in_all_four_compositions(case, x64):
 
 @over_batched
 def test_vmap_with_all_in_axes(case, x64):
+    """Batched along axis 0, along axis 1, or not at all, each argument for itself; compiled as one program."""
     args = case.cast("float64")
-    for in_axes in itertools.product(*((0, 1, None) if a.ndim > 1 else (0, None) for a in args)):
-        if all(axis is None for axis in in_axes):
-            continue
-        moved = [a[0] if axis is None else jnp.moveaxis(a, 0, axis) for a, axis in zip(args, in_axes)]
-        loop = [
-            case.fn(*(a[0] if axis is None else a[i] for a, axis in zip(args, in_axes))) for i in range(len(args[0]))
-        ]
-        assert_close(jax.vmap(case.fn, in_axes)(*moved), jnp.stack(loop), VALUE_RTOL["float64"])
+    choices = [
+        axes
+        for axes in itertools.product(*((0, 1, None) if a.ndim > 1 else (0, None) for a in args))
+        if any_batched(axes)
+    ]
+
+    def batched(args, axes):
+        moved = [a[0] if axis is None else jnp.moveaxis(a, 0, axis) for a, axis in zip(args, axes)]
+        return jax.vmap(case.fn, axes)(*moved)
+
+    outputs = jax.jit(lambda *args: [batched(args, axes) for axes in choices])(*args)
+    one = jax.jit(case.fn)
+    for axes, got in zip(choices, outputs):
+        rows = [[a[0] if axis is None else a[i] for a, axis in zip(args, axes)] for i in range(len(args[0]))]
+        assert_close(got, np.stack([one(*row) for row in rows]), VALUE_RTOL["float64"])
+
+
+def any_batched(axes) -> bool:
+    return any(axis is not None for axis in axes)
 
 
 @over_batched
 def test_batch_is_a_vmap(case, x64):
     args = case.cast("float64")
-    assert_close(jax.vmap(case.fn)(*args), case.fn(*args), VALUE_RTOL["float64"])
-    jacobians, joint = jax.vmap(jax.jacrev(case.fn))(*args), reference(case)[1][0]
+    values, jacobians = jax.jit(lambda *a: (jax.vmap(case.fn)(*a), jax.vmap(jax.jacrev(case.fn))(*a)))(*args)
+    value, (joint, *_) = reference(case)
+    assert_close(values, value, VALUE_RTOL["float64"])
     value_ndim = joint.ndim - args[0].ndim
     blocks = np.stack([np.take(np.take(joint, i, 0), i, value_ndim - 1) for i in range(len(args[0]))])
     assert_close(jacobians, blocks, DERIVATIVE_RTOL["float64"])
@@ -119,17 +137,16 @@ def test_scan(case, x64):
         return jax.lax.scan(lambda carry, example: (carry, case.fn(*example)), 0.0, args)[1]
 
     value, jacobians = reference(case)
-    assert_close(scanned(*args), value, VALUE_RTOL["float64"])
-    for differentiate in (jax.jacfwd, jax.jacrev):
-        assert_close(jax.jit(differentiate(scanned))(*args), jacobians[0], DERIVATIVE_RTOL["float64"])
+    got = jax.jit(lambda *a: (scanned(*a), jax.jacfwd(scanned)(*a), jax.jacrev(scanned)(*a)))(*args)
+    assert_close(got[0], value, VALUE_RTOL["float64"])
+    assert_close(got[1:], (jacobians[0], jacobians[0]), DERIVATIVE_RTOL["float64"])
 
 
 @over_cases
 def test_remat(case, x64):
-    args = case.cast("float64")
-    for differentiate in (jax.jacfwd, jax.jacrev):
-        got = jax.jit(differentiate(jax.checkpoint(case.fn)))(*args)
-        assert_close(got, reference(case)[1][0], DERIVATIVE_RTOL["float64"])
+    args, saved = case.cast("float64"), jax.checkpoint(case.fn)
+    got = jax.jit(lambda *a: (jax.jacfwd(saved)(*a), jax.jacrev(saved)(*a)))(*args)
+    assert_close(got, (reference(case)[1][0],) * 2, DERIVATIVE_RTOL["float64"])
 
 
 @over_cases
@@ -137,14 +154,22 @@ def test_remat(case, x64):
 def test_dtypes(case, dtype):
     """Value and gradient in each dtype, against float64 at the same (rounded) arguments."""
     args = case.cast(dtype)
+
+    @jax.jit
+    def value_and_gradient(*args):
+        def total(*args):
+            value = case.fn(*args)
+            return jnp.sum(value), value
+
+        gradient, value = jax.grad(total, tuple(range(len(args))), has_aux=True)(*args)
+        return value, gradient
+
     with enable_x64():
         wide = tuple(jnp.asarray(np.asarray(a, np.float64)) for a in args)
-        value, gradient = case.fn(*wide), jax.grad(lambda *a: jnp.sum(case.fn(*a)), tuple(range(len(args))))(*wide)
-        value, gradient = np.asarray(value), [np.asarray(g) for g in gradient]
-    got = case.fn(*args)
-    assert got.dtype == (jnp.float32 if case.is_loss else dtype)
-    assert_close(got, value, VALUE_RTOL["float32" if case.is_loss else dtype])
-    got = jax.grad(lambda *a: jnp.sum(case.fn(*a).astype(jnp.float32)), tuple(range(len(args))))(*args)
+        value, gradient = jax.tree.map(np.asarray, value_and_gradient(*wide))
+    out, got = value_and_gradient(*args)
+    assert out.dtype == (jnp.float32 if case.is_loss else dtype)
+    assert_close(out, value, VALUE_RTOL["float32" if case.is_loss else dtype])
     assert all(g.dtype == a.dtype for g, a in zip(got, args))
     scale = max(1.0, *(float(np.max(np.abs(g))) for g in gradient))
     assert_close(got, gradient, DERIVATIVE_RTOL[dtype], scale=scale)
@@ -159,7 +184,6 @@ def test_batch_sharded_over_a_mesh(case):
     args = jax.device_put(case.cast("float32"), jax.sharding.NamedSharding(mesh, spec))
     sharded = functools.partial(shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
     plain = case.cast("float32")
-    assert_close(jax.jit(sharded(case.fn))(*args), case.fn(*plain), VALUE_RTOL["float32"])
 
     def push(*args):
         return jax.jvp(case.fn, args, tuple(jnp.cos(a) for a in args))[1]
@@ -168,6 +192,12 @@ def test_batch_sharded_over_a_mesh(case):
         out, pullback = jax.vjp(case.fn, *args)
         return pullback(jnp.cos(out))
 
-    for derivative in (push, pull):
-        got, want = jax.jit(sharded(derivative))(*args), derivative(*plain)
-        assert_close(got, want, DERIVATIVE_RTOL["float32"], scale=1.0)  # third derivatives nearly cancel in the sum
+    def all_at_once(*args):
+        return case.fn(*args), push(*args), pull(*args)
+
+    value, *derivatives = jax.jit(sharded(all_at_once))(*args)
+    wanted, *right = jax.jit(all_at_once)(*plain)
+    assert_close(value, wanted, VALUE_RTOL["float32"])
+    assert_close(
+        derivatives, right, DERIVATIVE_RTOL["float32"], scale=1.0
+    )  # third derivatives nearly cancel in the sum

@@ -16,6 +16,7 @@ from tests.helpers import CASES
 N, K = 2, 3
 Z, V = np.linspace(-1, 1, N * K, dtype=np.float32).reshape(N, K), np.ones((N, K), np.float32)
 P = np.full((N, K), 1 / K, np.float32)
+W = np.ones((K, 5), np.float32)
 LABELS, MASK = np.array([0, 2]), np.ones((N, K), bool)
 
 NOT_NUMBERS = ("abc", {"a": 1}, [[1.0], [1.0, 2.0]], None)
@@ -135,6 +136,28 @@ CALLS = {
     js.log_cosh: {"predictions": (Z, LOGITS), "targets": (V, TARGETS)},
     js.softcap_logits: {"logits": (Z, LOGITS), "cap": (30.0, POSITIVE)},
     js.temper_logits: {"logits": (Z, LOGITS), "temperature": (2.0, POSITIVE)},
+    js.linear_softmax_cross_entropy_loss: {
+        "x": (V, (*LOGITS, 1.0)),
+        "labels": (LABELS, HARD),
+        "weights": (W, (*NOT_NUMBERS, 1j * W, W[1:], W[0])),
+        "bias": (W[0], (*NOT_NUMBERS[:3], 1j * W[0], W[0, 1:])),
+        "reduction": ("mean", ("average", 3, None)),
+        "token_weights": (V[:, 0], (*NOT_NUMBERS[:3], 1j * V[:, 0], np.ones(7))),
+        "label_smoothing": (0.1, (*NUMBER, -0.1, 1.5, float("nan"))),
+        "class_weights": (W[0], (*NOT_NUMBERS[:3], 1j * W[0], W[0, 1:])),
+        "ignore_index": (1, (1.5, "x", 1j)),
+        "z_loss": (0.1, NUMBER),
+        "logit_softcap": (30.0, (*POSITIVE[:3], 0.0, -1.0, float("nan"))),
+        "chunk_size": (1, (0, -1, 1.5, "x")),
+        "vocab_axis": (-1, (2, 0.5, "x")),
+    },
+    js.linear_softmax_kl_divergence: {
+        "x": (V, (*LOGITS, 1.0)),
+        "weights": (W, (*NOT_NUMBERS, 1j * W, W[1:], W[0])),
+        "target_x": (V, (*LOGITS, 1.0)),
+        "target_weights": (W, (*NOT_NUMBERS, 1j * W, W[1:], W[:, 1:])),
+        "temperature": (2.0, POSITIVE),
+    },
     js.weighted_mean: {"losses": (Z, LOGITS), "weights": (V, SOFT), "normalizer": (V, TARGETS)},
 }
 PACKAGE = Path(js.__file__).parent
