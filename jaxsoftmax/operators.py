@@ -22,11 +22,14 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax import _checks as checks
 from jaxsoftmax import _numerics as num
+from jaxsoftmax.softmax import jacobian_product
 from jaxsoftmax.symmetric import AXIS, SymmetricOperator, centred, centred_transpose, compiled, complement, lead, root
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weights", "factors", "core", "centre"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "factors", "core", "centre"],
+    meta_fields=["proportional"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiagonalPlusLowRank(SymmetricOperator):
@@ -40,6 +43,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
       factors: U, shape (..., K, r), or None.
       core: C, symmetric, shape (..., r, r); None for I.
       centre: p, shape (..., K): non-negative with sum 1 (or all 0: then P = I); or None.
+      proportional: whether d = s p in every slice, for some s: then Pᵀ diag(d) P = s J, whose products are cheaper.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,6 +62,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     factors: Array | None = None
     core: Array | None = None
     centre: Array | None = None
+    proportional: bool = False
 
     @property
     def _reference(self) -> Array:
@@ -144,7 +149,11 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     @compiled
     def _mv(self, v: Array) -> Array:
-        out = self._project_transpose(self.weights * self._project(v))
+        if self.proportional:
+            assert self.centre is not None
+            out = jacobian_product(v, self.centre, self.centre.ndim - 1, weights=self.weights)
+        else:
+            out = self._project_transpose(self.weights * self._project(v))
         if self.factors is None:
             return out
         return out + _dot(self.factors, _dot(self._core, _dot(_t(self.factors), v[..., None])))[..., 0]

@@ -178,16 +178,18 @@ def _probabilities_bwd(axis, p, g):
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
-def jacobian_product(v: Array, p: Array, axis: int, total: Array | float = 1.0) -> Array:
+def jacobian_product(v: Array, p: Array, axis: int, total: Array | float = 1.0, weights: Array | None = None) -> Array:
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
     With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
     v left to cancel. As written the top class enters w with factor 0, so the transpose of this code is as accurate.
-    With total = Σp, which rounding keeps from being 1, J1 = 0 exactly.
+    With total = Σp, which rounding keeps from being 1, J1 = 0 exactly. With weights d = s p, the product is s Jv.
     """
     w = v - num.class_sum(num.is_top(p) * v, axis)
     mean = num.class_sum(num.below_half(p) * w, axis) / total
-    return jnp.where(p > 0.5, 0.0, p) * w - p * mean
+    if weights is None:
+        return num.below_half(p) * w - p * mean
+    return (1 - num.is_top(p)) * weights * w - weights * mean
 
 
 def rounded_one(p: Array, axis: int) -> Array:

@@ -42,7 +42,8 @@ def centred_transpose(y: Array, p: Array) -> Array:
     """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
     top = num.class_sum(num.is_top(p) * y, AXIS)
     others = num.class_sum((1 - num.is_top(p)) * y, AXIS)
-    return jnp.where(p > 0.5, complement(p) * y - p * others, y - p * (top + others))
+    not_top, rest = 1 - num.is_top(p), num.class_sum(num.below_half(p), AXIS)
+    return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
 
 
 def root(x: Array) -> Array:

@@ -345,14 +345,15 @@ def _soft_operators(logits, labels, mask) -> Curvature:
 def categorical(z: Array, weight: Array, draw: Callable, penalty: Any = None, mask: Array | None = None) -> Curvature:
     """The operators of weight · (lse(z) - …) + ζ lse(z)², whose second term is no part of the likelihood."""
     p = softmax_of(z, z.ndim - 1)
-    likelihood = DiagonalPlusLowRank(weight * p, centre=p)
-    fisher = Fisher(likelihood.weights, centre=p, logits=z, draw=draw)
+    likelihood = DiagonalPlusLowRank(weight * p, centre=p, proportional=True)
+    fisher = Fisher(likelihood.weights, centre=p, proportional=True, logits=z, draw=draw)
     if penalty is None:
         return Curvature(likelihood, likelihood, fisher)
     slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape))
     weights = (weight + slope * logsumexp_of(z, z.ndim - 1)) * p
     sign = jnp.where(slope < 0, -1.0, jnp.ones_like(slope))
-    rank_one = {"factors": (root(jnp.abs(slope)) * p)[..., None], "core": sign[..., None], "centre": p}
+    factors = (root(jnp.abs(slope)) * p)[..., None]
+    rank_one = {"factors": factors, "core": sign[..., None], "centre": p, "proportional": True}
     return Curvature(DiagonalPlusLowRank(weights, **rank_one), DiagonalPlusLowRank(weight * p, **rank_one), fisher)
 
 

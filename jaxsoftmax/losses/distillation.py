@@ -281,8 +281,10 @@ def _kl_operators(logits, targets, mask, temperature) -> Curvature:
     x, z = num.widen(logits, targets)
     x, z = _tempered(x, z, mask, temperature, x.ndim - 1)
     p = softmax_of(x, x.ndim - 1)
-    hessian = DiagonalPlusLowRank(only_examples(mask, p) / jnp.asarray(temperature, x.dtype) ** 2, centre=p)
-    return Curvature(hessian, hessian, Fisher(hessian.weights, centre=p, logits=x, draw=_draw_target_logits))
+    weights = only_examples(mask, p) / jnp.asarray(temperature, x.dtype) ** 2
+    hessian = DiagonalPlusLowRank(weights, centre=p, proportional=True)
+    fisher = Fisher(weights, centre=p, proportional=True, logits=x, draw=_draw_target_logits)
+    return Curvature(hessian, hessian, fisher)
 
 
 def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:

@@ -311,7 +311,7 @@ def _entmax_operators(logits, labels, alpha, mask, exact) -> Curvature:
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         total = total + 0.0 * one_hot(labels, z, axis)  # NaN for a label that is no class
-    hessian = DiagonalPlusLowRank(only_examples(mask, total * pi), centre=pi)
+    hessian = DiagonalPlusLowRank(only_examples(mask, total * pi), centre=pi, proportional=True)
     return Curvature(hessian, hessian)
 
 

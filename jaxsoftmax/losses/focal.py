@@ -247,7 +247,7 @@ def _focal_operators(logits, labels, gamma, mask) -> Curvature:
     second = gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss)
     first, second = only_examples(mask, first), only_examples(mask, second)
     at_label = 1 - num.other_classes(z, label, axis)
-    outer = DiagonalPlusLowRank(first * p, centre=p)
+    outer = DiagonalPlusLowRank(first * p, centre=p, proportional=True)
     return Curvature(DiagonalPlusLowRank(first * p + second * at_label, centre=p), outer)
 
 
@@ -262,5 +262,5 @@ def _poly_operators(logits, labels, epsilon, mask) -> Curvature:
     z, y = num.present(logits, mask, (-1,)), num.zero_absent(y, mask)
     p, mass = softmax_of(z, z.ndim - 1), num.class_sum(y, -1)
     weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p))
-    outer = DiagonalPlusLowRank(only_examples(mask, mass * p), centre=p)
+    outer = DiagonalPlusLowRank(only_examples(mask, mass * p), centre=p, proportional=True)
     return Curvature(DiagonalPlusLowRank(only_examples(mask, weights), centre=p), outer)

@@ -26,7 +26,7 @@ from jaxsoftmax.symmetric import SymmetricOperator, lead
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "factors", "core", "centre", "logits"],
-    meta_fields=["draw"],
+    meta_fields=["proportional", "draw"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fisher(DiagonalPlusLowRank):
