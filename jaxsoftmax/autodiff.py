@@ -172,7 +172,8 @@ def _summed_over_the_mesh(bwd: Callable) -> Callable:
     def summed(*args):
         *static, (residuals, axes), ct = args
         cotangents = bwd(*static, residuals, ct)
-        if not any(map(_mesh_axes, jax.tree.leaves(ct))):
+        fits = isinstance(cotangents, tuple) and len(cotangents) == len(axes.of_arguments)  # else JAX says so
+        if not fits or not any(map(_mesh_axes, jax.tree.leaves(ct))):
             return cotangents
         return tuple(c if c is None else jax.tree.map(total, a, c) for a, c in zip(axes.of_arguments, cotangents))
 

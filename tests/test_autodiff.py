@@ -185,6 +185,29 @@ def test_collectives_inside_the_rule():
     np.testing.assert_allclose(jax.jit(lambda z: jax.jvp(sharded, (z,), (v,))[1])(z), np.dot(p, v), rtol=1e-5)
 
 
+def test_an_argument_that_is_the_same_on_every_device():
+    """Its cotangent is the sum of the devices'; a bwd of the wrong length is refused there too."""
+    mesh = jax.make_mesh((8,), ("k",))
+
+    @custom_vjp
+    def scaled(x, w):
+        return x * w
+
+    scaled.defvjp(lambda x, w: (scaled(x, w), (x, w)), lambda res, ct: (ct * res[1], jnp.sum(ct * res[0])))
+    sharded = shard_map(scaled, mesh=mesh, in_specs=(P("k"), P()), out_specs=P("k"))
+    x, w, v = jnp.arange(16.0), jnp.float32(3.0), jnp.cos(jnp.arange(16.0))
+    x, v = jax.device_put((x, v), NamedSharding(mesh, P("k")))
+    dx, dw = jax.jit(jax.grad(lambda x, w: jnp.sum(sharded(x, w) * v), (0, 1)))(x, w)
+    np.testing.assert_allclose(dx, 3 * v, rtol=1e-6)
+    np.testing.assert_allclose(dw, np.dot(x, v), rtol=1e-5)
+    pushed = jax.jit(lambda x, w: jax.jvp(sharded, (x, w), (v, jnp.ones_like(w)))[1])(x, w)
+    np.testing.assert_allclose(pushed, 3 * v + x, rtol=1e-5, atol=1e-6)
+
+    scaled.defvjp(lambda x, w: (scaled(x, w), w), lambda w, ct: (ct * w, ct.sum(), ct))
+    with pytest.raises((TypeError, ValueError)):
+        jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, w))))(x)
+
+
 def test_methods_and_names():
     class Model:
         @custom_vjp
