@@ -23,7 +23,17 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _checks as checks
 from jaxsoftmax import _numerics as num
 from jaxsoftmax.softmax import jacobian_product
-from jaxsoftmax.symmetric import AXIS, SymmetricOperator, centred, centred_transpose, compiled, complement, lead, root
+from jaxsoftmax.symmetric import (
+    AXIS,
+    SymmetricOperator,
+    about_centred,
+    centred,
+    centred_transpose,
+    compiled,
+    complement,
+    lead,
+    root,
+)
 
 
 @functools.partial(
@@ -153,7 +163,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
             assert self.centre is not None
             out = jacobian_product(v, self.centre, self.centre.ndim - 1, weights=self.weights)
         else:
-            out = self._project_transpose(self.weights * self._project(v))
+            out = self.weights * (v if self.centre is None else about_centred(v, self.centre))
+            out = self._project_transpose(out)
         if self.factors is None:
             return out
         return out + _dot(self.factors, _dot(self._core, _dot(_t(self.factors), v[..., None])))[..., 0]
@@ -169,7 +180,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
     # With w = 1/(d + λ), m = <p,x> and n = Σ d∘(x - m), (λI + Pᵀ diag(d) P) x = v reads x = w∘(v + d m + p n). Its
     # mean under p and its sum over d, with Σp = 1, are two equations for m and n, without a difference of near-equals:
     #     a m - b n = <p∘w, v>,    c m + a n = <d∘w, v>,    a = λΣp∘w,    b = Σp²∘w,    c = λΣd∘w,
-    # and det(λI + Pᵀ diag(d) P) = Π(d + λ) (a² + b c).
+    # and det(λI + Pᵀ diag(d) P) = Π(d + λ) (a² + b c). Where d = s p, c = s a and a + s b = 1: m = r / a, n = 0, and
+    # a² + b c = a.
 
     def _means(self, damping: Array) -> tuple[Array, Array, Array, Array]:
         """(w, a, b, c) of above; a = 1 in a slice that is masked throughout."""
@@ -186,7 +198,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         if self.centre is None:
             return w * v
         p, d = self.centre, self.weights
-        r, s = num.class_sum(p * w * v, AXIS), num.class_sum(d * w * v, AXIS)
+        r = num.class_sum(p * w * v, AXIS)
+        if self.proportional:
+            return w * (v + d * (r / a))
+        s = num.class_sum(d * w * v, AXIS)
         det = a * a + b * c
         return w * (v + d * ((a * r + b * s) / det) + p * ((a * s - c * r) / det))
 
@@ -209,7 +224,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     @compiled
     def _logdet(self, damping: Array) -> Array:
         _, a, b, c = self._means(damping)
-        out = jnp.sum(jnp.log(self.weights + damping), -1) + jnp.log(a * a + b * c)[..., 0]
+        out = jnp.sum(jnp.log(self.weights + damping), -1) + jnp.log(a if self.proportional else a * a + b * c)[..., 0]
         if self.factors is None:
             return out
         return out + jnp.log(jnp.linalg.det(self._woodbury(damping)[1]))

@@ -31,10 +31,15 @@ def complement(p: Array) -> Array:
     return jnp.where(p > 0.5, num.class_sum(num.below_half(p), AXIS), 1 - p)
 
 
-def centred(v: Array, p: Array) -> Array:
-    """Pv = v - <p,v>, measured first from v at the top class, then from the mean, then from what rounding left."""
+def about_centred(v: Array, p: Array) -> Array:
+    """Pv = v - <p,v>, measured from v at the top class: to a few eps of |v|."""
     v = v - num.class_sum(num.is_top(p) * v, AXIS)
-    v = v - num.class_sum(num.below_half(p) * v, AXIS)
+    return v - num.class_sum(num.below_half(p) * v, AXIS)
+
+
+def centred(v: Array, p: Array) -> Array:
+    """Pv = v - <p,v>, measured again from what rounding left: to a few eps of |Pv|."""
+    v = about_centred(v, p)
     return v - num.class_sum(p * v, AXIS)
 
 

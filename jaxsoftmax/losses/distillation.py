@@ -191,9 +191,8 @@ def kl(x: Array, z: Array, axis: int) -> Array:
 def _kl(x, z, sums, axis):
     p, q, ratio = classes(x, z, sums)
     near = (jnp.abs(ratio) < 1) & (q > 0)
-    excluded = num.class_max(-ratio, axis) > num.largest(x.dtype) / 8
-    terms = num.class_sum(jnp.where(near, q * exp_remainder(ratio), p - q - q * ratio), axis)
-    return jnp.where(excluded, jnp.inf, terms)
+    far = jnp.where(ratio < -num.largest(x.dtype) / 8, jnp.inf, p - q - q * ratio)  # inf where p alone excludes a class
+    return num.class_sum(jnp.where(near, q * exp_remainder(ratio), far), axis)
 
 
 def _kl_fwd(x, z, axis):

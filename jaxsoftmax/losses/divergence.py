@@ -165,8 +165,11 @@ _kl_term.defvjp(lambda logq, t: (_kl_term(logq, t), (logq, t)), _kl_bwd)
 
 @custom_vjp
 def _log_kl_term(logq: Array, logt: Array) -> Array:
-    """t (log t - log q) from log t."""
-    return jnp.where(logt == -jnp.inf, 0.0, jnp.exp(logt) * (logt - logq))
+    """t (log t - log q) from log t; 0 where t = 0, and inf where q alone is 0."""
+    # Arithmetic fuses into the sum over the classes, a comparison does not.
+    limit, t = num.largest(logt.dtype) / 4, jnp.exp(logt)
+    excluded = jnp.minimum(jnp.maximum(-logq - limit, 0), jnp.sign(t) * limit)
+    return t * (jnp.maximum(logt, -limit) - jnp.maximum(logq, -limit)) + 8 * excluded
 
 
 def _log_kl_bwd(residuals, ct):

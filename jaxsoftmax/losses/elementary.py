@@ -5,11 +5,26 @@
 Plain autodiff writes σ' = σ (1 - σ) and tanh' = 1 - tanh², which are 0 where the model is sure.
 """
 
+import functools
+import math
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
 from jaxsoftmax import _numerics as num
 from jaxsoftmax.autodiff import custom_vjp
+
+
+def horner(coefficients: Sequence[float], x: Array) -> Array:
+    """Σ_k coefficients[k] x^k."""
+    return functools.reduce(lambda tail, c: c + x * tail, reversed(coefficients), jnp.zeros_like(x))
+
+
+# Coefficients of tanh x = Σ t_k x^(2k+1), from tanh' = 1 - tanh².
+_TANH = [1.0]
+for _k in range(1, 20):
+    _TANH.append(-sum(_TANH[i] * _TANH[_k - 1 - i] for i in range(_k)) / (2 * _k + 1))
 
 
 @custom_vjp
@@ -50,10 +65,11 @@ sech_squared.defvjp(lambda x: (sech_squared(x), x), lambda x, ct: (-2 * ct * tan
 
 @custom_vjp
 def log_cosh(x: Array) -> Array:
-    """log cosh x: log1p(2 sinh²(x/2)) near 0, where |x| - log 2 + … would cancel."""
-    size = jnp.abs(x)
-    near = jnp.log1p(2 * jnp.sinh(jnp.minimum(size, 3) / 2) ** 2)
-    return jnp.where(size < 3, near, size - num.LOG2 + jnp.log1p(jnp.exp(-2 * size)))
+    """log cosh x: its series x²/2 - x⁴/12 + … near 0, where |x| - log 2 + … would cancel."""
+    size, near = jnp.abs(x), jnp.minimum(jnp.abs(x), 0.6)
+    series = horner([t / (2 * k + 2) for k, t in enumerate(_TANH[: 20 if x.dtype == jnp.float64 else 7])], near * near)
+    far = size - num.LOG2 + jnp.log1p(jnp.exp(-2 * size))
+    return jnp.where(size < 0.6, near * near * series, far)
 
 
 log_cosh.defvjp(lambda x: (log_cosh(x), x), lambda x, ct: (ct * tanh(x),))
@@ -79,12 +95,10 @@ def weigh(weight: Array, x: Array) -> Array:
 
 
 def exp_remainder(x: Array) -> Array:
-    """exp(x) - 1 - x, never negative; near 0 by its series x²/2 (1 + x/3 (1 + x/4 (1 + …)))."""
-    tail = jnp.ones_like(x)
+    """exp(x) - 1 - x, never negative; near 0 by its series x² (1/2! + x/3! + x²/4! + …)."""
     near = jnp.clip(x, -1, 1)
-    for n in range(19 if x.dtype == jnp.float64 else 11, 2, -1):
-        tail = 1 + near / n * tail
-    return jnp.where(jnp.abs(x) < 1, near * near / 2 * tail, jnp.exp(x) - 1 - x)
+    series = horner([1 / math.factorial(n) for n in range(2, 20 if x.dtype == jnp.float64 else 12)], near)
+    return jnp.where(jnp.abs(x) < 1, near * near * series, jnp.exp(x) - 1 - x)
 
 
 @custom_vjp

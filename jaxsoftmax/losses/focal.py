@@ -8,7 +8,9 @@ so its Hessian F″ ∇s ∇sᵀ - F′ (diag(q) - qqᵀ) is positive semidefini
 f(L) = u^γ L with u = 1 - p_c, of Hessian f′J + f″ggᵀ. The poly loss adds ε Σ_k y_k (1 - p_k) to the cross-entropy.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jaxsoftmax.losses.elementary import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.operators import DiagonalPlusLowRank
 from jaxsoftmax.softmax import Axis, jacobian_product, moments, probabilities, softmax_of
-from jaxsoftmax.symmetric import centred
+from jaxsoftmax.symmetric import centred, compiled
 
 
 def focal_loss_with_integer_labels(
@@ -234,21 +236,63 @@ def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None) -> Curvatur
     return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, where)))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "factors", "core", "centre", "slope", "bend", "label", "missed"],
+    meta_fields=["proportional"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class FunctionOfLoss(DiagonalPlusLowRank):
+    """f′J + f″ggᵀ, the Hessian of f(L) for L of gradient g = p - e_c = -Pᵀe_c and Hessian J.
+
+    Its weights d = f′p + f″e_c serve every method but `mv`, where the two terms take fewer sums.
+
+    Args:
+      slope: f′, shape (..., 1).
+      bend: f″, shape (..., 1).
+      label: c, shape (..., 1).
+      missed: 1 - p_c, shape (..., 1).
+    """
+
+    slope: Any = None
+    bend: Any = None
+    label: Any = None
+    missed: Any = None
+
+    def scaled(self, weight: ArrayLike) -> "FunctionOfLoss":
+        """weight · A, for a number or an array that broadcasts to the batch axes."""
+        weight = checks.broadcast("weight", checks.as_float("weight", weight), self.shape[:-2]).astype(self.dtype)
+        weights, slope, bend = (weight[..., None] * x for x in (self.weights, self.slope, self.bend))
+        return dataclasses.replace(self, weights=weights, slope=slope, bend=bend)
+
+    @compiled
+    def _mv(self, v: Array) -> Array:
+        # J and g see no constant: w = v - v_top, Jv = p∘(w - <p,w>) and <g,v> = <p,w> - w_c.
+        p, axis = self.centre, self.centre.ndim - 1
+        top = num.class_sum(num.is_top(p) * v, axis)
+        w = v - top
+        mean = num.class_sum(num.below_half(p) * w, axis)
+        along = mean - (num.take_class(v, self.label, axis) - top)
+        gradient = jnp.where(num.class_index(p, axis) == self.label, -self.missed, p)
+        return self.slope * (num.below_half(p) * w - p * mean) + self.bend * along * gradient
+
+
 @functools.partial(jax.jit, inline=True)
 def _focal_operators(logits, labels, gamma, mask) -> Curvature:
-    # f(L) = u^γ L with u = 1 - p_c: f′ J + f″ ggᵀ, where g = -Pᵀe_c.
+    # f(L) = u^γ L with u = 1 - p_c.
     z = num.present(*num.widen(logits), mask, (-1,))
-    gamma, p, axis = jnp.asarray(gamma, z.dtype), softmax_of(z, z.ndim - 1), z.ndim - 1
+    gamma, axis = jnp.asarray(gamma, z.dtype), z.ndim - 1
     label = num.class_labels(labels, z.shape[-1])[..., None]
+    m, _, total = label_sums(z, label, axis)
+    p = probabilities(z, m, total, axis)
     limit = -0.9 * jnp.log(jnp.finfo(z.dtype).tiny)  # u no smaller than this allows: its powers below are finite
     s = jnp.clip(margin(z, label, axis), -1e9, limit)
     u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
-    first = u**gamma * (1 + gamma * pc * (loss / u))
-    second = gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss)
-    first, second = only_examples(mask, first), only_examples(mask, second)
-    at_label = 1 - num.other_classes(z, label, axis)
-    outer = DiagonalPlusLowRank(first * p, centre=p, proportional=True)
-    return Curvature(DiagonalPlusLowRank(first * p + second * at_label, centre=p), outer)
+    slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)))
+    bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss))
+    weights = slope * p + bend * (1 - num.other_classes(z, label, axis))
+    hessian = FunctionOfLoss(weights, centre=p, slope=slope, bend=bend, label=label, missed=u)
+    return Curvature(hessian, DiagonalPlusLowRank(slope * p, centre=p, proportional=True))
 
 
 @curvature_of(poly_loss_cross_entropy)

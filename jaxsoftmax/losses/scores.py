@@ -200,7 +200,9 @@ def _brier_operators(logits, labels, mask) -> Curvature:
     logits, y = num.widen(logits, labels)
     z, y, axis = num.present(logits, mask, (-1,)), num.zero_absent(y, mask), logits.ndim - 1
     p = softmax_of(z, axis)
-    return of_probabilities(p, p * p, jacobian_product(error(z, y, *moments(z, axis), axis), p, axis), mask)
+    others = num.class_sum(num.below_half(p), axis)
+    error = (num.is_top(p) - y) + num.below_half(p) - num.is_top(p) * others  # p - y
+    return of_probabilities(p, p * p, jacobian_product(error, p, axis), mask)
 
 
 def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None) -> Curvature:
