@@ -280,13 +280,19 @@ def times(a: Array, weights: Array, contract: int, vocab_axis: int) -> Array:
     vocab, features = weights.shape[vocab_axis], weights.shape[1 - vocab_axis]
 
     def step(start, size, out):
-        w = lax.dynamic_slice_in_dim(weights, start, size, vocab_axis).astype(a.dtype)
+        w = _slab(weights, start, size, vocab_axis).astype(a.dtype)
         part = lax.dynamic_slice_in_dim(a, start, size, 1) if over_vocab else a
         product = lax.dot_general(part, w, (((1,), (contract,)), ((), ())))
         return out + product if over_vocab else lax.dynamic_update_slice_in_dim(out, product, start, 1)
 
     start = jnp.zeros((a.shape[0], features if over_vocab else vocab), a.dtype)
     return over_slabs(vocab, slab_size(features, vocab), step, start)
+
+
+def _slab(weights: Array, start, size: int, axis: int) -> Array:
+    """A slice of half-precision weights, taken as integers: of floats, XLA's CPU backend would widen them all first."""
+    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(weights, jnp.uint16), start, size, axis)
+    return lax.bitcast_convert_type(bits, weights.dtype)
 
 
 def _add_products(total: Array, pairs: list[tuple[Array, Array]], axis: int) -> Array:
