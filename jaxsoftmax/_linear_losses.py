@@ -117,9 +117,11 @@ def token_statistics(z: Array, constants, options) -> TokenStatistics:
     u = capped(z, options)
     m = num.class_max(u, 1)
     prediction = jnp.argmax(u, 1).astype(jnp.int32)
-    e = jnp.exp(num.shift(u, m))
-    total = num.class_sum(e, 1)
-    entropy = jnp.log(total) - num.class_sum(e * jnp.maximum(num.shift(u, m), -num.largest(u.dtype)), 1) / total
+    below = num.shift(u, m)
+    others = jnp.exp(below) * num.other_classes(u, prediction[:, None], 1)  # the entropy of a sure model is theirs
+    rest = num.class_sum(others, 1)
+    total = rest + jnp.exp(num.shift(m, m))
+    entropy = jnp.log1p(rest) - num.class_sum(others * jnp.maximum(below, -num.largest(u.dtype)), 1) / total
     return TokenStatistics(
         (m + jnp.log(total))[:, 0], prediction, (1 / total)[:, 0], prediction == constants[0], entropy[:, 0]
     )

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jaxsoftmax import _numerics as num
 from jaxsoftmax._linear_chunks import Block, Head, equal_blocks, over_slabs
 from jaxsoftmax._linear_losses import TokenStatistics, capped
+from jaxsoftmax.losses.elementary import sigmoid, softplus, weigh
 
 
 class RowSums(NamedTuple):
@@ -68,17 +69,14 @@ def losses_from_sums(m: Array, sums: RowSums, constants, options) -> Array:
 
 
 def merged_statistics(one: TokenStatistics, other: TokenStatistics, labels: Array) -> TokenStatistics:
-    """Statistics of two blocks as one; the entropy by its chain rule, Σ_b π_b (H_b - log π_b)."""
-    logsumexp = jnp.logaddexp(one.logsumexp, other.logsumexp)
-
-    def share(part: TokenStatistics, value: Array) -> Array:
-        """π_b · value; 0 for a block of no probability, whatever its value."""
-        empty = part.logsumexp == -jnp.inf
-        return jnp.where(empty, 0.0, jnp.exp(part.logsumexp - logsumexp) * value)
-
-    peaks = share(one, one.probability), share(other, other.probability)
+    """Statistics of two blocks as one, with probabilities π = σ(∓ gap); the entropy is Σ_b π_b (H_b - log π_b)."""
+    equal = one.logsumexp == other.logsumexp  # -inf, perhaps
+    gap = jnp.where(equal, 0.0, other.logsumexp - one.logsumexp)
+    blocks = (one, gap), (other, -gap)
+    peaks = [weigh(sigmoid(-against), block.probability) for block, against in blocks]
+    entropies = [weigh(sigmoid(-against), block.entropy + softplus(against)) for block, against in blocks]
     prediction = jnp.where(peaks[1] > peaks[0], other.prediction, one.prediction)
-    entropies = [share(block, block.entropy + (logsumexp - block.logsumexp)) for block in (one, other)]
+    logsumexp = jnp.logaddexp(one.logsumexp, other.logsumexp)
     return TokenStatistics(
         logsumexp, prediction, jnp.maximum(*peaks), prediction == labels, entropies[0] + entropies[1]
     )

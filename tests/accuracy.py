@@ -29,7 +29,9 @@ import optax
 from mpmath import mp, mpf
 from tqdm import tqdm
 
+from tests import linear_accuracy as linear
 from tests import references as exact
+from tests.accuracy_table import table
 from tests.accurate_functions import FUNCTIONS, Function, computed_in
 from tests.conftest import enable_x64
 
@@ -140,12 +142,6 @@ class Expected:
     sizes: dict[str, np.ndarray]
 
 
-def longdouble(x: np.ndarray) -> np.ndarray:
-    high = np.array([float(v) for v in x.ravel()])
-    low = np.array([float(v - mpf(h)) for v, h in zip(x.ravel(), high)])
-    return (high.astype(np.longdouble) + low).reshape(x.shape)
-
-
 def expected(function: Function, s: Slices, order: int) -> Expected:
     """The references; derivatives up to `order`, sizes always."""
     rows: list[tuple[dict, dict]] = []
@@ -153,7 +149,7 @@ def expected(function: Function, s: Slices, order: int) -> Expected:
         for piece in range(s.z.shape[1]) if function.elementwise else [slice(None)]:
             rows.append(expected_slice(function, s, i, np.atleast_1d(np.arange(s.z.shape[1])[piece]), order))
     numbers, sizes = (
-        {q: np.stack([longdouble(row[part][q]) for row in rows]) for q in rows[0][part]} for part in (0, 1)
+        {q: np.stack([exact.longdouble(row[part][q]) for row in rows]) for q in rows[0][part]} for part in (0, 1)
     )
     return Expected(numbers, {q: x.astype(np.float64) for q, x in sizes.items()})
 
@@ -252,7 +248,7 @@ def measured(call: Callable, function: Function, s: Slices, dtype: str, order: i
     return {q: np.asarray(x).reshape(len(z), -1) for q, x in out.items()}
 
 
-def units(got: np.ndarray, want: np.ndarray, size: np.ndarray, flushed: np.ndarray) -> np.ndarray:
+def units(got: np.ndarray, want: np.ndarray, size: np.ndarray, flushed: np.ndarray | float = 0) -> np.ndarray:
     """Errors (N, …) in units of eps · size, or for half precision of the last place.
 
     What may be missing below the smallest normal number is taken off: `flushed` (N, 1) of them.
@@ -312,14 +308,36 @@ def errors(
             return worst(function, s, want, measured(call, function, s, dtype, order, jit))
 
 
-# The table.
+@functools.cache
+def linear_reference(name: str, regime: str, num_classes: int, dtype: str, second: bool) -> tuple:
+    with enable_x64():
+        given = linear.problem(linear.GAPS[regime], num_classes, second, functools.partial(as_dtype, dtype=dtype))
+        return given, linear.expected(linear.HEADS[name][0], given)
 
-REGIMES = ("normal", "gap to 60", "gap to 100", "offset", "ties", "tails", "K=1", "K=2", "K=1000", "K=50257")
-NAMES = {"value": "value", "vjp": "gradient", "jvp": "JVP", "hvp": "HVP"}
+
+def linear_errors(name: str, num_classes: int = 10, dtype: str = "float32", jit: bool = True) -> dict:
+    """Worst error of one linear head per quantity and regime, over two kinds of labels and of teachers."""
+    out: dict[tuple[str, str], float] = {}
+    for regime in linear.GAPS:
+        for second in (False, True):
+            given, want = linear_reference(name.removesuffix("(streamed)"), regime, num_classes, dtype, second)
+            with enable_x64() if dtype == "float64" else contextlib.nullcontext():
+                found = linear.results(name, given, dtype, jit)
+            for q, x in found.items():
+                out[q, regime] = max(out.get((q, regime), 0.0), float(np.max(units(x, *want[q]))))
+    return out
+
+
+# What is measured.
 
 
 def runs(name: str, quick: bool) -> Iterator[dict]:
-    """What is measured of a function: arguments of `errors`."""
+    """What is measured of a function: arguments of `errors`, or of `linear_errors`."""
+    if name in linear.HEADS:
+        yield from ({"num_classes": num_classes} for num_classes in ((10,) if quick else (10, 1000)))
+        yield from ({"num_classes": 10, "dtype": dtype} for dtype in ("float64", "bfloat16", "float16"))
+        yield {"num_classes": 10, "jit": False}
+        return
     function = FUNCTIONS[name]
     base = {"num_classes": 5 if quick else 10, "quick": quick}
     yield base
@@ -337,56 +355,26 @@ def runs(name: str, quick: bool) -> Iterator[dict]:
 def rows(name: str, quick: bool) -> Iterator[dict]:
     """One row per quantity and run."""
     for run in runs(name, quick):
-        found = errors(name, **run)
+        found = (linear_errors if name in linear.HEADS else errors)(name, **run)
         label = {"function": name, "library": run.get("peer") or "jaxsoftmax", "dtype": run.get("dtype", "float32")}
         label |= {"jit": run.get("jit", True), "num_classes": run["num_classes"]}
         for quantity in dict.fromkeys(q for q, _ in found):
             yield label | {"quantity": quantity, "units": {r: u for (q, r), u in found.items() if q == quantity}}
 
 
-def cell(x: float | None) -> str:
-    return "" if x is None else f"{x:.2g}" if x < 1e4 else f"{x:.0e}"
-
-
-def table(found: list[dict]) -> Iterator[str]:
-    """Lines: float32 by regime, beside the peers; then the worst case of each other dtype, and without jit."""
-    yield f"{'float32':40} " + " ".join(f"{r:>10}" for r in REGIMES)
-    lines: dict[tuple, dict[str, float]] = {}
-    for row in found:
-        if row["dtype"] == "float32" and row["jit"]:
-            line = lines.setdefault((row["function"], row["quantity"], row["library"]), {})
-            for regime, u in row["units"].items():
-                few = row["num_classes"] not in (5, 10)
-                column = f"K={row['num_classes']}" if few and regime != "gap to 100" else regime
-                line[column] = max(u, line.get(column, 0.0))
-    for (name, quantity, library), line in lines.items():
-        own = library == "jaxsoftmax"
-        title = f"{name} {NAMES[quantity]}" if own else f"    {library}"
-        yield f"{title:40} " + " ".join(f"{cell(line.get(r)):>10}" for r in REGIMES)
-    columns = ("float64", "bfloat16", "float16", "not jitted")
-    yield f"\n{'worst of all regimes, gaps to 60':40} " + " ".join(f"{c:>10}" for c in columns)
-    others: dict[tuple, dict[str, float]] = {}
-    for row in found:
-        column = row["dtype"] if row["jit"] else "not jitted"
-        if column in columns and row["library"] == "jaxsoftmax":
-            u = max(u for regime, u in row["units"].items() if regime != "gap to 100")
-            others.setdefault((row["function"], row["quantity"]), {})[column] = u
-    for (name, quantity), line in others.items():
-        yield f"{f'{name} {NAMES[quantity]}':40} " + " ".join(f"{cell(line.get(c)):>10}" for c in columns)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(FUNCTIONS)}")
+    known = [*FUNCTIONS, *linear.HEADS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(known)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
     parser.add_argument("--quick", action="store_true", help="five classes and fewer regimes")
     options = parser.parse_args()
-    unknown = sorted(set(options.names) - set(FUNCTIONS))
+    unknown = sorted(set(options.names) - set(known))
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(FUNCTIONS)}")
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     record: dict = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     record |= {"optax": optax.__version__, "torch": importlib.util.find_spec("torch") is not None, "rows": []}
-    progress = tqdm(options.names or FUNCTIONS, unit="function")
+    progress = tqdm(options.names or known, unit="function")
     for name in progress:
         progress.set_postfix_str(name)
         record["rows"] += rows(name, options.quick)

@@ -62,6 +62,13 @@ def derivatives(formula: Callable, z: list, order: int = 2) -> tuple[np.ndarray,
     return base, clean(jacobian, 1), clean(second, 2)
 
 
+def longdouble(x: np.ndarray) -> np.ndarray:
+    """Rounded to the widest floats that numpy has."""
+    high = np.array([float(v) for v in x.ravel()])
+    low = np.array([float(v - mpf(h)) for v, h in zip(x.ravel(), high)])
+    return (high.astype(np.longdouble) + low).reshape(x.shape)
+
+
 # Maps.
 
 

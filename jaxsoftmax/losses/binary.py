@@ -143,9 +143,20 @@ def _logistic_bwd(residuals, ct):
 logistic.defvjp(_logistic_fwd, _logistic_bwd)
 
 
+@custom_vjp
 def focal_weight(x: Array, y: Array, gamma: Array) -> Array:
-    """(1 - p_t)^γ as exp(γ log(1 - p_t)), whose derivatives have no power of 0."""
-    return jnp.exp(gamma * log_miss(x, y))
+    """(1 - p_t)^γ. Not exp(γ log(1 - p_t)): its exponent is as large as its relative error."""
+    return _miss(x, y) ** gamma
+
+
+def _focal_weight_bwd(residuals, ct):
+    x, y, gamma = residuals
+    weight = ct * focal_weight(x, y, gamma)
+    log, pull = jax.vjp(log_miss, x, y)
+    return *pull(weight * gamma), weight * log
+
+
+focal_weight.defvjp(lambda x, y, gamma: (focal_weight(x, y, gamma), (x, y, gamma)), _focal_weight_bwd)
 
 
 @custom_vjp
@@ -160,7 +171,7 @@ def _log_miss_fwd(x, y):
 
 def _log_miss_bwd(residuals, ct):
     x, y = residuals
-    dx = _share(x, y) * sigmoid(-x) - _share(-x, 1 - y) * sigmoid(x)
+    dx = _share(x, y) * sigmoid(-x) - _rest(x, y) * sigmoid(x)
     return ct * dx, ct * (sigmoid(-x) - sigmoid(x)) / _miss(x, y)
 
 
@@ -169,21 +180,39 @@ log_miss.defvjp(_log_miss_fwd, _log_miss_bwd)
 
 @custom_vjp
 def _share(x: Array, y: Array) -> Array:
-    """(1 - y) σ(x) / u = σ(x - logit y)."""
-    return sigmoid(x - (jnp.log(y) - jnp.log(1 - y)))
+    """(1 - y) σ(x) / u."""
+    return (1 - y) * sigmoid(x) / _miss(x, y)
+
+
+@custom_vjp
+def _rest(x: Array, y: Array) -> Array:
+    """y σ(-x) / u = 1 - share."""
+    return y * sigmoid(-x) / _miss(x, y)
 
 
 def _share_bwd(residuals, ct):
     x, y = residuals
-    return ct * _share(x, y) * _share(-x, 1 - y), -ct * sigmoid(x) * sigmoid(-x) / _miss(x, y) ** 2
+    return ct * _share(x, y) * _rest(x, y), -ct * sigmoid(x) * sigmoid(-x) / _miss(x, y) ** 2
 
 
 _share.defvjp(lambda x, y: (_share(x, y), (x, y)), _share_bwd)
+_rest.defvjp(lambda x, y: (_rest(x, y), (x, y)), lambda residuals, ct: _share_bwd(residuals, -ct))
 
 
-def _miss(x, y):
-    """(1 - y) σ(x) + y σ(-x), no smaller than the smallest number, so that its logarithm is finite."""
-    return jnp.maximum((1 - y) * sigmoid(x) + y * sigmoid(-x), jnp.finfo(x.dtype).tiny)
+@custom_vjp
+def _miss(x: Array, y: Array) -> Array:
+    """(1 - y) σ(x) + y σ(-x) with one division; no smaller than the smallest number: its logarithm is finite."""
+    e = jnp.exp(-jnp.abs(x))
+    near, far = jnp.where(x < 0, y, 1 - y), jnp.where(x < 0, 1 - y, y)
+    return jnp.maximum((near + far * e) / (1 + e), jnp.finfo(x.dtype).tiny)
+
+
+def _miss_bwd(residuals, ct):
+    x, y = residuals
+    return ct * (1 - 2 * y) * sigmoid(x) * sigmoid(-x), ct * (sigmoid(-x) - sigmoid(x))
+
+
+_miss.defvjp(lambda x, y: (_miss(x, y), (x, y)), _miss_bwd)
 
 
 # Hessians, diagonal along the last axis.
@@ -217,7 +246,7 @@ def _focal_operators(logits, labels, alpha, gamma) -> Curvature:
     x, y = num.widen(logits, labels)
     x, gamma = finite(x), gamma.astype(x.dtype)
     miss, loss, slope = log_miss(x, y), logistic(x, y, jnp.ones_like(x)), (1 - y) * sigmoid(x) - y * sigmoid(-x)
-    share, rest, spread = _share(x, y), _share(-x, 1 - y), sigmoid(x) * sigmoid(-x)
+    share, rest, spread = _share(x, y), _rest(x, y), sigmoid(x) * sigmoid(-x)
     dmiss = share * sigmoid(-x) - rest * sigmoid(x)
     weight = jnp.exp(gamma * miss) * (1 if alpha is None else _balance(alpha.astype(x.dtype), y))
     second = (gamma * dmiss) ** 2 + gamma * (share * rest - spread)
