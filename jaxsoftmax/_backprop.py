@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxsoftmax import _checks as checks
+
 Activation = Callable[[Array], Array]
 Loss = Callable[[Array, Any], Array]
 
@@ -44,7 +46,7 @@ class Signals(NamedTuple):
 def signals(params: Params, x: Array, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
     inputs, pullbacks = [x], []  # a_{n-1}, and the transpose of ∂a_n/∂z_n
     for layer in params[:-1]:
-        a, pullback = jax.vjp(activation, affine(layer, inputs[-1]))
+        a, pullback = jax.vjp(lambda z: activated(activation, z), affine(layer, inputs[-1]))
         inputs.append(a)
         pullbacks.append(pullback)
     dzs, das = [_loss_derivative(loss, affine(params[-1], inputs[-1]), targets)], []
@@ -62,8 +64,15 @@ def affine(layer: Layer, a: Array) -> Array:
 def output(params: Params, a: Array, activation: Activation) -> Array:
     """z_N from a_0."""
     for layer in params[:-1]:
-        a = activation(affine(layer, a))
+        a = activated(activation, affine(layer, a))
     return affine(params[-1], a)
+
+
+def activated(activation: Activation, z: Array) -> Array:
+    """σ(z), of the shape of z."""
+    a = checks.as_float("the value of activation", activation(z))
+    checks.same_shape("the value of activation", a, "its argument", z.shape)
+    return a
 
 
 def _loss_derivative(loss: Loss, z: Array, targets: ArrayLike) -> Array:
@@ -74,11 +83,14 @@ def _loss_derivative(loss: Loss, z: Array, targets: ArrayLike) -> Array:
     return pullback(jnp.ones_like(losses) / losses.size)[0]
 
 
-def checked(params: Params, x: ArrayLike) -> Array:
-    """x as an array, after a look at every shape."""
-    x = jnp.asarray(x)
-    if not params or not all(isinstance(layer, Layer) for layer in params):
+def checked(params: Params, x: ArrayLike, **functions: Callable) -> Array:
+    """x as an array, after a look at every shape, and at the functions by name."""
+    x = checks.as_float("x", x)
+    for name, function in functions.items():
+        checks.function(name, function)
+    if not isinstance(params, Sequence) or not params or not all(isinstance(layer, Layer) for layer in params):
         raise TypeError(f"params must be a non-empty sequence of network.Layer, got {type(params).__name__}: see init")
+    checks.float_tree("params", list(params))
     if x.ndim == 0:
         raise ValueError("x must have shape (..., d_0), got a scalar")
     given, width = f"x has shape {x.shape}", x.shape[-1]
@@ -93,6 +105,6 @@ def checked(params: Params, x: ArrayLike) -> Array:
 
 def example_signals(params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
     """`signals` of each example's own loss, not of the mean."""
-    found = signals(params, checked(params, x), targets, loss, activation)
+    found = signals(params, checked(params, x, activation=activation, loss=loss), targets, loss, activation)
     count = found.z[-1][..., 0].size
     return found._replace(z=[dz * count for dz in found.z], a=[da * count for da in found.a])

@@ -6,6 +6,7 @@ A check runs on Python values and abstract shapes only, so a wrong call fails be
 import operator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -159,3 +160,61 @@ def option(
     if np.ndim(value) == 0:
         number(name, value, low, high)
     return broadcast(name, as_real(name, value, dtype), shape)
+
+
+def at_least(name: str, value: Any, low: int) -> int:
+    """An integer no smaller than `low`."""
+    value = integer(name, value)
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
+
+
+def sizes(name: str, value: Any, low: int = 0) -> tuple[int, ...]:
+    """A sequence of integers no smaller than `low`, such as a shape."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
+    return tuple(at_least(f"each of {name}", size, low) for size in value)
+
+
+def function(name: str, value: Any) -> Any:
+    """Anything that can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {type(value).__name__}")
+    return value
+
+
+def key(name: str, value: Any) -> Array:
+    """One PRNG key, typed or raw."""
+    dtype, ndim = getattr(value, "dtype", None), getattr(value, "ndim", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and ndim == 0 or dtype == jnp.uint32 and ndim == 1):
+        raise TypeError(f"{name} must be one PRNG key, as from jax.random.key, got {value!r}")
+    return value
+
+
+def float_dtype(name: str, dtype: Any) -> None:
+    """Raise unless `dtype` is floating-point."""
+    try:
+        found = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        found = False
+    if not found:
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}")
+
+
+def same_tree(name: str, tree: Any, other: str, like: Any) -> None:
+    """Raise unless `tree` has the structure and shapes of `like`, the argument `other`."""
+    wanted, got = jax.tree.structure(like), jax.tree.structure(tree)
+    if got != wanted:
+        raise TypeError(f"{name} must have the structure of {other}, {wanted}, got {got}")
+    for leaf, target in zip(jax.tree.leaves(tree), jax.tree.leaves(like)):
+        same_shape(f"each array of {name}", as_array(name, leaf), other, jnp.shape(target))
+
+
+def float_tree(name: str, tree: Any) -> None:
+    """Raise unless `tree` has leaves, all of them floating-point arrays."""
+    leaves = jax.tree.leaves(tree)
+    found = [getattr(leaf, "dtype", type(leaf).__name__) for leaf in leaves]
+    if not leaves or not all(isinstance(d, np.dtype) and jnp.issubdtype(d, jnp.floating) for d in found):
+        raise TypeError(f"{name} must be a pytree of floating-point arrays, got leaves of {found}")

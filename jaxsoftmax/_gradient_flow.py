@@ -70,9 +70,10 @@ def gradient_flow(
 
     Reference: Glorot and Bengio (2010); Saxe, McClelland and Ganguli, arXiv:1312.6120.
     """
-    if num_steps is not None and checks.integer("num_steps", num_steps) < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    return _gradient_flow(params, checked(params, x), targets, loss, activation, num_steps)
+    if num_steps is not None:
+        checks.at_least("num_steps", num_steps, 1)
+    x = checked(params, x, activation=activation, loss=loss)
+    return _gradient_flow(params, x, targets, loss, activation, num_steps)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "activation", "num_steps"))

@@ -154,8 +154,8 @@ def fisher_vp(
     v = _like(params, v)
     if key is None:
         return _sandwich(f, (heads.fisher_product, loss), count, batch_size, params, (x, labels), v)
-    if checks.integer("num_samples", num_samples) < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    checks.at_least("num_samples", num_samples, 1)
+    key = checks.key("key", key)
     data = x, (jax.random.split(key, _num_examples((x, labels))), labels)
     return _sandwich(f, (heads.sampled_fisher_product, loss, num_samples), count, batch_size, params, data, v)
 
@@ -256,14 +256,14 @@ def damped_solve(
 
     Reference: Hestenes and Stiefel (1952); Martens, Deep learning via Hessian-free optimization (2010).
     """
-    if not callable(product):
-        raise TypeError(f"product must be a function v -> A v, got {type(product).__name__}")
-    _floating("b", b)
+    checks.function("product", product)
+    checks.float_tree("b", b)
     checks.number("damping", damping, 0.0)
     checks.number("tol", tol, 0.0)
-    if checks.integer("max_steps", max_steps) < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    precondition = preconditioner or (lambda r: r)
+    checks.at_least("max_steps", max_steps, 1)
+    if preconditioner is not None:
+        checks.function("preconditioner", preconditioner)
+    precondition = lambda r: r if preconditioner is None else _like(b, preconditioner(r), "preconditioner(r)", "b")
     apply = lambda v: _axpy(damping, v, _like(b, product(v), "product(v)", "b"))
     x = jax.tree.map(jnp.zeros_like, b) if start is None else _like(b, start, "start", "b")
     r = b if start is None else _axpy(-1.0, apply(x), b)
@@ -334,12 +334,11 @@ def _sum(of_batch: Callable, data: Any, batch_size: int | None) -> Any:
 
 def _checked(f: Model, loss: Loss, params: Any, x: Any, labels: Any, batch_size: int | None) -> tuple[int, int | None]:
     """The number of loss values, and the batch size where there is more than one batch; raises on every misfit."""
-    for name, function in (("f", f), ("loss", loss)):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-    _floating("params", params)
-    if batch_size is not None and checks.integer("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    checks.function("f", f)
+    checks.function("loss", loss)
+    checks.float_tree("params", params)
+    if batch_size is not None:
+        checks.at_least("batch_size", batch_size, 1)
     logits = jax.eval_shape(f, params, x)
     if not isinstance(logits, jax.ShapeDtypeStruct) or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"f must return one floating-point array of logits, got {logits}")
@@ -359,25 +358,10 @@ def _num_examples(data: Any) -> int:
     return sizes.pop()[0]
 
 
-def _floating(name: str, tree: Any) -> None:
-    leaves = jax.tree.leaves(tree)
-    found = [getattr(leaf, "dtype", type(leaf).__name__) for leaf in leaves]
-    if not leaves or not all(isinstance(d, jnp.dtype) and jnp.issubdtype(d, jnp.floating) for d in found):
-        raise TypeError(f"{name} must be a pytree of floating-point arrays, got leaves of {found}")
-
-
 def _like(tree: Any, v: Any, name: str = "v", other: str = "params") -> Any:
     """v in the dtypes of `tree`, whose structure and shapes it must have."""
-    wanted, got = jax.tree.structure(tree), jax.tree.structure(v)
-    if got != wanted:
-        raise TypeError(f"{name} must have the structure of {other}, {wanted}, got {got}")
-
-    def convert(leaf, target):
-        leaf = checks.as_float(name, leaf)
-        checks.same_shape(f"each array of {name}", leaf, other, target.shape)
-        return leaf.astype(target.dtype)
-
-    return jax.tree.map(convert, v, tree)
+    checks.same_tree(name, v, other, tree)
+    return jax.tree.map(lambda leaf, target: checks.as_float(name, leaf).astype(target.dtype), v, tree)
 
 
 # Vectors that are pytrees; scalars are kept in the computation dtype, and each leaf in its own.

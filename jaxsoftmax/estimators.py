@@ -72,13 +72,13 @@ def hutchinson_trace(product: Product, like: Any, key: Array, num_samples: int) 
 
     Reference: Hutchinson (1989); Avron and Toledo, Randomized algorithms for the trace (2011).
     """
-    A = _Flat.of(product, like)
+    A, key = _Flat.of(product, like), checks.key("key", key)
 
     def probe(key):
         v = A.signs(key)
         return jnp.vdot(v, A(v))
 
-    return _estimate(probe, key, _at_least("num_samples", num_samples, 1))
+    return _estimate(probe, key, checks.at_least("num_samples", num_samples, 1))
 
 
 def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: int) -> Estimate:
@@ -105,13 +105,13 @@ def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: in
 
     Reference: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007).
     """
-    A = _Flat.of(product, like)
+    A, key = _Flat.of(product, like), checks.key("key", key)
 
     def probe(key):
         v = A.signs(key)
         return v * A(v)
 
-    mean, error = _estimate(probe, key, _at_least("num_samples", num_samples, 1))
+    mean, error = _estimate(probe, key, checks.at_least("num_samples", num_samples, 1))
     return Estimate(A.unravel(mean), A.unravel(error))
 
 
@@ -142,8 +142,8 @@ def hutchpp_trace(product: Product, like: Any, key: Array, num_samples: int) -> 
 
     Reference: Meyer et al., Hutch++: optimal stochastic trace estimation, arXiv:2010.09649.
     """
-    A = _Flat.of(product, like)
-    num_samples = _at_least("num_samples", num_samples, 3)
+    A, key = _Flat.of(product, like), checks.key("key", key)
+    num_samples = checks.at_least("num_samples", num_samples, 3)
     rank = min(num_samples // 3, A.size)
     sketch_key, probe_key = jax.random.split(key)
     sketch = lax.map(lambda key: A(A.signs(key)), jax.random.split(sketch_key, rank))
@@ -191,9 +191,9 @@ def top_eigenpairs(
 
     Reference: Lanczos (1950); Golub and Van Loan, Matrix Computations, section 10.1.
     """
-    A = _Flat.of(product, like)
-    num_pairs = _at_least("num_pairs", num_pairs, 1)
-    num_steps = 4 * num_pairs + 20 if num_steps is None else _at_least("num_steps", num_steps, num_pairs)
+    A, key = _Flat.of(product, like), checks.key("key", key)
+    num_pairs = checks.at_least("num_pairs", num_pairs, 1)
+    num_steps = 4 * num_pairs + 20 if num_steps is None else checks.at_least("num_steps", num_steps, num_pairs)
     if num_pairs > A.size:
         raise ValueError(f"num_pairs must be at most the number of parameters, {A.size}, got {num_pairs}")
     start_key, lanczos_key = jax.random.split(key)
@@ -227,12 +227,15 @@ class SpectralDensity(NamedTuple):
 
     def mean_of(self, f: Callable[[Array], Array]) -> Estimate:
         """tr f(A) / n, for an element-wise f, with its standard error over the probes."""
+        checks.function("f", f)
         return _mean_and_error(jnp.sum(self.weights * f(self.nodes), -1))
 
     def density(self, grid: ArrayLike, width: ArrayLike) -> Array:
         """The density at the points of `grid` (m,), each node a Gaussian of standard deviation `width`."""
         grid = checks.as_float("grid", grid).astype(self.nodes.dtype)
-        width = jnp.asarray(width, self.nodes.dtype)
+        if grid.ndim != 1:
+            raise ValueError(f"grid must be a vector (m,), got shape {grid.shape}")
+        width = jnp.asarray(checks.positive("width", width), self.nodes.dtype)
         distance = (grid[:, None, None] - self.nodes[None]) / width
         bumps = jnp.exp(-(distance**2) / 2) / (width * math.sqrt(2 * math.pi))
         return jnp.mean(jnp.sum(self.weights[None] * bumps, -1), -1)
@@ -268,8 +271,8 @@ def spectral_density(
 
     Reference: Ubaru, Chen and Saad, Fast estimation of tr f(A) via stochastic Lanczos quadrature (2017).
     """
-    A = _Flat.of(product, like)
-    num_steps = min(_at_least("num_steps", num_steps, 1), A.size)
+    A, key = _Flat.of(product, like), checks.key("key", key)
+    num_steps = min(checks.at_least("num_steps", num_steps, 1), A.size)
 
     def probe(key):
         start_key, lanczos_key = jax.random.split(key)
@@ -277,7 +280,7 @@ def spectral_density(
         nodes, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
         return nodes, vectors[0] ** 2
 
-    return SpectralDensity(*lax.map(probe, jax.random.split(key, _at_least("num_probes", num_probes, 1))))
+    return SpectralDensity(*lax.map(probe, jax.random.split(key, checks.at_least("num_probes", num_probes, 1))))
 
 
 def _lanczos(A: "_Flat", start: Array, key: Array, num_steps: int) -> tuple[Array, Array, Array, Array]:
@@ -328,19 +331,18 @@ class _Flat(NamedTuple):
 
     @classmethod
     def of(cls, product: Product, like: Any) -> "_Flat":
-        if not callable(product):
-            raise TypeError(f"product must be a function v -> A v, got {type(product).__name__}")
+        checks.function("product", product)
         like = jax.tree.map(lambda leaf: checks.as_loss_float("each array of like", leaf), like)
-        leaves = jax.tree.leaves(like)
-        if not leaves:
-            raise TypeError(f"like must be a pytree of floating-point arrays, got {like!r}")
-        dtype = num.compute_dtype(num.common_dtype(*leaves))
+        checks.float_tree("like", like)
+        dtype = num.compute_dtype(num.common_dtype(*jax.tree.leaves(like)))
         flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), like))
         narrow = lambda v: jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), unravel(v), like)
         return cls(product, narrow, flat.size, dtype)
 
     def __call__(self, v: Array) -> Array:
-        Av = self.product(self.unravel(v))
+        v = self.unravel(v)
+        Av = self.product(v)
+        checks.same_tree("product(v)", Av, "v", v)
         return ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(self.dtype), Av))[0]
 
     def signs(self, key: Array) -> Array:
@@ -370,10 +372,3 @@ def _mean_and_error(values: Array) -> Estimate:
 
 def _standard_error(squares: Array, count: int) -> Array:
     return jnp.full_like(squares, jnp.inf) if count == 1 else jnp.sqrt(squares / (count * (count - 1)))
-
-
-def _at_least(name: str, value: Any, low: int) -> int:
-    value = checks.integer(name, value)
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return value

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxsoftmax import _checks as checks
 from jaxsoftmax.softmax import logsumexp, softmax
 
 __all__ = ["IDENTITIES", "Identity"]
@@ -53,7 +54,8 @@ class Identity(NamedTuple):
 
     def sample(self, key: Array, dtype: DTypeLike = float) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """A random point (X, dX) of the domain."""
-        keys = jax.random.split(key, (2, len(self.domain)))
+        checks.float_dtype("dtype", dtype)
+        keys = jax.random.split(checks.key("key", key), (2, len(self.domain)))
         X = tuple(_point(k, space, dtype) for k, space in zip(keys[0], self.domain))
         return X, tuple(_tangent(k, space, dtype) for k, space in zip(keys[1], self.domain))
 

@@ -292,8 +292,8 @@ class SoftmaxJacobian(SymmetricOperator):
 
         Differentiable in p and in `damping`, which is as in `solve`.
         """
-        damping = self._damping(damping, "sample_pinv", len(shape) + self.probs.ndim)
         noise = self._normal(key, shape, extra=1)
+        damping = self._damping(damping, "sample_pinv", noise.ndim)
         operator, noise = self._with("noise", noise, self.shape[-1] + 1)
         return operator._whiten(noise, damping)
 
@@ -307,6 +307,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
     def _normal(self, key: Array, shape: tuple[int, ...], extra: int = 0) -> Array:
         *batch, size = self.probs.shape
+        key, shape = checks.key("key", key), checks.sizes("shape", shape)
         return jax.random.normal(key, (*shape, *batch, size + extra), self.dtype)
 
 

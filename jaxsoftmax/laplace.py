@@ -63,7 +63,7 @@ class LastLayerLaplace:
 
     def logits(self, features: ArrayLike) -> tuple[Array, Array]:
         """Mean (..., K) and covariance (..., K, K) of the logits at features (..., D)."""
-        features = checks.as_float("features", features)
+        features = _features(features, self.layer)
         phi = _with_one(features, self.layer)
         deviations = 1 / jnp.sqrt(self.eigenvalues + self.prior_precision)
         roots = jnp.einsum("...d,kdn,n->...kn", phi, self.eigenvectors, deviations)
@@ -74,20 +74,21 @@ class LastLayerLaplace:
 
         Without a key, MacKay's approximation softmax(z_k / √(1 + π/8 Var z_k)); with one, the mean over draws of z.
         """
+        checks.at_least("num_samples", num_samples, 1)
         mean, covariance = self.logits(features)
         if key is None:
             variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
             return softmax(mean / jnp.sqrt(1 + math.pi / 8 * variance))
         # The covariance may be singular: a symmetric root, not Cholesky's.
         values, vectors = jnp.linalg.eigh(covariance)
-        noise = jax.random.normal(key, (checks.integer("num_samples", num_samples), *mean.shape), mean.dtype)
+        noise = jax.random.normal(checks.key("key", key), (num_samples, *mean.shape), mean.dtype)
         roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
         return jnp.mean(softmax(mean[None] + jnp.einsum("...kl,s...l->s...k", roots, noise)), 0)
 
     def log_evidence(self, prior_precision: ArrayLike | None = None) -> Array:
         """Log marginal likelihood of the data, with -l for the log-likelihood, at this or another prior precision."""
         precision = self.prior_precision if prior_precision is None else prior_precision
-        precision = jnp.asarray(precision, self.eigenvalues.dtype)
+        precision = jnp.asarray(checks.positive("prior_precision", precision), self.eigenvalues.dtype)
         fit = -self.total_loss - precision * _squared_norm(self.layer) / 2
         return fit - jnp.sum(jnp.log1p(self.eigenvalues / precision)) / 2
 
@@ -98,7 +99,7 @@ class LastLayerLaplace:
             effective = jnp.sum(self.eigenvalues / (self.eigenvalues + precision))  # parameters that the data fix
             return effective / _squared_norm(self.layer)
 
-        best = lax.fori_loop(0, num_steps, step, self.prior_precision)
+        best = lax.fori_loop(0, checks.at_least("num_steps", num_steps, 0), step, self.prior_precision)
         return dataclasses.replace(self, prior_precision=best)
 
 
@@ -143,17 +144,23 @@ def last_layer_laplace(
     """
     if not isinstance(layer, Layer):
         raise TypeError(f"layer must be a network.Layer, got {type(layer).__name__}")
-    features = checks.as_float("features", features)
-    num_classes, width = layer.W.shape
-    if features.ndim != 2 or features.shape[1] != width:
-        raise ValueError(f"features must have shape (N, {width}) for W of shape {layer.W.shape}, got {features.shape}")
-    if not checks.number("prior_precision", prior_precision, 0.0):
-        raise ValueError("prior_precision must be positive, got 0")
-    if checks.integer("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    checks.function("loss", loss)
+    checks.positive("prior_precision", prior_precision)
+    checks.at_least("batch_size", batch_size, 1)
+    checks.float_tree("layer", layer)
+    shapes = [jnp.shape(leaf) for leaf in layer if leaf is not None]
+    if len(shapes[0]) != 2 or shapes[1:] not in ([], [shapes[0][:1]]):
+        raise ValueError(f"layer must have W of shape (K, D) and b of shape (K,), got {shapes}")
+    features = _features(features, layer)
+    if features.ndim != 2:
+        raise ValueError(f"features must have shape (N, {shapes[0][1]}), got {features.shape}")
+    labels = jax.tree.map(lambda leaf: checks.as_array("labels", leaf), labels)
+    if any(leaf.shape[:1] != features.shape[:1] for leaf in jax.tree.leaves(labels)):
+        got = [leaf.shape for leaf in jax.tree.leaves(labels)]
+        raise ValueError(f"labels must lead with the {len(features)} examples of features, got shapes {got}")
     G, total = _gauss_newton_matrix(loss, batch_size, layer, features, labels)
     eigenvalues, eigenvectors = jnp.linalg.eigh(G)
-    eigenvectors = eigenvectors.reshape(num_classes, -1, len(eigenvalues))
+    eigenvectors = eigenvectors.reshape(len(layer.W), -1, len(eigenvalues))
     precision = jnp.asarray(prior_precision, G.dtype)
     return LastLayerLaplace(layer, jnp.maximum(eigenvalues, 0), eigenvectors, total, precision)
 
@@ -178,6 +185,14 @@ def _gauss_newton_matrix(loss, batch_size, layer, features, labels):
     total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_batch, *data))
     total, _ = lax.scan(lambda total, part: (add(total, of_batch(*part)), None), total, jax.tree.map(split, data))
     return add(total, of_batch(*jax.tree.map(lambda leaf: leaf[whole:], data))) if whole < len(features) else total
+
+
+def _features(features: ArrayLike, layer: Layer) -> Array:
+    features = checks.as_float("features", features)
+    width = layer.W.shape[1]
+    if features.ndim == 0 or features.shape[-1] != width:
+        raise ValueError(f"features must have shape (..., {width}) for W of {layer.W.shape}, got {features.shape}")
+    return features
 
 
 def _with_one(features: Array, layer: Layer) -> Array:

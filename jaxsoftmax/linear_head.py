@@ -161,6 +161,7 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
 
     Reference: MATHEMATICS.md section 6.
     """
+    _check_sizes(num_tokens, features, vocab, itemsize)
     return chunks.default_chunk(num_tokens, features, vocab, itemsize)[0]
 
 
@@ -191,6 +192,9 @@ def predict_temp_bytes(
 
     Reference: MATHEMATICS.md section 6.
     """
+    _check_sizes(num_tokens, features, vocab, itemsize)
+    if chunk_size is not None:
+        checks.at_least("chunk_size", chunk_size, 1)
     chunk, block = (chunk_size, None) if chunk_size else chunks.default_chunk(num_tokens, features, vocab, itemsize)
     chunk, slab = min(chunk, num_tokens), chunks.slab_size(features, vocab)
     if block is not None:
@@ -198,6 +202,12 @@ def predict_temp_bytes(
     logits = chunk * vocab
     update = slab * (features + (chunk if slab < vocab else 0))  # a slab of xᵀG, and the copy of its part of G
     return itemsize * (max(2 * logits, logits + update) + 3 * chunk * features)
+
+
+def _check_sizes(num_tokens, features, vocab, itemsize) -> None:
+    for name, size in {"num_tokens": num_tokens, "features": features, "vocab": vocab}.items():
+        checks.at_least(name, size, 0)
+    checks.at_least("itemsize", itemsize, 1)
 
 
 # From arguments to (head, theta, tokens, reduction, shape, counted weight per token).
@@ -233,9 +243,7 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
 def chosen_chunk(chunk_size: int | None, theta: dict[str, Array], axis: int, whole=False) -> tuple[int, int | None]:
     """Tokens, and classes if not all, whose logits exist at once."""
     if chunk_size is not None:
-        if checks.integer("chunk_size", chunk_size) < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        return checks.integer("chunk_size", chunk_size), None
+        return checks.at_least("chunk_size", chunk_size, 1), None
     num_tokens, features = theta["x"].shape
     vocab, itemsize = theta["weights"].shape[axis], chunks.wide_dtype(theta).itemsize
     return chunks.default_chunk(num_tokens, features, vocab, itemsize, whole)

@@ -87,9 +87,7 @@ def numerator_layout(derivatives: Any, out_ndim: int = 0) -> Any:
 
     Reference: seed 002; https://en.wikipedia.org/wiki/Matrix_calculus#Layout_conventions
     """
-    out_ndim = checks.integer("out_ndim", out_ndim)
-    if out_ndim < 0:
-        raise ValueError(f"out_ndim must be at least 0, got {out_ndim}")
+    out_ndim = checks.at_least("out_ndim", out_ndim, 0)
 
     def convert(leaf):
         leaf = checks.as_array("derivatives", leaf)
@@ -151,8 +149,7 @@ def differential(f: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
 
     Reference: Magnus and Neudecker, Matrix Differential Calculus, chapter 5; `jax.jvp`.
     """
-    if not callable(f):
-        raise TypeError(f"f must be a function, got {type(f).__name__}")
+    checks.function("f", f)
 
     def df(X: Any, dX: Any) -> Any:
         X = jax.tree.map(lambda x: checks.as_float("X", x), X)

@@ -5,7 +5,6 @@ l = f(z_N) for a loss head f. Vectors are the rows of arrays: the leading axes o
 """
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -14,13 +13,24 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax._backprop import Activation, Layer, Loss, Params, affine, checked, example_signals, output, signals
+from jaxsoftmax import _checks as checks
+from jaxsoftmax._backprop import (
+    Activation,
+    Layer,
+    Loss,
+    Params,
+    activated,
+    affine,
+    checked,
+    example_signals,
+    output,
+    signals,
+)
 from jaxsoftmax._gradient_flow import GradientFlow, gradient_flow
 from jaxsoftmax.matrix_calculus import numerator_layout
 
 __all__ = [
     "Derivatives",
-    "GradientFlow",
     "GradientFlow",
     "Layer",
     "backprop",
@@ -63,11 +73,11 @@ def init(key: Array, sizes: Sequence[int], *, bias: bool = True, dtype: DTypeLik
 
     Reference: LeCun et al., Efficient BackProp (1998), section 4.6.
     """
-    widths = [_width(size) for size in sizes]
+    checks.key("key", key)
+    widths = checks.sizes("sizes", sizes, 1)
     if len(widths) < 2:
-        raise ValueError(f"sizes must hold at least an input and an output width, got {tuple(widths)}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating-point, got {jnp.dtype(dtype)}")
+        raise ValueError(f"sizes must hold at least an input and an output width, got {widths}")
+    checks.float_dtype("dtype", dtype)
 
     def layer(key, d_in, d_out):
         W = jax.random.normal(key, (d_out, d_in), dtype) / d_in**0.5
@@ -103,7 +113,7 @@ def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> 
 
     Reference: seed 002.
     """
-    return output(params, checked(params, x), activation)
+    return output(params, checked(params, x, activation=activation), activation)
 
 
 def backprop(
@@ -207,7 +217,7 @@ def derivatives(
     """
     if layout not in ("denominator", "numerator"):
         raise ValueError(f"layout must be 'denominator' or 'numerator', got {layout!r}")
-    found = signals(params, checked(params, x), targets, loss, activation)
+    found = signals(params, checked(params, x, activation=activation, loss=loss), targets, loss, activation)
     layers = list(map(_layer_derivative, params, found.inputs, found.z))
     return Derivatives(found.z, found.a, layers if layout == "denominator" else numerator_layout(layers))
 
@@ -240,14 +250,14 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
 
     Reference: seeds 001 and 002.
     """
-    a, layers = checked(params, x), []
+    a, layers = checked(params, x, activation=activation), []
     for layer in params[:-1]:
         z = affine(layer, a)
         jacobian = jax.jacobian(activation)
         for _ in range(z.ndim - 1):
             jacobian = jax.vmap(jacobian)
+        a = activated(activation, z)
         layers.append(jacobian(z))
-        a = activation(z)
     last = params[-1].W
     outputs = [jnp.broadcast_to(jnp.eye(len(last), dtype=a.dtype), (*a.shape[:-1], len(last), len(last)))]
     for layer, J in zip(params[:0:-1], layers[::-1]):
@@ -326,13 +336,3 @@ def _layer_derivative(layer: Layer, a: Array, dz: Array) -> Layer:
     a, dz = a.reshape(-1, a.shape[-1]), dz.reshape(-1, dz.shape[-1])
     W = jnp.matmul(dz.T, a).astype(layer.W.dtype)
     return Layer(W, None if layer.b is None else jnp.sum(dz, 0).astype(layer.b.dtype))
-
-
-def _width(size) -> int:
-    try:
-        width = operator.index(size)
-    except TypeError:
-        raise TypeError(f"sizes must be integers, got {size!r}") from None
-    if width < 1:
-        raise ValueError(f"sizes must be at least 1, got {width}")
-    return width

@@ -181,6 +181,8 @@ def _prepare(x, alpha, class_names) -> tuple[np.ndarray, SoftmaxJacobian, Sequen
     x = checks.as_float("x", x)
     if x.ndim != 1 or x.shape[0] == 0:
         raise ValueError(f"x must be a vector of logits (K,), got shape {x.shape}")
+    if class_names is not None and not hasattr(class_names, "__len__"):
+        raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
     if class_names is not None and len(class_names) != x.shape[0]:
         raise ValueError(f"class_names must hold {x.shape[0]} names, one per class, got {len(class_names)}")
     p = entmax(x, alpha)

@@ -98,11 +98,15 @@ def gauss_newton(
 
     Reference: Martens, Deep learning via Hessian-free optimization (2010); Martens, arXiv:1412.1193, section 6.
     """
-    for name, function in (("f", f), ("loss", loss)):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    checks.function("f", f)
+    checks.function("loss", loss)
+    for name, number in (("learning_rate", learning_rate), ("warm_start", warm_start)):
+        checks.number(name, number)
     for name, number, low in (("damping", damping, 0.0), ("adapt", adapt, 1.0), ("tol", tol, 0.0)):
         checks.number(name, number, low)
+    checks.at_least("max_steps", max_steps, 1)
+    if batch_size is not None:
+        checks.at_least("batch_size", batch_size, 1)
 
     def init(params: Any) -> GaussNewtonState:
         dtype = num.compute_dtype(num.common_dtype(*map(jnp.asarray, jax.tree.leaves(params))))
@@ -117,6 +121,10 @@ def gauss_newton(
         missing = [name for name, given in needed.items() if given is None]
         if missing:
             raise ValueError(f"gauss_newton's update needs the arguments {', '.join(missing)}: see make_train_step")
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"batch must be the pair (x, labels), got {type(batch).__name__}")
+        if adapt != 1:
+            checks.function("value_fn", value_fn)
         product = lambda v: ggn_vp(f, loss, params, *batch, v, batch_size=batch_size)
         start = _scale(warm_start, state.direction)
         target = _scale(-1.0, updates)

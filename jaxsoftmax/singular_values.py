@@ -40,12 +40,15 @@ def extreme_singular_values(
 
     Reference: Golub and Van Loan, Matrix Computations, section 10.4.
     """
-    x = checks.as_float("x", x)
+    checks.function("f", f)
+    x, key = checks.as_float("x", x), checks.key("key", key)
+    if x.ndim != 1:
+        raise ValueError(f"x must be a vector (n,), got shape {x.shape}")
+    if num_steps is not None:
+        checks.at_least("num_steps", num_steps, 1)
     y, push = jax.linearize(f, x)
-    if x.ndim != 1 or y.ndim != 1:
-        raise ValueError(f"f must map a vector to a vector, got shapes {x.shape} -> {y.shape}")
-    if num_steps is not None and checks.integer("num_steps", num_steps) < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if jnp.ndim(y) != 1:
+        raise ValueError(f"f must map a vector to a vector, got shapes {x.shape} -> {jnp.shape(y)}")
     pull = lambda u: jax.linear_transpose(push, x)(u)[0]
     sides = (x.size, push), (y.size, pull)
     (n, A), (m, At) = sides if x.size <= y.size else sides[::-1]

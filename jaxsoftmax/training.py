@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxsoftmax import _checks as checks
+
 __all__ = ["TrainState", "make_train_step"]
 
 Metrics = dict[str, Any]
@@ -47,6 +49,8 @@ class TrainState:
             step gives away the state's memory.
           optimizer: any optax optimizer.
         """
+        _check_optimizer(optimizer)
+        params = jax.tree.map(lambda leaf: checks.as_array("params", leaf), params)
         state = cls(params, optimizer.init(params), jnp.zeros((), jnp.int32))
         # Leaf by leaf, because some optimizers keep the parameters in their state and no buffer can be donated twice;
         # with a definite dtype, because a weakly typed leaf would come back from the first step with another type.
@@ -72,7 +76,8 @@ def make_train_step(
       `metrics["loss"]`, and of `loss_fn`'s own metrics. The old state is donated: its arrays are given away.
 
     Raises:
-      TypeError: when the step is first called, if the loss is not a real scalar or the metrics are not a dict.
+      TypeError: if `loss_fn` is not callable or `optimizer` has no init and update; when the step is first called, if
+        the loss is not a real scalar or the metrics are not a dict.
       ValueError: then too, if the metrics have an entry "loss".
 
     Example:
@@ -85,6 +90,8 @@ def make_train_step(
       >>> print(metrics["loss"], state.params, state.step)
       5.0 [0.5 1. ] 1
     """
+    checks.function("loss_fn", loss_fn)
+    _check_optimizer(optimizer)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def train_step(state: TrainState, *batch: Any) -> tuple[TrainState, Metrics]:
@@ -101,6 +108,11 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), {"loss": loss, **metrics}
 
     return train_step
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise TypeError(f"optimizer must be an optax optimizer, with init and update, got {optimizer!r}")
 
 
 def _update(optimizer, grads, state: TrainState, batch: tuple, value: Array, value_fn: Callable) -> tuple[Any, Any]:

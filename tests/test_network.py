@@ -230,9 +230,9 @@ def test_init_refuses_sizes(key, sizes):
 
 
 def test_init_refuses_types(key):
-    with pytest.raises(TypeError, match="sizes must be integers, got 2.5"):
+    with pytest.raises(TypeError, match="each of sizes must be an integer, got 2.5"):
         network.init(key, (3, 2.5))
-    with pytest.raises(TypeError, match="dtype must be floating-point, got int32"):
+    with pytest.raises(TypeError, match="dtype must be a floating-point dtype, got .*int32"):
         network.init(key, (3, 2), dtype=jnp.int32)
 
 

@@ -129,7 +129,7 @@ def test_extreme_singular_values_of_hard_matrices(x64):
 
 
 def test_extreme_singular_values_refuse(key):
-    with pytest.raises(ValueError, match=r"f must map a vector to a vector, got shapes \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"x must be a vector \(n,\), got shape \(2, 2\)"):
         extreme_singular_values(lambda x: x, jnp.ones((2, 2)), key)
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         extreme_singular_values(lambda x: x, jnp.ones(2), key, 0)

@@ -42,7 +42,7 @@ class Fisher(DiagonalPlusLowRank):
 
     def sample_targets(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Targets drawn from the model, as the loss takes them, with `shape` in front of their shape."""
-        return self.draw(key, self.logits, tuple(shape))
+        return self.draw(checks.key("key", key), self.logits, checks.sizes("shape", shape))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operator", "slope", "extra"], meta_fields=[])
