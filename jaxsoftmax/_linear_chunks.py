@@ -42,7 +42,7 @@ class Head(NamedTuple):
 
     losses: Callable[[Any, Array, Any, Arrays], Array]
     rule: Callable[[Array, Any, Arrays], tuple[Array, Array, Array]] | None
-    rule_along: Callable[..., tuple[Array, Array, Array]] | None
+    rule_along: Callable[..., tuple[Array, Array, Array, Array]] | None
     vocab_axis: int
     chunk_size: int
     statistics: Callable[[Array, Any, Arrays], Any] | None = None
@@ -72,12 +72,22 @@ def default_chunk(
     """
     backend = jax.default_backend()
     budget, saturation = BUDGET.get(backend, BUDGET_OTHER), SATURATION.get(backend, SATURATION_OTHER)
-    most = max(1, min(saturation, num_tokens))
-    fits = budget // (itemsize * (2 * vocab + 4 * features + 16))
+    most, slab = max(1, min(saturation, num_tokens)), slab_size(features, vocab)
+    fixed, per_token = (slab + vocab % slab) * features, vocab + (slab if slab < vocab else 0) + 4 * features + 16
+    fits = max(0, budget // itemsize - fixed) // per_token
     if whole or fits >= min(FEW * saturation, most):
-        return min(most, fits // ALIGNMENT * ALIGNMENT or max(1, fits)), None
+        return _equal_chunk(num_tokens, min(most, max(1, fits))), None
     columns = (budget // itemsize - 3 * most * features) // (3 * (most + features))
     return most, equal_blocks(vocab, max(MIN_BLOCK, columns))
+
+
+def _equal_chunk(num_tokens: int, most: int) -> int:
+    """Tokens per chunk, at most `most`, so that the last chunk is nearly full."""
+    if most < ALIGNMENT:
+        return most
+    most = most // ALIGNMENT * ALIGNMENT
+    each = -(-num_tokens // max(1, -(-num_tokens // most)))
+    return min(most, -(-each // ALIGNMENT) * ALIGNMENT, max(1, num_tokens))
 
 
 def equal_blocks(vocab: int, most: int) -> int:
@@ -132,9 +142,10 @@ def stream(
 
 
 def chunk_of(head: Head, differentiated: bool, num_tokens: int) -> int:
-    """Tokens per chunk; fewer where the derivative of the gradient needs more arrays of a chunk's logits."""
-    size = max(1, head.chunk_size // 3) if differentiated and head.by_blocks is None else head.chunk_size
-    return max(1, min(size, num_tokens))
+    """Tokens per chunk; fewer where more than one array of a chunk's logits exists."""
+    plain = head.rule is not None and head.statistics is None
+    arrays = (1 if plain else 2) * (3 if differentiated else 1) if head.by_blocks is None else 1
+    return max(1, min(head.chunk_size // arrays, num_tokens))
 
 
 def _order(weights: Array, valid: Array | None, skip: bool, chunk: int) -> tuple[Array, Array]:
@@ -214,14 +225,14 @@ def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out
             losses, g, by_option = gradient(z, block.values["token_weights"], options)
         else:
             losses, g, by_option = head.losses(head, z, block.constants, options), None, {}
-        pairs_x, pairs_w = [(g, weights)], [(x, g)]
+        pairs_x, pairs_w, last = [(g, scale, weights)], [(x, scale, g)], (g, scale)
     else:
         tangents = {n: moving[n] for n in moving if n not in ("x", "weights", "token_weights")}
         z, dz = _logits_along(logits, x, block.moving.get("x"), weights, moving.get("weights"), theta, moving)
         options = {n: v for n, v in shared.items() if n != "bias"}
         da = block.moving.get("token_weights")
         if head.rule_along is not None and not sought and not set(tangents) - {"bias"}:
-            losses, g, dg = head.rule_along(z, dz, block.constants, options, block.values["token_weights"], da)
+            losses, g, scale, dg = head.rule_along(z, dz, block.constants, options, block.values["token_weights"], da)
             by_option = {}
         else:
             names = tuple(n for n in tangents if n != "bias")
@@ -237,26 +248,28 @@ def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out
                 return head.losses(head, full["z"], block.constants, rest), None, {}
 
             (_, g, _), (losses, dg, by_option) = jax.jvp(of, ({n: args[n] for n in along},), (along,))
-        pairs_x, pairs_w = [(dg, weights)], [(x, dg)]
+        pairs_x, pairs_w, last = [(dg, None, weights)], [(x, None, dg)], (dg, None)
         if "weights" in moving:
-            pairs_x.append((g, moving["weights"]))
+            pairs_x.append((g, scale, moving["weights"]))
         if "x" in moving:
-            pairs_w.append((block.moving["x"], g))
-        g = dg
+            pairs_w.append((block.moving["x"], scale, g))
 
     out = dict(out)
     if "x" in rows:
-        dx = sum(times(g_i, w_i, axis, axis) for g_i, w_i in pairs_x)
-        out["x"] = out["x"].at[index].set(dx if scale is None else dx * scale, mode="drop")
+        dx = sum(_scaled(times(g_i, w_i, axis, axis), scale_i) for g_i, scale_i, w_i in pairs_x)
+        out["x"] = out["x"].at[index].set(dx, mode="drop")
     if "weights" in rows:
-        pairs_w = [(x_i if scale is None else x_i * scale, g_i) for x_i, g_i in pairs_w]
-        out["weights"] = _add_products(out["weights"], pairs_w, axis)
+        pairs = [(_scaled(x_i, scale_i), g_i) for x_i, scale_i, g_i in pairs_w]
+        out["weights"] = _add_products(out["weights"], pairs, axis)
     if "bias" in rows:
-        g = g if scale is None else g * scale
-        out["bias"] = out["bias"] + jnp.sum(g, 0)
+        out["bias"] = out["bias"] + jnp.sum(_scaled(*last), 0)
     for name in sought:
         out[name] = out[name] + by_option[name].astype(out[name].dtype)
     return losses, out, statistics
+
+
+def _scaled(x: Array, scale: Array | None) -> Array:
+    return x if scale is None else x * scale
 
 
 def _logits_along(logits, x, dx, weights, dw, theta, moving):

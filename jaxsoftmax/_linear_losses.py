@@ -51,33 +51,36 @@ def token_losses(head: Head, z: Array, constants, options) -> Array:
 
 
 class LabelSums(NamedTuple):
-    """Per row, of shape (C, 1), but for `others`: exp(z - m), 0 at the label."""
+    """Per row, of shape (C, 1), but for the two of shape (C, V)."""
 
-    others: Array
+    others: Array  # exp(z - m), 0 at the label
+    is_label: Array
     at_label: Array  # exp(z_label - m)
     rest: Array  # Σ others
     total: Array
     gap: Array  # z_label - m
     weight: Array  # the label's class weight
-    place: tuple[Array, Array]  # of the labels in (C, V)
 
-    def with_label(self, x: Array, value: Array) -> Array:
-        return x.at[self.place].set(value[:, 0], mode="drop")
+
+# One array of a chunk's logits at a time: `others` takes the place of z, and E that of `others`. So m depends on both
+# that is read of z before, and what stands at the label is selected, not scattered: XLA reuses no buffer for a scatter.
 
 
 def label_sums(z: Array, constants, options) -> LabelSums:
     labels = constants[0][:, None]
-    index = jnp.arange(z.shape[0]), jnp.where(labels < 0, z.shape[1], labels)[:, 0]  # out of range: dropped
-    z_label = num.take_class(z, labels, 1)
-    m = lax.stop_gradient(num.class_max(z, 1))
+    is_label = num.class_index(z, 1) == labels
+    found = num.take_class(z, jnp.maximum(labels, 0), 1)
+    z_label = jnp.where(labels < 0, jnp.nan, found)
+    m = lax.stop_gradient(jnp.maximum(num.class_max(z, 1), found))
     gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
-    others = jnp.exp(num.shift(z, m)).at[index].set(0.0, mode="drop")
+    others = jnp.where(is_label, 0.0, jnp.exp(num.shift(z, m)))
     rest = num.class_sum(others, 1)
     weight = jnp.ones_like(m)
     if "class_weights" in options:
         weights = options["class_weights"][jnp.maximum(labels, 0)]
         weight = jnp.where(labels < 0, jnp.nan, weights)
-    return LabelSums(others, jnp.exp(gap), rest, num.one_infinity(rest + jnp.exp(gap), m, 1), gap, weight, index)
+    total = num.one_infinity(rest + jnp.exp(gap), m, 1)
+    return LabelSums(others, is_label, jnp.exp(gap), rest, total, gap, weight)
 
 
 def label_rule(z: Array, constants, options) -> tuple[Array, Array, Array]:
@@ -88,29 +91,28 @@ def label_rule(z: Array, constants, options) -> tuple[Array, Array, Array]:
     sums = label_sums(z, constants, options)
     gap, rest, total = sums.gap, sums.rest, sums.total
     losses = jnp.where(gap > -1, jnp.log1p(rest / sums.at_label), jnp.log(total) - gap)
-    return (losses * sums.weight)[:, 0], sums.with_label(sums.others, -rest), sums.weight / total
+    return (losses * sums.weight)[:, 0], jnp.where(sums.is_label, -rest, sums.others), sums.weight / total
 
 
-def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Array, Array]:
-    """l̇ = <p, ż> - ż_label, G = a ∂l/∂z and Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z.
+def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Array, Array, Array]:
+    """l̇ = <p, ż> - ż_label, then E and s with a ∂l/∂z = s E as in `label_rule`, and Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z.
 
     ż is measured from its value r at the class with p > 1/2, the label or another, so that nothing cancels there.
     """
     sums = label_sums(z, constants, options)
-    s = sums.weight / sums.total
-    gradient = s * sums.with_label(sums.others, -sums.rest)
+    E, s, a = jnp.where(sums.is_label, -sums.rest, sums.others), sums.weight / sums.total, a[:, None]
     if dz is None:
         losses, moved = jnp.zeros(z.shape[0], z.dtype), jnp.zeros_like(z)
     else:
-        q, at_label = sums.others / sums.total, sums.at_label / sums.total
+        q, at_label = jnp.maximum(E, 0) / sums.total, sums.at_label / sums.total  # q is 0 at the label
         dz_label = num.take_class(dz, constants[0][:, None], 1)
         label_on_top = lax.stop_gradient(num.is_top(at_label))
         r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(q) * dz, 1)
         mean = num.class_sum(num.below_half(q) * (dz - r), 1) + (1 - label_on_top) * at_label * (dz_label - r)
         losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
-        moved = sums.weight * sums.with_label(q * ((dz - r) - mean), at_label * ((dz_label - r) - mean))
-    moved = a[:, None] * moved
-    return losses, a[:, None] * gradient, moved if da is None else moved + da[:, None] * gradient
+        at_label = at_label * ((dz_label - r) - mean)
+        moved = a * sums.weight * jnp.where(sums.is_label, at_label, q * ((dz - r) - mean))
+    return losses, E, a * s, moved if da is None else moved + da[:, None] * s * E
 
 
 def token_statistics(z: Array, constants, options) -> TokenStatistics:

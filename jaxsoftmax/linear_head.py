@@ -62,7 +62,8 @@ def linear_softmax_cross_entropy_loss(
       ignore_index: label of tokens to leave out; loss 0, gradient 0.
       z_loss: factor of logsumexp², as in the plain head.
       logit_softcap: c > 0; None for no cap.
-      chunk_size: tokens whose logits exist at once; None chooses by `default_chunk_size`.
+      chunk_size: tokens whose logits exist at once, fewer where options or derivatives need more arrays of them; None
+        chooses by `default_chunk_size`.
       vocab_axis: the axis of `weights` that counts the classes.
 
     Returns:
@@ -137,7 +138,10 @@ def linear_softmax_cross_entropy_with_statistics(
 
 
 def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
-    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (2 V + 4 D)), saturation, N), N tokens.
+    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (V + 4 D)), saturation, N), N tokens.
+
+    Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size. Options and
+    derivatives of the gradient need 2 to 6 arrays of the logits in place of one, and take as many times fewer tokens.
 
     The budget of temporary memory is 64 MiB on CPU and 2 GiB elsewhere. A chunk of C tokens takes the time of its
     6 C D V operations plus that of passing once over the (D, V) accumulator, 6 N D V / F (1 + κ F / (6 BW C)) in all,
@@ -168,10 +172,10 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
 def predict_temp_bytes(
     num_tokens: int, features: int, vocab: int, chunk_size: int | None = None, itemsize: int = 4
 ) -> int:
-    """Peak temporary bytes of value and gradient, beside arguments and gradients: two arrays of a chunk's logits.
+    """Peak temporary bytes of value and gradient, beside arguments and gradients: one array of a chunk's logits.
 
-    itemsize (max(2 C V, C V + S (C + D)) + 3 C D), with slabs of S < V columns of the weights, for x and weights of one
-    dtype of at least 32 bits, without softcap, smoothing and z-loss; itemsize (B (3 C + 1.5 D) + 3 C D) where the
+    itemsize (C V + S (C + D) + (V mod S) D + 3 C D), with slabs of S < V columns of the weights, for x and weights of
+    one dtype of at least 32 bits, without softcap, smoothing and z-loss; itemsize (B (3 C + 1.5 D) + 3 C D) where the
     vocabulary is streamed in blocks of B classes.
 
     Args:
@@ -199,9 +203,9 @@ def predict_temp_bytes(
     chunk, slab = min(chunk, num_tokens), chunks.slab_size(features, vocab)
     if block is not None:
         return itemsize * (block * (6 * chunk + 3 * features) // 2 + 3 * chunk * features)
-    logits = chunk * vocab
-    update = slab * (features + (chunk if slab < vocab else 0))  # a slab of xᵀG, and the copy of its part of G
-    return itemsize * (max(2 * logits, logits + update) + 3 * chunk * features)
+    # Beside the logits a slab of xᵀG, one of what is left over, and the copy of a slab's part of G.
+    update = (slab + vocab % slab) * features + (chunk * slab if slab < vocab else 0)
+    return itemsize * (chunk * vocab + update + 3 * chunk * features)
 
 
 def _check_sizes(num_tokens, features, vocab, itemsize) -> None:

@@ -333,7 +333,7 @@ def test_memory_is_as_predicted(vocab, chunk):
     assert 0.75 <= predict_temp_bytes(n, d, vocab, chunk) / used <= 1.25
     logits = 4 * n * vocab
     assert temp(lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, a)[1], x, weights) <= logits / 4
-    assert default_chunk_size(2048, 512, 32768) * 32768 * 8 <= 64 << 20
+    assert default_chunk_size(2048, 512, 32768) * 32768 * 4 <= 64 << 20
 
 
 def test_statistics(x64):
