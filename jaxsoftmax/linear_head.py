@@ -192,7 +192,7 @@ def predict_temp_bytes(
     Example:
       >>> from jaxsoftmax import linear_head
       >>> linear_head.predict_temp_bytes(2048, 512, 32768, chunk_size=128) >> 20
-      32
+      26
 
     Reference: MATHEMATICS.md section 6.
     """

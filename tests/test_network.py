@@ -225,7 +225,7 @@ def test_intermediate_derivatives(x64):
 
 @pytest.mark.parametrize("sizes", [(), (3,), (3, 0), (-1, 2)], ids=str)
 def test_init_refuses_sizes(key, sizes):
-    with pytest.raises(ValueError, match="^sizes must"):
+    with pytest.raises(ValueError, match="sizes must"):
         network.init(key, sizes)
 
 
