@@ -248,11 +248,9 @@ def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out
                 return head.losses(head, full["z"], block.constants, rest), None, {}
 
             (_, g, _), (losses, dg, by_option) = jax.jvp(of, ({n: args[n] for n in along},), (along,))
-        pairs_x, pairs_w, last = [(dg, None, weights)], [(x, None, dg)], (dg, None)
-        if "weights" in moving:
-            pairs_x.append((g, scale, moving["weights"]))
-        if "x" in moving:
-            pairs_w.append((block.moving["x"], scale, g))
+        more_x = [(g, scale, moving["weights"])] if "weights" in moving else []
+        more_w = [(block.moving["x"], scale, g)] if "x" in moving else []
+        pairs_x, pairs_w, last = [(dg, None, weights), *more_x], [(x, None, dg), *more_w], (dg, None)
 
     out = dict(out)
     if "x" in rows:

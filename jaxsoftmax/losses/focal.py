@@ -268,7 +268,9 @@ class FunctionOfLoss(DiagonalPlusLowRank):
     @compiled
     def _mv(self, v: Array) -> Array:
         # J and g see no constant: w = v - v_top, Jv = p∘(w - <p,w>) and <g,v> = <p,w> - w_c.
-        p, axis = self.centre, self.centre.ndim - 1
+        p = self.centre
+        assert p is not None
+        axis = p.ndim - 1
         top = num.class_sum(num.is_top(p) * v, axis)
         w = v - top
         mean = num.class_sum(num.below_half(p) * w, axis)
