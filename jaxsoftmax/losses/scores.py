@@ -201,8 +201,9 @@ def _brier_operators(logits, labels, mask) -> Curvature:
     z, y, axis = num.present(logits, mask, (-1,)), num.zero_absent(y, mask), logits.ndim - 1
     p = softmax_of(z, axis)
     others = num.class_sum(num.below_half(p), axis)
-    error = (num.is_top(p) - y) + num.below_half(p) - num.is_top(p) * others  # p - y
-    return of_probabilities(p, p * p, jacobian_product(error, p, axis), mask)
+    # p - y as `error` has it, in arithmetic: the sums of the products fuse with it.
+    off = (num.is_top(p) - y) + num.below_half(p) - num.is_top(p) * others
+    return of_probabilities(p, p * p, jacobian_product(off, p, axis), mask)
 
 
 def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None) -> Curvature:
