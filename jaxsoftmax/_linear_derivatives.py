@@ -125,7 +125,7 @@ def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
         return _zeros(theta, rows)
     if weightings:
         directions = tuple(t for t in directions if tuple(t) != ("token_weights",))
-        theta = {**theta, **weightings[0]}
+        theta, head = {**theta, **weightings[0]}, head._replace(every=False)
         found = tuple(name for name in rows if name != "token_weights")
         return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
     skip = not any("token_weights" in names for names in (rows, *directions))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax import _numerics as num
-from jaxsoftmax._linear_chunks import Head
+from jaxsoftmax._linear_chunks import Cotangents, Head
 from jaxsoftmax.losses.cross_entropy import softmax_cross_entropy_with_integer_labels
 from jaxsoftmax.losses.elementary import tanh
 
@@ -51,68 +51,81 @@ def token_losses(head: Head, z: Array, constants, options) -> Array:
 
 
 class LabelSums(NamedTuple):
-    """Per row, of shape (C, 1), but for the two of shape (C, V)."""
+    """Per row, of shape (C, 1), but for `others` of shape (C, V); or all of them the other way round."""
 
     others: Array  # exp(z - m), 0 at the label
-    is_label: Array
     at_label: Array  # exp(z_label - m)
     rest: Array  # Σ others
     total: Array
     gap: Array  # z_label - m
     weight: Array  # the label's class weight
+    labels: Array
 
 
-# One array of a chunk's logits at a time: `others` takes the place of z, and E that of `others`. So m depends on both
-# that is read of z before, and what stands at the label is selected, not scattered: XLA reuses no buffer for a scatter.
+# One array of a chunk's logits at a time: `others` takes the place of z. So m depends on both that is read of z before,
+# and what stands at the label is selected, not scattered: XLA reuses no buffer for a scatter.
 
 
-def label_sums(z: Array, constants, options) -> LabelSums:
-    labels = constants[0][:, None]
-    is_label = num.class_index(z, 1) == labels
-    found = num.take_class(z, jnp.maximum(labels, 0), 1)
+def label_sums(z: Array, constants, options, axis: int = 1) -> LabelSums:
+    labels = jnp.expand_dims(constants[0], axis)
+    found = num.take_class(z, jnp.maximum(labels, 0), axis)
     z_label = jnp.where(labels < 0, jnp.nan, found)
-    m = lax.stop_gradient(jnp.maximum(num.class_max(z, 1), found))
+    m = lax.stop_gradient(jnp.maximum(num.class_max(z, axis), found))
     gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
-    others = jnp.where(is_label, 0.0, jnp.exp(num.shift(z, m)))
-    rest = num.class_sum(others, 1)
+    others = jnp.where(num.class_index(z, axis) == labels, 0.0, jnp.exp(num.shift(z, m)))
+    rest = num.class_sum(others, axis)
     weight = jnp.ones_like(m)
     if "class_weights" in options:
         weights = options["class_weights"][jnp.maximum(labels, 0)]
         weight = jnp.where(labels < 0, jnp.nan, weights)
     total = num.one_infinity(rest + jnp.exp(gap), m, 1)
-    return LabelSums(others, is_label, jnp.exp(gap), rest, total, gap, weight)
+    return LabelSums(others, jnp.exp(gap), rest, total, gap, weight, labels)
 
 
-def label_rule(z: Array, constants, options) -> tuple[Array, Array, Array]:
-    """Losses, E and s (C, 1) with ∂l/∂z = s E: E_k = exp(z_k - m), E_label = -Σ of the others.
-
-    E takes the place of the logits; the factor s is left to the smaller side of the matrix products.
-    """
-    sums = label_sums(z, constants, options)
+def label_rule(z: Array, constants, options, a: Array, axis: int) -> tuple[Array, Cotangents]:
+    """Losses and a ∂l/∂z = s E, where E_k = exp(z_k - m) and E_label = -Σ of the others; the classes along `axis`."""
+    sums = label_sums(z, constants, options, axis)
     gap, rest, total = sums.gap, sums.rest, sums.total
     losses = jnp.where(gap > -1, jnp.log1p(rest / sums.at_label), jnp.log(total) - gap)
-    return (losses * sums.weight)[:, 0], jnp.where(sums.is_label, -rest, sums.others), sums.weight / total
+
+    def make(parts, start):
+        return (jnp.where(_is_label(parts[0], start, sums.labels, axis), -rest, parts[0]),)
+
+    scale = a * jnp.squeeze(sums.weight / total, axis)
+    return jnp.squeeze(losses * sums.weight, axis), Cotangents((sums.others,), make, scale)
 
 
-def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Array, Array, Array]:
-    """l̇ = <p, ż> - ż_label, then E and s with a ∂l/∂z = s E as in `label_rule`, and Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z.
+def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> tuple[Array, Cotangents]:
+    """l̇ = <p, ż> - ż_label, Ġ = a p∘(ż - <p, ż>) + ȧ ∂l/∂z, and G as in `label_rule`.
 
     ż is measured from its value r at the class with p > 1/2, the label or another, so that nothing cancels there.
     """
     sums = label_sums(z, constants, options)
-    E, s, a = jnp.where(sums.is_label, -sums.rest, sums.others), sums.weight / sums.total, a[:, None]
-    if dz is None:
-        losses, moved = jnp.zeros(z.shape[0], z.dtype), jnp.zeros_like(z)
-    else:
-        q, at_label = jnp.maximum(E, 0) / sums.total, sums.at_label / sums.total  # q is 0 at the label
-        dz_label = num.take_class(dz, constants[0][:, None], 1)
+    losses, r, mean, moved_at_label = jnp.zeros(z.shape[0], z.dtype), *3 * [jnp.zeros_like(sums.rest)]
+    if dz is not None:
+        at_label = sums.at_label / sums.total
+        dz_label = num.take_class(dz, sums.labels, 1)
         label_on_top = lax.stop_gradient(num.is_top(at_label))
-        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(q) * dz, 1)
-        mean = num.class_sum(num.below_half(q) * (dz - r), 1) + (1 - label_on_top) * at_label * (dz_label - r)
+        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(sums.others / sums.total) * dz, 1)
+        mean = num.class_sum(sums.others * (dz - r), 1) / sums.total + (1 - label_on_top) * at_label * (dz_label - r)
         losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
-        at_label = at_label * ((dz_label - r) - mean)
-        moved = a * sums.weight * jnp.where(sums.is_label, at_label, q * ((dz - r) - mean))
-    return losses, E, a * s, moved if da is None else moved + da[:, None] * s * E
+        moved_at_label = sums.at_label * ((dz_label - r) - mean)
+    scale = (sums.weight / sums.total)[:, 0]
+
+    def make(parts, start):
+        is_label = _is_label(parts[0], start, sums.labels, 1)
+        g, moved = jnp.where(is_label, -sums.rest, parts[0]), jnp.zeros_like(parts[0])
+        if dz is not None:
+            moved = jnp.where(is_label, moved_at_label, parts[0] * ((parts[1] - r) - mean))
+        return (moved, g) if da is None else (a[:, None] * moved + da[:, None] * g, a[:, None] * g)
+
+    return losses, Cotangents(
+        (sums.others,) if dz is None else (sums.others, dz), make, scale if da is not None else a * scale
+    )
+
+
+def _is_label(part: Array, start, labels: Array, axis: int) -> Array:
+    return num.class_index(part, axis) + start == labels
 
 
 def token_statistics(z: Array, constants, options) -> TokenStatistics:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _checks as checks
 from jaxsoftmax import _numerics as num
 from jaxsoftmax._linear_chunks import Head, Tokens, times, wide_dtype
-from jaxsoftmax.linear_head import checked_reduction, chosen_chunk, layer, reduced
+from jaxsoftmax.linear_head import checked_reduction, chosen_chunks, layer, reduced
 from jaxsoftmax.losses.elementary import exp_remainder
 from jaxsoftmax.softmax import log_softmax_of, logsumexp_of
 
@@ -82,14 +82,14 @@ def linear_softmax_kl_divergence(
         shared["bias"] = checks.as_loss_float("target_bias", target_bias)
         checks.same_shape("target_bias", shared["bias"], "the classes", (vocab,))
     tokens = jax.tree.map(lax.stop_gradient, Tokens(target_x.reshape(-1, features), None, shared))
-    head = Head(_token_divergences, None, None, axis, chosen_chunk(chunk_size, theta, axis, whole=True)[0])
+    head = Head(_token_divergences, None, None, axis, *chosen_chunks(chunk_size, theta, axis, 2, whole=True)[:2])
     return reduced(head, theta, tokens, reduction, shape, theta["token_weights"])[0]
 
 
 def _token_divergences(head: Head, z: Array, constants, options) -> Array:
     """KL(q ‖ p) = log1p(E_q[expm1(d̃) - d̃]), d = (z - z̃) / T, d̃ = d - E_q d: never negative, nothing cancels."""
     target_x, teacher = constants
-    target = times(target_x.astype(z.dtype), teacher["weights"], 1 - head.vocab_axis, head.vocab_axis)
+    target = times(target_x.astype(z.dtype), teacher["weights"], head.vocab_axis)
     if "bias" in teacher:
         target = target + teacher["bias"].astype(z.dtype)[None, :]
     logq = log_softmax_of(target / teacher["temperature"], 1)

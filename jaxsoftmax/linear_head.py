@@ -138,10 +138,15 @@ def linear_softmax_cross_entropy_with_statistics(
 
 
 def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
-    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (V + 4 D)), saturation, N), N tokens.
+    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (V + 3 D)), saturation, N), N tokens.
 
     Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size. Options and
-    derivatives of the gradient need 2 to 6 arrays of the logits in place of one, and take as many times fewer tokens.
+    derivatives of the gradient need 2 to 6 arrays of the logits in place of one, and take as many times fewer tokens;
+    for derivatives the budget is that of the weights where they are larger, but at most a quarter of all logits.
+
+    The first D tokens are a chunk of their own where 2 D is at least a chunk and the gradient of the weights is wanted
+    (without softcap, smoothing, z-loss and statistics): their logits lie in the gradient's memory, which takes their
+    place slab by slab. So no token needs memory for its logits where there are no more tokens than features.
 
     The budget of temporary memory is 64 MiB on CPU and 2 GiB elsewhere. A chunk of C tokens takes the time of its
     6 C D V operations plus that of passing once over the (D, V) accumulator, 6 N D V / F (1 + κ F / (6 BW C)) in all,
@@ -174,9 +179,10 @@ def predict_temp_bytes(
 ) -> int:
     """Peak temporary bytes of value and gradient, beside arguments and gradients: one array of a chunk's logits.
 
-    itemsize (C V + S (C + D) + (V mod S) D + 3 C D), with slabs of S < V columns of the weights, for x and weights of
-    one dtype of at least 32 bits, without softcap, smoothing and z-loss; itemsize (B (3 C + 1.5 D) + 3 C D) where the
-    vocabulary is streamed in blocks of B classes.
+    itemsize (C V + (S + R) (C + D) + S D + 3 C D), with slabs of S < V columns of the weights and R = V mod S, for x
+    and weights of one dtype of at least 32 bits, without softcap, smoothing and z-loss; with C = D and no C V for a
+    first chunk of D tokens (see `default_chunk_size`); itemsize (B (3 C + 1.5 D) + 3 C D) where the vocabulary is
+    streamed in blocks of B classes. XLA before JAX 0.10 may keep a second array of a chunk's logits.
 
     Args:
       num_tokens: N.
@@ -186,13 +192,13 @@ def predict_temp_bytes(
       itemsize: bytes of one logit.
 
     Returns:
-      The number of bytes, within 25 % of the compiled program's `memory_analysis()` where the logits of a chunk are
-      the most of it.
+      The number of bytes, within 25 % of the compiled program's `memory_analysis()` where the logits of a chunk, or
+      the slabs, are the most of it.
 
     Example:
       >>> from jaxsoftmax import linear_head
       >>> linear_head.predict_temp_bytes(2048, 512, 32768, chunk_size=128) >> 20
-      26
+      25
 
     Reference: MATHEMATICS.md section 6.
     """
@@ -203,9 +209,11 @@ def predict_temp_bytes(
     chunk, slab = min(chunk, num_tokens), chunks.slab_size(features, vocab)
     if block is not None:
         return itemsize * (block * (6 * chunk + 3 * features) // 2 + 3 * chunk * features)
-    # Beside the logits a slab of xᵀG, one of what is left over, and the copy of a slab's part of G.
-    update = (slab + vocab % slab) * features + (chunk * slab if slab < vocab else 0)
-    return itemsize * (chunk * vocab + update + 3 * chunk * features)
+    first, (fixed, per_token) = (
+        chunks.first_chunk(chunk, num_tokens, features),
+        chunks.temp_of_chunk(features, vocab, slab),
+    )
+    return itemsize * (fixed + max(first * (per_token - vocab), chunk * per_token if num_tokens > first else 0))
 
 
 def _check_sizes(num_tokens, features, vocab, itemsize) -> None:
@@ -244,13 +252,28 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
     return theta, shape, axis
 
 
-def chosen_chunk(chunk_size: int | None, theta: dict[str, Array], axis: int, whole=False) -> tuple[int, int | None]:
-    """Tokens, and classes if not all, whose logits exist at once."""
+def chosen_chunks(
+    chunk_size: int | None, theta: dict[str, Array], axis: int, arrays: int, whole: bool = False
+) -> tuple[int, int, int | None]:
+    """Tokens whose logits exist at once, in the gradient and in its derivatives, and classes if not all.
+
+    Args:
+      chunk_size: tokens, where the caller chose.
+      theta: the arguments by name.
+      axis: the vocabulary's.
+      arrays: how many arrays of a chunk's logits the gradient takes; its derivatives take three times as many.
+      whole: whether all classes of a token must be there.
+    """
     if chunk_size is not None:
-        return checks.at_least("chunk_size", chunk_size, 1), None
+        chunk_size = checks.at_least("chunk_size", chunk_size, 1)
+        return max(1, chunk_size // arrays), max(1, chunk_size // (3 * arrays)), None
     num_tokens, features = theta["x"].shape
-    vocab, itemsize = theta["weights"].shape[axis], chunks.wide_dtype(theta).itemsize
-    return chunks.default_chunk(num_tokens, features, vocab, itemsize, whole)
+    size = num_tokens, features, theta["weights"].shape[axis], chunks.wide_dtype(theta).itemsize
+    chunk, block = chunks.default_chunk(*size, 1, whole)
+    if block is not None:
+        return chunk, chunk, block
+    gradient = chunk if arrays == 1 else chunks.default_chunk(*size, arrays, True)[0]
+    return gradient, chunks.default_chunk(*size, 3 * arrays, True)[0], None
 
 
 def checked_reduction(reduction: str) -> str:
@@ -290,8 +313,8 @@ def _prepare(
         known, counted = jnp.where(valid, known, 0), jnp.where(valid, counted, 0.0)
     plain = theta.keys() <= {"x", "weights", "bias", "token_weights", "class_weights"}
     rules = (label_rule, label_rule_along) if plain else (None, None)
-    chunk, block = chosen_chunk(chunk_size, theta, axis)
-    head = Head(token_losses, *rules, axis, chunk, token_statistics if statistics else None)
+    *sizes, block = chosen_chunks(chunk_size, theta, axis, 1 if plain and not statistics else 2)
+    head = Head(token_losses, *rules, axis, *sizes, token_statistics if statistics else None, token_weights is None)
     if block is not None:
         head = head._replace(block=block, by_blocks=chunk_by_blocks)
     return head, theta, Tokens(known, valid), checked_reduction(reduction), shape, counted

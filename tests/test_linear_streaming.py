@@ -164,11 +164,11 @@ def test_when_the_vocabulary_streams(monkeypatch):
     """Where the budget holds few tokens' logits; a chunk size of the user's own, and a budget for all, prevent it."""
     monkeypatch.setitem(chunks.BUDGET, "cpu", 1 << 20)
     monkeypatch.setattr(chunks, "SLAB_BYTES", 1 << 17)  # 2048 columns of 16 features
-    # (2^18 numbers - 1000·16) / (1000 + 4·16 + 16) = 227 tokens at most: 19 chunks, of 216 tokens.
+    # (2^18 numbers - 1000·16) / (1000 + 3·16 + 16) = 231 tokens at most: 19 chunks, of 216 tokens.
     assert chunks.default_chunk(4096, 16, 1000) == (216, None)
     assert chunks.default_chunk(4096, 16, 20000) == (512, 148)  # 135 equal blocks of at most 149
     assert chunks.default_chunk(4, 16, 20000) == (4, None)
-    assert chunks.default_chunk(4096, 16, 20000, whole=True) == (8, None)
+    assert chunks.default_chunk(4096, 16, 20000, whole=True) == (7, None)
     assert chunks.default_chunk(4096, 16, 10**7, whole=True) == (1, None)
     assert default_chunk_size(4096, 16, 20000) == 512
 
