@@ -281,6 +281,9 @@ def test_skipped_tokens_run_no_chunk(x64):
         jax.jit(jax.grad(functools.partial(h, labels), (0, 1)))(x, weights, bias, few) for h in (fused, full)
     )
     assert_close(got, wanted)
+    each = lambda h, x: h(labels, x, weights, bias, None, reduction="none")[3:].sum()  # cotangents 0, token weights 1
+    got = jax.jit(jax.grad(functools.partial(each, fused)))(x.at[:3].set(jnp.nan))
+    assert_close(got, jax.grad(lambda x: full(labels, x, weights, bias, jnp.ones(N), reduction="none")[3:].sum())(x))
 
 
 def test_transformations(x64):

@@ -130,11 +130,11 @@ def test_batch_is_a_vmap(case, x64):
 
 
 @over_batched
-def test_scan(case, x64):
+def test_scan_and_remat(case, x64):
     args = case.cast("float64")
 
     def scanned(*args):
-        return jax.lax.scan(lambda carry, example: (carry, case.fn(*example)), 0.0, args)[1]
+        return jax.lax.scan(lambda carry, example: (carry, jax.checkpoint(case.fn)(*example)), 0.0, args)[1]
 
     value, jacobians = reference(case)
     got = jax.jit(lambda *a: (scanned(*a), jax.jacfwd(scanned)(*a), jax.jacrev(scanned)(*a)))(*args)
@@ -142,7 +142,7 @@ def test_scan(case, x64):
     assert_close(got[1:], (jacobians[0], jacobians[0]), DERIVATIVE_RTOL["float64"])
 
 
-@over_cases
+@pytest.mark.parametrize("case", [c for c in CASES if not c.batched], ids=case_id)
 def test_remat(case, x64):
     args, saved = case.cast("float64"), jax.checkpoint(case.fn)
     got = jax.jit(lambda *a: (jax.jacfwd(saved)(*a), jax.jacrev(saved)(*a)))(*args)
@@ -150,10 +150,8 @@ def test_remat(case, x64):
 
 
 @over_cases
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dtypes(case, dtype):
+def test_dtypes(case):
     """Value and gradient in each dtype, against float64 at the same (rounded) arguments."""
-    args = case.cast(dtype)
 
     @jax.jit
     def value_and_gradient(*args):
@@ -164,15 +162,17 @@ def test_dtypes(case, dtype):
         gradient, value = jax.grad(total, tuple(range(len(args))), has_aux=True)(*args)
         return value, gradient
 
-    with enable_x64():
-        wide = tuple(jnp.asarray(np.asarray(a, np.float64)) for a in args)
-        value, gradient = jax.tree.map(np.asarray, value_and_gradient(*wide))
-    out, got = value_and_gradient(*args)
-    assert out.dtype == (jnp.float32 if case.is_loss else dtype)
-    assert_close(out, value, VALUE_RTOL["float32" if case.is_loss else dtype])
-    assert all(g.dtype == a.dtype for g, a in zip(got, args))
-    scale = max(1.0, *(float(np.max(np.abs(g))) for g in gradient))
-    assert_close(got, gradient, DERIVATIVE_RTOL[dtype], scale=scale)
+    for dtype in ("float32", "float16", "bfloat16"):
+        args = case.cast(dtype)
+        with enable_x64():
+            wide = tuple(jnp.asarray(np.asarray(a, np.float64)) for a in args)
+            value, gradient = jax.tree.map(np.asarray, value_and_gradient(*wide))
+        out, got = value_and_gradient(*args)
+        assert out.dtype == (jnp.float32 if case.is_loss else dtype)
+        assert_close(out, value, VALUE_RTOL["float32" if case.is_loss else dtype])
+        assert all(g.dtype == a.dtype for g, a in zip(got, args))
+        scale = max(1.0, *(float(np.max(np.abs(g))) for g in gradient))
+        assert_close(got, gradient, DERIVATIVE_RTOL[dtype], scale=scale)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.batched], ids=case_id)
