@@ -175,7 +175,7 @@ def stream(
         put = lambda whole, part: whole.at[index].set(part, mode="drop")
         return done + size, put(losses, here), out, jax.tree.map(put, statistics, facts)
 
-    carry = (jnp.int32(0), jnp.zeros(num_tokens, wide), out, statistics)
+    carry = tied((jnp.int32(0), jnp.zeros(num_tokens, wide), out, statistics), (theta, moving, tokens))
     if first:
         begin = lambda carry: step(carry, first, functools.partial(_chunk, in_place=True))
         carry = begin(carry) if known else lax.cond(count >= math.ceil(FULL * first), begin, lambda c: c, carry)
@@ -260,7 +260,7 @@ def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out
             weights, xs = [*weights, moving.get("weights")], [*xs, block.moving.get("x")]
         total = {name: out[name] for name in rows if name in ("weights", "bias")}
         if "x" in rows:
-            total["x"] = jnp.zeros_like(xs[0])
+            total["x"] = tied(jnp.zeros_like(xs[0]), (cotangents.arrays, weights))
         total = _add_products(total, cotangents, weights, xs, head.vocab_axis, in_place)
         if "x" in rows:
             total["x"] = out["x"].at[index].set(total["x"], mode="drop")
@@ -276,7 +276,7 @@ def _logits(head: Head, x: Array, weights: Array, bias: Array | None, axis: int 
 def _by_plain_rules(head: Head, constants, z, token_weights, options, sought):
     """Losses, G, and the gradient in the options that are sought."""
     of = lambda z, sought: head.losses(head, z, constants, {**options, **sought})
-    losses, pull = jax.vjp(of, z, {n: options[n] for n in sought})
+    losses, pull = jax.vjp(of, z, tied({n: options[n] for n in sought}, (z, token_weights, constants)))
     return losses, *pull(token_weights)
 
 
@@ -348,7 +348,7 @@ def times(x: Array, weights: Array, vocab_axis: int, axis: int = 1) -> Array:
         return lax.dynamic_update_slice_in_dim(z, part, start, axis)
 
     z = jnp.zeros((x.shape[0], vocab) if axis == 1 else (vocab, x.shape[0]), x.dtype)
-    return over_slabs(vocab, slab_size(features, vocab), step, z)
+    return over_slabs(vocab, slab_size(features, vocab), step, tied(z, (x, weights)))
 
 
 def _slab(weights: Array, start, size: int, axis: int, dtype) -> Array:
@@ -400,6 +400,16 @@ def _add_products(total, cotangents: Cotangents, weights, xs, axis: int, in_plac
     if to_x:
         total["x"] = scaled(total["x"])
     return total
+
+
+def tied(arrays, to):
+    """`arrays` plus a 0 that is linear in all of `to`: they vary over a mesh, and have tangents, as all of `to` does.
+
+    A loop's carry must not change its type, a gradient inside a loop must not be added up over the mesh there, and
+    JAX's linear solve handles no symbolic zero among its leaves.
+    """
+    zero = sum((jnp.sum(jnp.ravel(x)[:0]).astype(jnp.float32) for x in jax.tree.leaves(to)), jnp.float32(0))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
 
 
 def over_slabs(vocab: int, size: int, step: Callable, carry):

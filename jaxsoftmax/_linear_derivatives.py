@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax import _linear_chunks as chunks
-from jaxsoftmax._linear_chunks import Head, Tokens
+from jaxsoftmax._linear_chunks import Head, Tokens, tied
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -72,7 +72,7 @@ def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens:
     def system(unknowns):
         v, y, u, w = unknowns
         image, coimage = forth(v), back(w)
-        return _tied((_minus(y, coimage), v, w, _minus(u, image)), (image, coimage))
+        return tied((_minus(y, coimage), v, w, _minus(u, image)), (image, coimage))
 
     def solve(_, right):
         y, v, w, u = right
@@ -80,15 +80,9 @@ def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens:
 
     last = {n: last[n].astype(theta[n].dtype) for n in columns}
     of_columns, of_rows = _zeros(theta, columns), _zeros(theta, rows)
-    right = _tied((of_columns, last, of_rows, of_rows), last)
+    right = tied((of_columns, last, of_rows, of_rows), last)
     solution = lax.custom_linear_solve(system, right, solve, symmetric=True)
-    return _tied(solution[2], solution)
-
-
-def _tied(arrays, to):
-    """`arrays` plus a 0 that is linear in all of `to`: JAX's linear solve handles no symbolic zero among its leaves."""
-    zero = sum((jnp.sum(jnp.ravel(x)[:0]).astype(jnp.float32) for x in jax.tree.leaves(to)), jnp.float32(0))
-    return jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
+    return tied(solution[2], solution)
 
 
 _plus = functools.partial(jax.tree.map, lambda a, b: a + b)

@@ -110,7 +110,7 @@ def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> t
         mean = num.class_sum(sums.others * (dz - r), 1) / sums.total + (1 - label_on_top) * at_label * (dz_label - r)
         losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
         moved_at_label = sums.at_label * ((dz_label - r) - mean)
-    scale = (sums.weight / sums.total)[:, 0]
+    scale, arrays = (sums.weight / sums.total)[:, 0], (sums.others,) if dz is None else (sums.others, dz)
 
     def make(parts, start):
         is_label = _is_label(parts[0], start, sums.labels, 1)
@@ -119,9 +119,7 @@ def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> t
             moved = jnp.where(is_label, moved_at_label, parts[0] * ((parts[1] - r) - mean))
         return (moved, g) if da is None else (a[:, None] * moved + da[:, None] * g, a[:, None] * g)
 
-    return losses, Cotangents(
-        (sums.others,) if dz is None else (sums.others, dz), make, scale if da is not None else a * scale
-    )
+    return losses, Cotangents(arrays, make, a * scale if da is None else scale)
 
 
 def _is_label(part: Array, start, labels: Array, axis: int) -> Array:

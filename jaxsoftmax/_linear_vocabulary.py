@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax import _numerics as num
-from jaxsoftmax._linear_chunks import Block, Head, equal_blocks, over_slabs
+from jaxsoftmax._linear_chunks import Block, Head, equal_blocks, over_slabs, tied
 from jaxsoftmax._linear_losses import TokenStatistics, capped
 from jaxsoftmax.losses.elementary import sigmoid, softplus, weigh
 
@@ -90,7 +90,9 @@ def chunk_by_blocks(head: Head, rows: tuple[str, ...], theta, moving, is_gradien
     theta, moving = {**theta, **block.values}, {**moving, **block.moving}
     axis, constants, here = head.vocab_axis, block.constants, {n: theta[n] for n in moving}
     axes = {n: i for n, i in (("weights", axis), ("bias", 0)) if n in theta}
-    vocab, wide = theta["weights"].shape[axis], theta["x"].dtype
+    vocab, wide, everything = theta["weights"].shape[axis], theta["x"].dtype, (theta, moving, constants)
+    if not is_gradient:  # a tangent may vary over a mesh where its primal does not
+        here, moving = tied((here, moving), everything)
     size_of_block = head.block if is_gradient else equal_blocks(vocab, head.block // 3)  # more arrays of a block exist
 
     def push(f, primals, tangents) -> tuple[Any, Any]:
@@ -109,6 +111,7 @@ def chunk_by_blocks(head: Head, rows: tuple[str, ...], theta, moving, is_gradien
     def first_pass(here):
         def step(start, size, carry):
             m, sums, statistics = carry
+            start = tied(jnp.asarray(start, jnp.int32), everything)
             args = read({**theta, **here}, start, size)
             z = raw_logits(args)
             u = capped(z, args)
@@ -123,20 +126,22 @@ def chunk_by_blocks(head: Head, rows: tuple[str, ...], theta, moving, is_gradien
 
         zero = jnp.zeros((theta["x"].shape[0], 1), wide)
         start = zero - jnp.inf, RowSums(*5 * [zero]), _no_statistics(head, theta["x"])
-        return over_slabs(vocab, size_of_block, step, start)
+        return over_slabs(vocab, size_of_block, step, tied(start, everything))
 
     def between(here, sums):
         """The losses, and the cotangents of the row sums and of the options."""
         args = {**theta, **here}
-        sought = {n: args[n] for n in rows if n not in ("x", "token_weights", *axes)}
+        sought = tied({n: args[n] for n in rows if n not in ("x", "token_weights", *axes)}, everything)
         of = lambda sums, sought: losses_from_sums(m, sums, constants, {**args, **sought})
         losses, pull = jax.vjp(of, sums, sought)
         return losses, *pull(args["token_weights"])
 
     def of_block(here, of_sums, start, size):
+        start = tied(jnp.asarray(start, jnp.int32), everything)
         args = read({**theta, **here}, start, size)
-        sums = lambda args: row_sums(capped(raw_logits(args), args), m, start, constants, args)
-        return jax.vjp(lambda sought: sums(args | sought), {n: args[n] for n in rows if n in args})[1](of_sums)[0]
+        sums = lambda args: tied(row_sums(capped(raw_logits(args), args), m, start, constants, args), everything)
+        sought = tied({n: args[n] for n in rows if n in args}, everything)
+        return jax.vjp(lambda sought: sums(args | sought), sought)[1](of_sums)[0]
 
     kind = 0 if is_gradient else 1
     both = push(first_pass, (here,), (moving,))
@@ -154,7 +159,7 @@ def chunk_by_blocks(head: Head, rows: tuple[str, ...], theta, moving, is_gradien
 
     total = {n: jnp.zeros_like(theta["x"]) if n == "x" else out[n] for n in rows if n != "token_weights"}
     total |= {n: total[n] + of_options[n] for n in of_options}
-    total = over_slabs(vocab, size_of_block, second_pass, total)
+    total = over_slabs(vocab, size_of_block, second_pass, tied(total, everything))
     if "x" in rows:
         total["x"] = out["x"].at[index].set(total["x"], mode="drop")
     return losses, {**out, **total}, statistics

@@ -48,6 +48,7 @@ def linear_softmax_cross_entropy_loss(
 
     l is `softmax_cross_entropy_with_integer_labels`, softcap(z) = c tanh(z / c). Value with gradient takes three
     matrix products, the value alone one. Differentiable in every floating argument, in both modes and to any order.
+    Over a mesh, call it inside `jax.shard_map` on the tokens of each device, with whole weights, and add up.
 
     Args:
       x: hidden states (..., D).
@@ -62,8 +63,8 @@ def linear_softmax_cross_entropy_loss(
       ignore_index: label of tokens to leave out; loss 0, gradient 0.
       z_loss: factor of logsumexp², as in the plain head.
       logit_softcap: c > 0; None for no cap.
-      chunk_size: tokens whose logits exist at once, fewer where options or derivatives need more arrays of them; None
-        chooses by `default_chunk_size`.
+      chunk_size: tokens whose logits exist at once (but for the first D, see `default_chunk_size`), fewer where options
+        or derivatives need more arrays of them; None chooses by `default_chunk_size`.
       vocab_axis: the axis of `weights` that counts the classes.
 
     Returns:
@@ -209,10 +210,8 @@ def predict_temp_bytes(
     chunk, slab = min(chunk, num_tokens), chunks.slab_size(features, vocab)
     if block is not None:
         return itemsize * (block * (6 * chunk + 3 * features) // 2 + 3 * chunk * features)
-    first, (fixed, per_token) = (
-        chunks.first_chunk(chunk, num_tokens, features),
-        chunks.temp_of_chunk(features, vocab, slab),
-    )
+    fixed, per_token = chunks.temp_of_chunk(features, vocab, slab)
+    first = chunks.first_chunk(chunk, num_tokens, features)
     return itemsize * (fixed + max(first * (per_token - vocab), chunk * per_token if num_tokens > first else 0))
 
 

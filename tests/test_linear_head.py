@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxsoftmax import softmax_cross_entropy_with_integer_labels
 from jaxsoftmax.linear_distillation import linear_softmax_kl_divergence
@@ -15,6 +16,7 @@ from jaxsoftmax.linear_head import (
     linear_softmax_cross_entropy_with_statistics,
     predict_temp_bytes,
 )
+from tests.helpers import shard_map
 
 N, D, V, CHUNK = 7, 3, 11, 3  # ragged: two whole chunks and one token
 OPTIONS = {
@@ -301,6 +303,34 @@ def test_transformations(x64):
     assert_close(jax.jit(hvp(f))(ensemble), jax.jit(hvp(lambda w: full(labels, x, w, bias, a)))(ensemble))
     loss = functools.partial(linear_softmax_cross_entropy_loss, weights=weights, reduction="none", chunk_size=2)
     assert_close(loss(x[:6].reshape(2, 3, D), labels[:6].reshape(2, 3)), loss(x[:6], labels[:6]).reshape(2, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_tokens_over_a_mesh(options, streamed, monkeypatch, x64):
+    """Inside shard_map with its replication checks on, with devices that run different numbers of chunks."""
+    (x, weights, bias, a), labels, class_weights = arguments()
+    x, a, labels = (jnp.concatenate([part, part[:1]]) for part in (x, a, labels))
+    if streamed:
+        monkeypatch.setattr("jaxsoftmax._linear_chunks.default_chunk", lambda *_: (1, 4))
+
+    def every(head):
+        return lambda labels, *args: head(labels, *args[:4], class_weights=args[4], **options)
+
+    mesh, rows, whole = jax.make_mesh((4,), ("tokens",), devices=jax.devices()[:4]), P("tokens"), P()
+    specs = rows, rows, whole, whole, rows, whole
+    ours = every(functools.partial(fused, chunk_size=None if streamed else 1))
+    total = lambda *args: jax.lax.psum(ours(*args), "tokens")
+    sharded = shard_map(total, mesh=mesh, in_specs=specs, out_specs=whole)
+    arrays = labels, x, weights, bias, a, class_weights
+    placed = [jax.device_put(v, jax.sharding.NamedSharding(mesh, spec)) for v, spec in zip(arrays, specs)]
+
+    def push(f, labels, *args):
+        """Value and gradient, and their derivative."""
+        of = jax.value_and_grad(lambda *args: f(labels, *args), (0, 1, 2, 3, 4))
+        return jax.jit(lambda *args: jax.jvp(of, args, tuple(map(jnp.cos, args))))(*args)
+
+    assert_close(jax.device_get(push(sharded, *placed)), jax.device_get(push(every(full), *arrays)))
 
 
 def products(f, *args):
