@@ -93,12 +93,12 @@ def default_chunk(
 
     Part of the classes only where the budget has no room for all those of a few tokens, and `whole` does not forbid it.
     `arrays` of a chunk's logits exist; three and more are those of a derivative of the gradient, whose direction and
-    result have the size of the weights as well: the budget grows to that, up to a quarter of all logits.
+    result have the size of the weights each: the budget grows to the two of them, up to a quarter of all logits.
     """
     backend = jax.default_backend()
     budget, saturation = BUDGET.get(backend, BUDGET_OTHER), SATURATION.get(backend, SATURATION_OTHER)
     if arrays > 2:
-        budget = max(budget, itemsize * vocab * min(features, num_tokens // 4))
+        budget = max(budget, itemsize * vocab * min(2 * features, num_tokens // 4))
     most, slab = max(1, min(saturation, num_tokens)), slab_size(features, vocab)
     fixed, per_token = temp_of_chunk(features, vocab, slab, arrays)
     fits = max(0, budget // itemsize - fixed) // per_token

@@ -143,7 +143,7 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
 
     Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size. Options and
     derivatives of the gradient need 2 to 6 arrays of the logits in place of one, and take as many times fewer tokens;
-    for derivatives the budget is that of the weights where they are larger, but at most a quarter of all logits.
+    for derivatives the budget grows to twice the weights where that is more, but at most to a quarter of all logits.
 
     The first D tokens are a chunk of their own where 2 D is at least a chunk and the gradient of the weights is wanted
     (without softcap, smoothing, z-loss and statistics): their logits lie in the gradient's memory, which takes their

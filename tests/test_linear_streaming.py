@@ -170,6 +170,8 @@ def test_when_the_vocabulary_streams(monkeypatch):
     assert chunks.default_chunk(4, 16, 20000) == (4, None)
     assert chunks.default_chunk(4096, 16, 20000, whole=True) == (7, None)
     assert chunks.default_chunk(4096, 16, 10**7, whole=True) == (1, None)
+    # Derivatives: 3·20000 + 5·16 + 16 numbers per token, in the room of two arrays like the weights.
+    assert chunks.default_chunk(4096, 16, 20000, arrays=3, whole=True) == (8, None)
     assert default_chunk_size(4096, 16, 20000) == 512
 
 
