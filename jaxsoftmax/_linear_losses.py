@@ -72,7 +72,7 @@ def label_sums(z: Array, constants, options, axis: int = 1) -> LabelSums:
     z_label = jnp.where(labels < 0, jnp.nan, found)
     m = lax.stop_gradient(jnp.maximum(num.class_max(z, axis), found))
     gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
-    others = jnp.where(num.class_index(z, axis) == labels, 0.0, jnp.exp(num.shift(z, m)))
+    others = jnp.where(_is_label(z, 0, labels, axis), 0.0, jnp.exp(num.shift(z, m)))
     rest = num.class_sum(others, axis)
     weight = jnp.ones_like(m)
     if "class_weights" in options:
