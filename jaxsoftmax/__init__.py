@@ -1,15 +1,5 @@
 """Softmax, its Jacobian and the losses built on it, with every derivative in closed form."""
 
-from jaxsoftmax.entmax import entmax, entmax15, sparsemax
-from jaxsoftmax.jacobian import (
-    softmax_hessian,
-    softmax_jacobian,
-    softmax_jvp,
-    softmax_second_derivative,
-    softmax_third_derivative,
-    softmax_vjp,
-)
-from jaxsoftmax.jacobian_operator import SoftmaxJacobian
 from jaxsoftmax.linear_distillation import linear_softmax_kl_divergence
 from jaxsoftmax.linear_head import (
     TokenStatistics,
@@ -48,8 +38,18 @@ from jaxsoftmax.losses import (
     temper_logits,
     weighted_mean,
 )
+from jaxsoftmax.maps.derivatives import (
+    softmax_hessian,
+    softmax_jacobian,
+    softmax_jvp,
+    softmax_second_derivative,
+    softmax_third_derivative,
+    softmax_vjp,
+)
+from jaxsoftmax.maps.entmax import entmax, entmax15, sparsemax
+from jaxsoftmax.maps.softmax import log_softmax, logsumexp, softmax
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from jaxsoftmax.plotting import visualize_jacobian, visualize_spectrum
-from jaxsoftmax.softmax import log_softmax, logsumexp, softmax
 from jaxsoftmax.verify import verify_jacobian_properties
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import dtypes
 
 Arrays = Mapping[str, Array]
 
@@ -136,7 +136,7 @@ def equal_blocks(vocab: int, most: int) -> int:
 
 
 def wide_dtype(theta: Arrays) -> jnp.dtype:
-    return num.compute_dtype(num.common_dtype(*(theta[n] for n in ("x", "weights", "bias") if n in theta)))
+    return dtypes.compute_dtype(dtypes.common_dtype(*(theta[n] for n in ("x", "weights", "bias") if n in theta)))
 
 
 def stream(

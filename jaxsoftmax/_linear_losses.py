@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import dtypes
+from jaxsoftmax._core.centring import is_top
+from jaxsoftmax._core.scalar_functions import tanh
 from jaxsoftmax._linear_chunks import Cotangents, Head
 from jaxsoftmax.losses.cross_entropy import softmax_cross_entropy_with_integer_labels
-from jaxsoftmax.losses.elementary import tanh
 
 
 class TokenStatistics(NamedTuple):
@@ -105,8 +107,8 @@ def label_rule_along(z, dz, constants, options, a: Array, da: Array | None) -> t
     if dz is not None:
         at_label = sums.at_label / sums.total
         dz_label = num.take_class(dz, sums.labels, 1)
-        label_on_top = lax.stop_gradient(num.is_top(at_label))
-        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(num.is_top(sums.others / sums.total) * dz, 1)
+        label_on_top = lax.stop_gradient(is_top(at_label))
+        r = label_on_top * dz_label + (1 - label_on_top) * num.class_sum(is_top(sums.others / sums.total) * dz, 1)
         mean = num.class_sum(sums.others * (dz - r), 1) / sums.total + (1 - label_on_top) * at_label * (dz_label - r)
         losses = (sums.weight * (mean + (r - dz_label)))[:, 0]
         moved_at_label = sums.at_label * ((dz_label - r) - mean)
@@ -134,7 +136,7 @@ def token_statistics(z: Array, constants, options) -> TokenStatistics:
     others = jnp.exp(below) * num.other_classes(u, prediction[:, None], 1)  # the entropy of a sure model is theirs
     rest = num.class_sum(others, 1)
     total = rest + jnp.exp(num.shift(m, m))
-    entropy = jnp.log1p(rest) - num.class_sum(others * jnp.maximum(below, -num.largest(u.dtype)), 1) / total
+    entropy = jnp.log1p(rest) - num.class_sum(others * jnp.maximum(below, -dtypes.largest(u.dtype)), 1) / total
     return TokenStatistics(
         (m + jnp.log(total))[:, 0], prediction, (1 / total)[:, 0], prediction == constants[0], entropy[:, 0]
     )

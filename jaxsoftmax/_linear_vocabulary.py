@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.scalar_functions import sigmoid, softplus, weigh
 from jaxsoftmax._linear_chunks import Block, Head, equal_blocks, over_slabs, tied
 from jaxsoftmax._linear_losses import TokenStatistics, capped
-from jaxsoftmax.losses.elementary import sigmoid, softplus, weigh
 
 
 class RowSums(NamedTuple):

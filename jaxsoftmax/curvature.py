@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _checks as checks
 from jaxsoftmax import _heads as heads
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
 
 __all__ = ["Solution", "damped_solve", "empirical_fisher_vp", "fisher_vp", "ggn_vp", "hvp"]
 
@@ -311,7 +310,7 @@ def _sandwich(f, head, count, batch_size, params, data, v):
     def of_batch(data):
         z, push = jax.linearize(lambda params: f(params, data[0]), params)
         product, *static = head
-        middle = product(*static, *num.widen(z), data[1], *num.widen(push(v))) / count
+        middle = product(*static, *dtypes.widen(z), data[1], *dtypes.widen(push(v))) / count
         return jax.linear_transpose(push, params)(middle.astype(z.dtype))[0]
 
     return _sum(of_batch, data, batch_size)
@@ -324,7 +323,7 @@ def _sum(of_batch: Callable, data: Any, batch_size: int | None) -> Any:
     whole = _num_examples(data) // batch_size
     split = lambda leaf: leaf[: whole * batch_size].reshape(whole, batch_size, *leaf.shape[1:])
     shapes = jax.eval_shape(of_batch, jax.tree.map(lambda leaf: leaf[:batch_size], data))
-    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, num.compute_dtype(leaf.dtype)), shapes)
+    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtypes.compute_dtype(leaf.dtype)), shapes)
     add = lambda total, term: jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, term)
     total, _ = lax.scan(lambda total, part: (add(total, of_batch(part)), None), total, jax.tree.map(split, data))
     if whole * batch_size < _num_examples(data):
@@ -368,8 +367,8 @@ def _like(tree: Any, v: Any, name: str = "v", other: str = "params") -> Any:
 
 
 def _dot(u: Any, v: Any) -> Array:
-    products = jax.tree.map(lambda a, b: jnp.vdot(*num.widen(a, b)), u, v)
-    return functools.reduce(lambda a, b: jnp.add(*num.widen(a, b)), jax.tree.leaves(products))
+    products = jax.tree.map(lambda a, b: jnp.vdot(*dtypes.widen(a, b)), u, v)
+    return functools.reduce(lambda a, b: jnp.add(*dtypes.widen(a, b)), jax.tree.leaves(products))
 
 
 def _axpy(a: Any, x: Any, y: Any) -> Any:

@@ -15,8 +15,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
 
 __all__ = [
     "Estimate",
@@ -334,7 +333,7 @@ class _Flat(NamedTuple):
         checks.function("product", product)
         like = jax.tree.map(lambda leaf: checks.as_loss_float("each array of like", leaf), like)
         checks.float_tree("like", like)
-        dtype = num.compute_dtype(num.common_dtype(*jax.tree.leaves(like)))
+        dtype = dtypes.compute_dtype(dtypes.common_dtype(*jax.tree.leaves(like)))
         flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), like))
         narrow = lambda v: jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), unravel(v), like)
         return cls(product, narrow, flat.size, dtype)

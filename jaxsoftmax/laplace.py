@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
 from jaxsoftmax import _heads as heads
-from jaxsoftmax._backprop import Layer, affine
-from jaxsoftmax.softmax import softmax
+from jaxsoftmax._core import checks
+from jaxsoftmax.maps.softmax import softmax
+from jaxsoftmax.network.layers import Layer, affine
 
 __all__ = ["LastLayerLaplace", "last_layer_laplace"]
 

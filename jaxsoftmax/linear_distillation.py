@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.scalar_functions import exp_remainder
 from jaxsoftmax._linear_chunks import Head, Tokens, times, wide_dtype
 from jaxsoftmax.linear_head import checked_reduction, chosen_chunks, layer, reduced
-from jaxsoftmax.losses.elementary import exp_remainder
-from jaxsoftmax.softmax import log_softmax_of, logsumexp_of
+from jaxsoftmax.maps.softmax import log_softmax_of, logsumexp_of
 
 FAR = 30.0
 

@@ -17,9 +17,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
 from jaxsoftmax import _linear_chunks as chunks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks
+from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._linear_chunks import Head, Tokens
 from jaxsoftmax._linear_derivatives import value_and_gradient, weighted_sum
 from jaxsoftmax._linear_losses import TokenStatistics, label_rule, label_rule_along, token_losses, token_statistics

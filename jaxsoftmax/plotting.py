@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
 from jaxsoftmax import network
-from jaxsoftmax.entmax import entmax
-from jaxsoftmax.jacobian_operator import SoftmaxJacobian
+from jaxsoftmax._core import checks
+from jaxsoftmax.maps.entmax import entmax
+from jaxsoftmax.network.layers import Activation, Loss, Params
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["visualize_gradient_flow", "visualize_jacobian", "visualize_spectrum"]
 
 
-def visualize_jacobian(
-    x: ArrayLike, *, alpha: float = 1.0, class_names: Sequence[str] | None = None
-) -> "Figure":
+def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequence[str] | None = None) -> "Figure":
     """Draw J = ∂p/∂x: a heat map symmetric about 0, its diagonal p(1-p), and the probabilities p.
 
     Args:
@@ -108,11 +107,11 @@ def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
 
 
 def visualize_gradient_flow(
-    params: network.Params,
+    params: Params,
     x: ArrayLike,
     targets: ArrayLike,
-    loss: network.Loss,
-    activation: network.Activation = jnp.tanh,
+    loss: Loss,
+    activation: Activation = jnp.tanh,
 ) -> "Figure":
     """Draw how gradients fare on their way down a network: norms, singular values, saturated units, layer by layer.
 

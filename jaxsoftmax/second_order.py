@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax.curvature import damped_solve, ggn_vp
 
 __all__ = ["GaussNewtonState", "gauss_newton"]
@@ -109,7 +108,7 @@ def gauss_newton(
         checks.at_least("batch_size", batch_size, 1)
 
     def init(params: Any) -> GaussNewtonState:
-        dtype = num.compute_dtype(num.common_dtype(*map(jnp.asarray, jax.tree.leaves(params))))
+        dtype = dtypes.compute_dtype(dtypes.common_dtype(*map(jnp.asarray, jax.tree.leaves(params))))
         zero = jnp.zeros((), dtype)
         direction = jax.tree.map(jnp.zeros_like, params)
         return GaussNewtonState(jnp.asarray(damping, dtype), direction, jnp.int32(0), zero)

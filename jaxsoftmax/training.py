@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxsoftmax import _checks as checks
+from jaxsoftmax._core import checks
 
 __all__ = ["TrainState", "make_train_step"]
 

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
-from jaxsoftmax.entmax import entmax
-from jaxsoftmax.jacobian_operator import SoftmaxJacobian
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax.maps.entmax import entmax
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 __all__ = ["JacobianReport", "Property", "verify_jacobian_properties"]
 
@@ -63,8 +62,10 @@ class JacobianReport:
 
     def __str__(self) -> str:
         name = "softmax" if self.alpha == 1 else f"{self.alpha:g}-entmax"
-        rows = [(p.name, p.statement, f"{p.measured:.3g}", f"{p.bound:.3g}", "ok" if p.holds else "FAILS")
-                for p in self.properties]
+        rows = [
+            (p.name, p.statement, f"{p.measured:.3g}", f"{p.bound:.3g}", "ok" if p.holds else "FAILS")
+            for p in self.properties
+        ]
         rows.insert(0, ("property", "statement", "measured", "at most", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
@@ -107,7 +108,7 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
         raise ValueError(f"x must have at least one class, got shape {x.shape}")
     checks.number("alpha", alpha, 1.0)
     checks.number("step", step, 0.0)
-    x = num.widen(x)[0]
+    x = dtypes.widen(x)[0]
     f = lambda x: entmax(x, alpha)
     p = f(x)
     operator = SoftmaxJacobian.from_probs(p, alpha=alpha)
@@ -131,15 +132,26 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
         Property("null vector", "1 is mapped to 0", _worst(operator.mv(jnp.ones_like(p))), tolerance),
         Property("positive semidefinite", "-min λ ≤ 0", -float(dense.min(initial=0.0)), tolerance),
         Property("rank", "rank J = |support| - 1", _worst(np.asarray(operator.rank()) - (support - 1)), 0.0),
-        Property("diagonal", "J_ii = q_i (1 - q_i / Σq)",
-                 _worst(np.diagonal(matrix, axis1=-2, axis2=-1) - weights * (1 - weights / mass)), tolerance),
+        Property(
+            "diagonal",
+            "J_ii = q_i (1 - q_i / Σq)",
+            _worst(np.diagonal(matrix, axis1=-2, axis2=-1) - weights * (1 - weights / mass)),
+            tolerance,
+        ),
         Property("diagonal bound", "J_ii ≤ Σq / 4", _worst(np.diagonal(matrix, axis1=-2, axis2=-1) / mass), 0.25 + eps),
-        Property("largest eigenvalue", "λ₁ ≤ 2^(α-2), here sharp", float(eigenvalues.max()),
-                 _sharp_bound(alpha) * (1 + 8 * eps)),
+        Property(
+            "largest eigenvalue",
+            "λ₁ ≤ 2^(α-2), here sharp",
+            float(eigenvalues.max()),
+            _sharp_bound(alpha) * (1 + 8 * eps),
+        ),
         Property("spectrum", "λ as LAPACK finds them", _worst(eigenvalues - dense), tolerance),
-        Property("interlacing", "q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎",
-                 max(_excess(values - ordered[..., :-1]), _excess(ordered[..., 1:] - values), _excess(below - values)),
-                 tolerance),
+        Property(
+            "interlacing",
+            "q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎",
+            max(_excess(values - ordered[..., :-1]), _excess(ordered[..., 1:] - values), _excess(below - values)),
+            tolerance,
+        ),
         Property("linear approximation", f"f(x+Δ) ≈ f(x) + JΔ, |Δ| = {step:g}", error, step**2),
         Property("its order", "|order - 2| of that error", abs(order - 2), 0.25),
         Property("jacfwd", "J = jacfwd(f)(x)", _worst(matrix - forward), tolerance),

@@ -370,9 +370,7 @@ HEADS = [
         (Y,),
         at_minimum=lambda x: (sparse_sigmoid(x), 0),
     ),
-    elementwise(
-        losses.squared_error, lambda x, t: (x - t) ** 2, lambda x, t: 2 * (x - t), at_minimum=lambda x: (x, 0)
-    ),
+    elementwise(losses.squared_error, lambda x, t: (x - t) ** 2, lambda x, t: 2 * (x - t), at_minimum=lambda x: (x, 0)),
     elementwise(losses.l2_loss, lambda x, t: (x - t) ** 2 / 2, lambda x, t: x - t, at_minimum=lambda x: (x, 0)),
     Head(
         losses.sum_squared_error,

@@ -43,6 +43,8 @@ HEADS = {
     js.squared_error: (targets, lambda z, y: (z - y) ** 2),
     sigmoid_binary_cross_entropy: (bits, lambda z, y: jnp.logaddexp(0.0, z) - y * z),
 }
+
+
 class Problem:
     """A small network in float64, with the dense matrices of the reference loss."""
 

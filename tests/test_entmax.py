@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxsoftmax.entmax import deformed_log, entmax, entmax15, entmax_jacobian_product, sparsemax
-from jaxsoftmax.softmax import softmax
+from jaxsoftmax.maps.entmax import deformed_log, entmax, entmax15, entmax_jacobian_product, sparsemax
+from jaxsoftmax.maps.softmax import softmax
 
 EPS = float(np.finfo(np.float32).eps)
 ALPHAS = [1.0, 1.001, 1.2, 1.5, 1.8, 2.0, 2.5, 4.0]

@@ -9,8 +9,8 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from jaxsoftmax.entmax import entmax
-from jaxsoftmax.losses.fenchel_young import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
+from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
+from jaxsoftmax.maps.entmax import entmax
 from tests.test_entmax import EPS, reference, slopes
 
 Z = np.array([0.3, -0.2, 0.9, 0.17, -3.0])

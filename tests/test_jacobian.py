@@ -9,8 +9,7 @@ import pytest
 from jax.scipy.sparse.linalg import cg
 from jax.test_util import check_grads
 
-from jaxsoftmax.entmax import entmax
-from jaxsoftmax.jacobian import (
+from jaxsoftmax.maps.derivatives import (
     softmax_hessian,
     softmax_jacobian,
     softmax_jvp,
@@ -18,8 +17,9 @@ from jaxsoftmax.jacobian import (
     softmax_third_derivative,
     softmax_vjp,
 )
-from jaxsoftmax.jacobian_operator import SoftmaxJacobian
-from jaxsoftmax.softmax import softmax
+from jaxsoftmax.maps.entmax import entmax
+from jaxsoftmax.maps.softmax import softmax
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from tests.helpers import assert_close
 
 EPS = float(np.finfo(np.float32).eps)

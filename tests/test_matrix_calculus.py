@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxsoftmax import matrix_calculus, network
-from jaxsoftmax.matrix_calculus import (
-    IDENTITIES,
-    denominator_layout,
-    differential,
-    frobenius,
-    numerator_layout,
-)
+from jaxsoftmax import network
+from jaxsoftmax.matrix_calculus import IDENTITIES, denominator_layout, differential, frobenius, numerator_layout
+from jaxsoftmax.matrix_calculus import __main__ as table
 from tests.conftest import enable_x64
 
 EPS = float(np.finfo(np.float64).eps)
@@ -232,8 +227,8 @@ def test_samples_lie_in_their_domain(x64):
 
 def test_the_command_prints_every_identity(capsys, monkeypatch, x64):
     some = {name: IDENTITIES[name] for name in ("product", "vec", "inverse")}
-    monkeypatch.setattr(matrix_calculus, "IDENTITIES", some)
-    matrix_calculus.print_table()
+    monkeypatch.setattr(table, "IDENTITIES", some)
+    table.print_table()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(some)
     for line, identity in zip(lines[1:], some.values()):

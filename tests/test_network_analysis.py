@@ -9,7 +9,7 @@ import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax import network
-from jaxsoftmax.singular_values import extreme_singular_values
+from jaxsoftmax.network.singular_values import extreme_singular_values
 
 LOSS = js.softmax_cross_entropy_with_integer_labels
 ACTIVATIONS = {"tanh": jnp.tanh, "softmax": js.softmax}  # element-wise, and not

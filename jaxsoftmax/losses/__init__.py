@@ -78,19 +78,20 @@ from jaxsoftmax.losses.cross_entropy import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
 )
-from jaxsoftmax.losses.distillation import jensen_shannon_divergence, softmax_kl_divergence
-from jaxsoftmax.losses.divergence import (
+from jaxsoftmax.losses.divergences_of_logits import jensen_shannon_divergence, softmax_kl_divergence
+from jaxsoftmax.losses.divergences_of_probabilities import (
     convex_kl_divergence,
     generalized_kl_divergence,
     kl_divergence,
     kl_divergence_with_log_targets,
 )
-from jaxsoftmax.losses.fenchel_young import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
+from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
+from jaxsoftmax.losses.entropy_brier import brier_loss, softmax_entropy
 from jaxsoftmax.losses.focal import focal_loss_with_integer_labels, poly_loss_cross_entropy
 from jaxsoftmax.losses.hessian import logits_hessian, loss_fisher, loss_ggn
+from jaxsoftmax.losses.logit_transforms import softcap_logits, temper_logits
+from jaxsoftmax.losses.reduction import weighted_mean
 from jaxsoftmax.losses.regression import huber_loss, l2_loss, log_cosh, squared_error, sum_squared_error
-from jaxsoftmax.losses.scores import brier_loss, softmax_entropy
-from jaxsoftmax.losses.transforms import softcap_logits, temper_logits, weighted_mean
 
 __all__ = [
     "brier_loss",

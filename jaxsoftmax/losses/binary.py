@@ -13,17 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus, weigh
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.elementary import finite, infinite_at, sigmoid, softplus, weigh
-from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of
-from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.losses.hessian import Curvature, curvature_of
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.fisher import Fisher
 
 
-def sigmoid_binary_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, *, pos_weight: ArrayLike | None = None
-) -> Array:
+def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, pos_weight: ArrayLike | None = None) -> Array:
     """Logistic loss of each element: -ω y log σ(x) - (1 - y) log σ(-x).
 
     Args:
@@ -81,32 +79,32 @@ def sigmoid_focal_loss(
 
 def _logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     logits = checks.as_loss_float("logits", logits)
-    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     return logits, checks.broadcast("labels", labels, logits.shape)
 
 
 def _logistic_arguments(logits, labels, pos_weight) -> tuple:
     logits, labels = _logits_and_labels(logits, labels)
     weight = 1.0 if pos_weight is None else pos_weight
-    return logits, labels, checks.option("pos_weight", weight, logits.shape, num.compute_dtype(logits.dtype))
+    return logits, labels, checks.option("pos_weight", weight, logits.shape, dtypes.compute_dtype(logits.dtype))
 
 
 def _focal_arguments(logits, labels, alpha, gamma) -> tuple:
     logits, labels = _logits_and_labels(logits, labels)
-    shape, dtype = logits.shape, num.compute_dtype(logits.dtype)
+    shape, dtype = logits.shape, dtypes.compute_dtype(logits.dtype)
     gamma = checks.option("gamma", gamma, shape, dtype, low=0.0)
     return logits, labels, None if alpha is None else checks.option("alpha", alpha, shape, dtype, 0.0, 1.0), gamma
 
 
 @functools.partial(jax.jit, inline=True)
 def _logistic_loss(logits, labels, weight) -> Array:
-    x, y = num.widen(logits, labels)
+    x, y = dtypes.widen(logits, labels)
     return logistic(x, y, weight.astype(x.dtype))
 
 
 @functools.partial(jax.jit, inline=True)
 def _focal_loss(logits, labels, alpha, gamma) -> Array:
-    x, y = num.widen(logits, labels)
+    x, y = dtypes.widen(logits, labels)
     near = finite(x)
     loss = focal_weight(near, y, gamma.astype(x.dtype)) * logistic(near, y, jnp.ones_like(x))
     loss = infinite_at((x == jnp.inf) & (y < 1) | (x == -jnp.inf) & (y > 0), loss)
@@ -196,6 +194,7 @@ def _share_bwd(residuals, ct):
 
 
 _share.defvjp(lambda x, y: (_share(x, y), (x, y)), _share_bwd)
+
 _rest.defvjp(lambda x, y: (_rest(x, y), (x, y)), lambda residuals, ct: _share_bwd(residuals, -ct))
 
 
@@ -225,7 +224,7 @@ def _logistic_curvature(logits, labels, *, pos_weight=None) -> Curvature:
 
 @functools.partial(jax.jit, inline=True)
 def _logistic_operators(logits, labels, weight) -> Curvature:
-    x, y = num.widen(logits, labels)
+    x, y = dtypes.widen(logits, labels)
     hessian = DiagonalPlusLowRank((weight.astype(x.dtype) * y + 1 - y) * sigmoid(x) * sigmoid(-x))
     return Curvature(hessian, hessian, Fisher(hessian.weights, logits=x, draw=_draw_binary))
 
@@ -243,7 +242,7 @@ def _focal_curvature(logits, labels, alpha=None, gamma=2.0) -> Curvature:
 @functools.partial(jax.jit, inline=True)
 def _focal_operators(logits, labels, alpha, gamma) -> Curvature:
     # F = α_t W L with W = exp(γℓ), ℓ = log u, ℓ′ = r - σ(x), ℓ″ = r (1 - r) - σ(x) σ(-x), r = (1 - y) σ(x) / u.
-    x, y = num.widen(logits, labels)
+    x, y = dtypes.widen(logits, labels)
     x, gamma = finite(x), gamma.astype(x.dtype)
     miss, loss, slope = log_miss(x, y), logistic(x, y, jnp.ones_like(x)), (1 - y) * sigmoid(x) - y * sigmoid(-x)
     share, rest, spread = _share(x, y), _rest(x, y), sigmoid(x) * sigmoid(-x)

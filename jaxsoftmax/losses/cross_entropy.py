@@ -18,21 +18,14 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import jacobian_product, root
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import (
-    Axis,
-    jacobian_product,
-    log_softmax_of,
-    logsumexp_of,
-    moments,
-    probabilities,
-    softmax_of,
-)
-from jaxsoftmax.symmetric import root
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.maps.softmax import Axis, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.fisher import Fisher
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -163,7 +156,7 @@ def _integer_arguments(logits, labels, axis, where, label_smoothing, class_weigh
 def _soft_arguments(logits, labels, axis, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
     axes = checks.axes(axis, logits.ndim)
-    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
     return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes
 
@@ -182,7 +175,7 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
     (logits, mask), axis = num.one_axis(axes, logits, mask)
     z = num.present(logits, mask, (axis,))
     labels = jnp.expand_dims(num.class_labels(labels, z.shape[axis]), axis)
-    wide = num.widen(z)[0]
+    wide = dtypes.widen(z)[0]
     # Two terms in the logits: their gradients are added before the one rounding.
     loss = label_loss(z if smooth is None and penalty is None else wide, labels, axis)
     if class_weights is not None:
@@ -203,7 +196,7 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _soft_loss(logits, labels, mask, axes) -> Array:
-    (logits, labels, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+    (logits, labels, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
     loss = soft_label_loss(num.present(logits, mask, (axis,)), num.zero_absent(labels, mask), axis)
     return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
 
@@ -214,7 +207,7 @@ def _soft_loss(logits, labels, mask, axes) -> Array:
 
 def label_sums(z: Array, label: Array, axis: int) -> tuple[Array, Array, Array]:
     """(m, R, S): the maximum, Σ exp(z - m) without the label's class, and with it. Never differentiated."""
-    z = num.widen(lax.stop_gradient(z))[0]
+    z = dtypes.widen(lax.stop_gradient(z))[0]
     m = num.class_max(z, axis)
     rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
     total = num.one_infinity(rest + jnp.exp(label_gap(z, label, m, axis)), m, 1)
@@ -231,7 +224,7 @@ def label_gap(z: Array, label: Array, m: Array, axis: int) -> Array:
 def label_loss(z: Array, label: Array, axis: int) -> Array:
     """-log softmax(z)_label, with the class axis kept."""
     m, rest, total = label_sums(z, label, axis)
-    gap = label_gap(num.widen(z)[0], label, m, axis)
+    gap = label_gap(dtypes.widen(z)[0], label, m, axis)
     return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
 
 
@@ -241,7 +234,7 @@ def _label_loss_fwd(z, label, axis):
 
 def _label_loss_bwd(axis, residuals, ct):
     z, label, m, rest, total = residuals
-    return (ct * label_gradient(num.widen(z)[0], label, m, rest, total, axis)).astype(z.dtype), None
+    return (ct * label_gradient(dtypes.widen(z)[0], label, m, rest, total, axis)).astype(z.dtype), None
 
 
 label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
@@ -324,7 +317,7 @@ def _soft_curvature(logits, labels, axis=-1, where=None) -> Curvature:
 
 @functools.partial(jax.jit, inline=True)
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> Curvature:
-    z = num.present(*num.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, (-1,))
     weights = jnp.broadcast_to(1.0 if class_weights is None else class_weights, z.shape).astype(z.dtype)
     weight = num.take_class(weights, num.class_labels(labels, z.shape[-1])[..., None], -1)
     if smooth is not None:
@@ -337,7 +330,7 @@ def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> 
 
 @functools.partial(jax.jit, inline=True)
 def _soft_operators(logits, labels, mask) -> Curvature:
-    logits, y = num.widen(logits, labels)
+    logits, y = dtypes.widen(logits, labels)
     z, weight = num.present(logits, mask, (-1,)), num.class_sum(num.zero_absent(y, mask), -1)
     return categorical(z, only_examples(mask, weight), draw_one_hot)
 

@@ -17,15 +17,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import below_half, centred, is_top, jacobian_product
+from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_gap, label_sums, soft_label_loss
-from jaxsoftmax.losses.elementary import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import Axis, jacobian_product, moments, probabilities, softmax_of
-from jaxsoftmax.symmetric import centred, compiled
+from jaxsoftmax.maps.softmax import Axis, moments, probabilities, softmax_of
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
 def focal_loss_with_integer_labels(
@@ -114,7 +115,7 @@ def _focal_arguments(logits, labels, gamma, axis, where) -> tuple:
 def _poly_arguments(logits, labels, epsilon, axis, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
     axes = checks.axes(axis, logits.ndim)
-    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
     checks.number("epsilon", epsilon)
     return logits, labels, epsilon, checks.as_loss_mask("where", where, logits.shape, axes), axes
@@ -132,7 +133,7 @@ def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _poly_loss(logits, labels, epsilon, mask, axes) -> Array:
-    (logits, y, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+    (logits, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
     z, y = num.present(logits, mask, (axis,)), num.zero_absent(y, mask)
     loss = soft_label_loss(z, y, axis) + jnp.asarray(epsilon, z.dtype) * missed(z, y, axis)
     return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
@@ -150,7 +151,7 @@ def focal(s: Array, gamma: Array) -> Array:
 def margin(z: Array, label: Array, axis: int) -> Array:
     """z_label - log Σ_{k≠label} exp(z_k), with the class axis kept; +inf where no other class is left."""
     m, rest, _ = label_sums(z, label, axis)
-    return label_gap(*num.widen(z), label, m, axis) - jnp.log(rest)
+    return label_gap(*dtypes.widen(z), label, m, axis) - jnp.log(rest)
 
 
 def _margin_fwd(z, label, axis):
@@ -160,7 +161,7 @@ def _margin_fwd(z, label, axis):
 
 def _margin_bwd(axis, residuals, ct):
     z, label, m, rest = residuals
-    (wide,) = num.widen(z)
+    (wide,) = dtypes.widen(z)
     return (ct * margin_gradient(wide, label, m, rest, axis)).astype(z.dtype), None
 
 
@@ -271,18 +272,18 @@ class FunctionOfLoss(DiagonalPlusLowRank):
         p = self.centre
         assert p is not None
         axis = p.ndim - 1
-        top = num.class_sum(num.is_top(p) * v, axis)
+        top = num.class_sum(is_top(p) * v, axis)
         w = v - top
-        mean = num.class_sum(num.below_half(p) * w, axis)
+        mean = num.class_sum(below_half(p) * w, axis)
         along = mean - (num.take_class(v, self.label, axis) - top)
         gradient = jnp.where(num.class_index(p, axis) == self.label, -self.missed, p)
-        return self.slope * (num.below_half(p) * w - p * mean) + self.bend * along * gradient
+        return self.slope * (below_half(p) * w - p * mean) + self.bend * along * gradient
 
 
 @functools.partial(jax.jit, inline=True)
 def _focal_operators(logits, labels, gamma, mask) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
-    z = num.present(*num.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, (-1,))
     gamma, axis = jnp.asarray(gamma, z.dtype), z.ndim - 1
     label = num.class_labels(labels, z.shape[-1])[..., None]
     m, _, total = label_sums(z, label, axis)
@@ -304,7 +305,7 @@ def _poly_curvature(logits, labels, epsilon=2.0, axis=-1, where=None) -> Curvatu
 
 @functools.partial(jax.jit, inline=True)
 def _poly_operators(logits, labels, epsilon, mask) -> Curvature:
-    logits, y = num.widen(logits, labels)
+    logits, y = dtypes.widen(logits, labels)
     z, y = num.present(logits, mask, (-1,)), num.zero_absent(y, mask)
     p, mass = softmax_of(z, z.ndim - 1), num.class_sum(y, -1)
     weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p))

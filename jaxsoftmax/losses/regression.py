@@ -1,6 +1,6 @@
 """Regression heads: squared error and its relatives, element by element or summed over the last axis.
 
-    l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    ∂²l/∂z² = 2 I    (seed text 002).
+l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    ∂²l/∂z² = 2 I    (seed text 002).
 """
 
 import math
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import scalar_functions as elementary
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses import elementary
-from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of, on_last_axis
-from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.fisher import Fisher
 
 
 def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -148,12 +148,12 @@ def _errors(predictions: ArrayLike, targets: ArrayLike | None, broadcast: bool =
     """predictions - targets in the computation dtype."""
     predictions = checks.as_loss_float("predictions", predictions)
     if targets is None:
-        return num.widen(predictions)[0]
-    targets = checks.as_real("targets", targets, num.compute_dtype(predictions.dtype))
+        return dtypes.widen(predictions)[0]
+    targets = checks.as_real("targets", targets, dtypes.compute_dtype(predictions.dtype))
     if broadcast:
         targets = checks.broadcast("targets", targets, predictions.shape)
     checks.same_shape("targets", targets, "predictions", predictions.shape)
-    predictions, targets = num.widen(predictions, targets)
+    predictions, targets = dtypes.widen(predictions, targets)
     return predictions - targets
 
 

@@ -18,10 +18,12 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.softmax import Axis, jacobian_product
+from jaxsoftmax.maps.softmax import Axis
 
 
 def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
@@ -138,7 +140,7 @@ def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) ->
 @functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
 def _map(x: Array, alpha: Array, mask: Array | None, exact: float | None, axes: tuple[int, ...]) -> Array:
     """α-entmax over the given axes: mask and widen, apply, round and mask."""
-    (z,), axis = num.one_axis(axes, num.present(num.widen(x)[0], mask, axes))
+    (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
     out = entmax_of(z, order_of(z, alpha, exact, axis), exact, axis)
     out = out if len(axes) == 1 else num.split_axes(out, x.shape, axes)
     out = out.astype(x.dtype)
@@ -149,11 +151,6 @@ def order_of(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
     """α in the dtype of z, with the class axis of length 1."""
     alpha = alpha if exact is None else jnp.full_like(alpha, exact)
     return typed_like(num.class_max(z, axis), jnp.expand_dims(alpha.astype(z.dtype), axis))
-
-
-def typed_like(z: Array, x: Array) -> Array:
-    """x. Inside shard_map it varies over the mesh axes that z varies over, as a rule's cotangent for x will."""
-    return jnp.where(lax.stop_gradient(z) > 0, x, x)
 
 
 # Rule. Below, z is a floating array of at least float32, `axis` counts from the front, and α has length 1 there.
@@ -239,7 +236,7 @@ _deformed_log.defvjp(_deformed_log_fwd, _deformed_log_bwd)
 
 def finite(x: Array) -> Array:
     """x ≤ 0 with a finite number for -inf, so that 0·x is 0; as good as infinite, its square does not overflow."""
-    return jnp.maximum(x, -math.sqrt(num.largest(x.dtype)))
+    return jnp.maximum(x, -math.sqrt(dtypes.largest(x.dtype)))
 
 
 def log_deformed_exp(x: Array, beta: Array) -> Array:
@@ -325,7 +322,7 @@ def _powers(u: Array, d: Array, beta: Array, exact: float | None) -> tuple[Array
 
 def _from_bottom(z: Array, start: Array, beta: Array, axis: int) -> Array:
     """p = (v^β + a^β)^(1/β), a^β = β(z - e), for β ≥ 1, e the smallest z of the support and v ≤ `start` its p."""
-    limit = num.largest(z.dtype) / 4
+    limit = dtypes.largest(z.dtype) / 4
     z = jnp.clip(z, -limit, limit)
     m = num.class_max(z, axis)
 

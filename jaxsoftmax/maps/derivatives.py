@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import centred, complement, jacobian_product, rounded_one
+from jaxsoftmax._core.plumbing import compiled
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.softmax import jacobian_product, rounded_one, softmax
-from jaxsoftmax.symmetric import centred, compiled, complement
+from jaxsoftmax.maps.softmax import softmax
 
 
 def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
@@ -206,15 +207,15 @@ def _higher(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)
 def _jacobian_product(v: Array, p: Array, axis: int) -> Array:
-    wide_v, wide_p = num.widen(v, p)
-    return jacobian_product(wide_v, wide_p, axis, rounded_one(wide_p, axis)).astype(num.common_dtype(v, p))
+    wide_v, wide_p = dtypes.widen(v, p)
+    return jacobian_product(wide_v, wide_p, axis, rounded_one(wide_p, axis)).astype(dtypes.common_dtype(v, p))
 
 
 @compiled
 def _derivative(p: Array, *tangents: Array) -> Array:
     """The second or third derivative, p∘(y - <p,y>) with y the product of the centred tangents, less what is shared."""
-    dtype = num.common_dtype(p, *tangents)
-    p, *vectors = num.widen(p, *tangents)
+    dtype = dtypes.common_dtype(p, *tangents)
+    p, *vectors = dtypes.widen(p, *tangents)
     u, v, *rest = (centred(t, p) for t in vectors)
     if not rest:
         return jacobian_product(u * v, p, -1).astype(dtype)
@@ -225,7 +226,7 @@ def _derivative(p: Array, *tangents: Array) -> Array:
 
 @compiled
 def _dense_jacobian(x: Array) -> Array:
-    (z,) = num.widen(x)
+    (z,) = dtypes.widen(x)
     p = softmax(z)
     return dense_jacobian(p).astype(x.dtype)
 
@@ -252,7 +253,7 @@ dense_jacobian.defvjp(_dense_jacobian_fwd, _dense_jacobian_bwd)
 
 @compiled
 def _dense_hessian(x: Array) -> Array:
-    (z,) = num.widen(x)
+    (z,) = dtypes.widen(x)
     p = softmax(z)
     a, b, c = p[..., :, None, None], p[..., None, :, None], p[..., None, None, :]
     twice = 2 * a * b * c

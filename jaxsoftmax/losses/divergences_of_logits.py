@@ -16,15 +16,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.scalar_functions import exp_remainder, log_double_sigmoid, missing_bits, sigmoid
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot
-from jaxsoftmax.losses.elementary import exp_remainder, log_double_sigmoid, missing_bits, sigmoid
-from jaxsoftmax.losses.hessian import Curvature, Fisher, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.losses.scores import of_probabilities
-from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import Axis, jacobian_product, log_softmax_of, softmax_of
+from jaxsoftmax.losses.entropy_brier import of_probabilities
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.maps.softmax import Axis, log_softmax_of, softmax_of
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.fisher import Fisher
 
 
 def softmax_kl_divergence(
@@ -120,7 +122,7 @@ def _arguments(logits, target_logits, axis, where, temperature) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("divergence", "axes"), inline=True)
 def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
-    (x, z, mask), axis = num.one_axis(axes, *num.widen(logits, targets), mask)
+    (x, z, mask), axis = num.one_axis(axes, *dtypes.widen(logits, targets), mask)
     x, z = _tempered(x, z, mask, temperature, axis)
     return num.absent_examples(jnp.squeeze(divergence(x, z, axis), axis), mask, axis)
 
@@ -167,7 +169,7 @@ def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
     z, top_z = _one_hot_limit(z, sums.top_z)
     p, q = jnp.exp(x - top_x) / sums.total_x, jnp.exp(z - top_z) / sums.total_z
     # (x - top_x) - (z - top_z), by the subtraction that rounds less first; finite where a class is excluded.
-    huge = num.largest(x.dtype) / 4
+    huge = dtypes.largest(x.dtype) / 4
     x, z = jnp.maximum(x, -huge), jnp.maximum(z, -huge)
     a, b, c, e = x - z, top_x - top_z, x - top_x, z - top_z
     d = jnp.where(jnp.abs(a) + jnp.abs(b) < jnp.abs(c) + jnp.abs(e), a - b, c - e)
@@ -177,7 +179,7 @@ def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
 def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
     """z and its maximum m, with 0 and -inf in the places of +inf and of the rest of its row."""
     # Arithmetic, so that it fuses into sums: (min(z, L) - L) 4 is 0 where z = inf, and -inf where z is finite.
-    limit, infinite = num.largest(z.dtype), m == jnp.inf
+    limit, infinite = dtypes.largest(z.dtype), m == jnp.inf
     lift, gain = jnp.where(infinite, limit, 0.0), jnp.where(infinite, 4.0, 1.0)
     return (jnp.minimum(z, limit) - lift) * gain, jnp.where(infinite, 0.0, m)
 
@@ -191,7 +193,8 @@ def kl(x: Array, z: Array, axis: int) -> Array:
 def _kl(x, z, sums, axis):
     p, q, ratio = classes(x, z, sums)
     near = (jnp.abs(ratio) < 1) & (q > 0)
-    far = jnp.where(ratio < -num.largest(x.dtype) / 8, jnp.inf, p - q - q * ratio)  # inf where p alone excludes a class
+    # inf where p alone excludes a class
+    far = jnp.where(ratio < -dtypes.largest(x.dtype) / 8, jnp.inf, p - q - q * ratio)
     return num.class_sum(jnp.where(near, q * exp_remainder(ratio), far), axis)
 
 
@@ -277,7 +280,7 @@ def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -
 
 @functools.partial(jax.jit, inline=True)
 def _kl_operators(logits, targets, mask, temperature) -> Curvature:
-    x, z = num.widen(logits, targets)
+    x, z = dtypes.widen(logits, targets)
     x, z = _tempered(x, z, mask, temperature, x.ndim - 1)
     p = softmax_of(x, x.ndim - 1)
     weights = only_examples(mask, p) / jnp.asarray(temperature, x.dtype) ** 2
@@ -298,7 +301,7 @@ def _jensen_shannon_curvature(logits, target_logits, axis=-1, where=None, temper
 @functools.partial(jax.jit, inline=True)
 def _jensen_shannon_operators(logits, targets, mask, temperature) -> Curvature:
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
-    x, z = num.widen(logits, targets)
+    x, z = dtypes.widen(logits, targets)
     axis, scale = x.ndim - 1, 1 / jnp.asarray(temperature, x.dtype)
     x, z = _tempered(x, z, mask, temperature, axis)
     ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)

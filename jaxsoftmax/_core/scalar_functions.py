@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsoftmax import _numerics as num
 from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.maps.softmax import LOG2
 
 
 def horner(coefficients: Sequence[float], x: Array) -> Array:
@@ -68,7 +68,7 @@ def log_cosh(x: Array) -> Array:
     """log cosh x: its series x²/2 - x⁴/12 + … near 0, where |x| - log 2 + … would cancel."""
     size, near = jnp.abs(x), jnp.minimum(jnp.abs(x), 0.6)
     series = horner([t / (2 * k + 2) for k, t in enumerate(_TANH[: 20 if x.dtype == jnp.float64 else 7])], near * near)
-    far = size - num.LOG2 + jnp.log1p(jnp.exp(-2 * size))
+    far = size - LOG2 + jnp.log1p(jnp.exp(-2 * size))
     return jnp.where(size < 0.6, near * near * series, far)
 
 
@@ -106,7 +106,7 @@ def log_double_sigmoid(x: Array) -> Array:
     """log(2 σ(x)) = log(1 + tanh(x/2)), which is 0 at 0."""
     # No log1p of a negative number: in float64 older XLA gets it wrong by 100 eps.
     near = jnp.where(x > 0, jnp.log1p(jnp.tanh(jnp.maximum(x, 0) / 2)), -jnp.log1p(jnp.expm1(jnp.clip(-x, 0, 1)) / 2))
-    return jnp.where(x > -1, near, x + num.LOG2 - jnp.log1p(jnp.exp(jnp.minimum(x, 0))))
+    return jnp.where(x > -1, near, x + LOG2 - jnp.log1p(jnp.exp(jnp.minimum(x, 0))))
 
 
 log_double_sigmoid.defvjp(lambda x: (log_double_sigmoid(x), x), lambda x, ct: (ct * sigmoid(-x),))
@@ -117,4 +117,4 @@ def missing_bits(x: Array) -> Array:
     size = jnp.abs(x)
     half = jnp.minimum(size, 2) / 2
     near = half * jnp.tanh(half) - log_cosh(half)
-    return jnp.where(size < 2, near, num.LOG2 - size * sigmoid(-size) - jnp.log1p(jnp.exp(-size)))
+    return jnp.where(size < 2, near, LOG2 - size * sigmoid(-size) - jnp.log1p(jnp.exp(-size)))

@@ -15,11 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
-from jaxsoftmax.identities import IDENTITIES, Identity
-
-__all__ = ["IDENTITIES", "Identity", "denominator_layout", "differential", "frobenius", "numerator_layout"]
+from jaxsoftmax._core import checks, dtypes
 
 
 def frobenius(A: ArrayLike, B: ArrayLike) -> Array:
@@ -52,8 +48,8 @@ def frobenius(A: ArrayLike, B: ArrayLike) -> Array:
     if min(A.ndim, B.ndim) < rank or A.shape[A.ndim - rank :] != B.shape[B.ndim - rank :]:
         raise ValueError(f"A:B needs matrices, or vectors, of one shape: A has {A.shape}, B has {B.shape}")
     shape = checks.common_shape("A", A, "B", B)
-    dtype = num.common_dtype(A, B)
-    A, B = (jnp.broadcast_to(x, shape) for x in num.widen(A, B))
+    dtype = dtypes.common_dtype(A, B)
+    A, B = (jnp.broadcast_to(x, shape) for x in dtypes.widen(A, B))
     return jnp.sum(A * B, range(len(shape) - rank, len(shape))).astype(dtype)
 
 
@@ -164,17 +160,3 @@ def _direction(x: Array, dx: ArrayLike) -> Array:
     dx = checks.as_float("dX", dx)
     checks.same_shape("dX", dx, "X", x.shape)
     return dx.astype(x.dtype)
-
-
-
-def print_table() -> None:
-    """Print the identities, each with its error at a random point."""
-    print(f"{'name':24} {'identity':77} {'error':>8}  reference")
-    for identity in IDENTITIES.values():
-        error = identity.error(jax.random.key(0))
-        print(f"{identity.name:24} {identity.formula:77} {error:8.1e}  {identity.reference}".rstrip())
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
-    print_table()

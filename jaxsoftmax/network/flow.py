@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax._backprop import Activation, Loss, Params, affine, checked, example_signals, output
-from jaxsoftmax.singular_values import extreme_singular_values
+from jaxsoftmax._core import checks
+from jaxsoftmax.network.backpropagation import example_signals
+from jaxsoftmax.network.layers import Activation, Loss, Params, affine, checked, output
+from jaxsoftmax.network.singular_values import extreme_singular_values
 
 
 class GradientFlow(NamedTuple):

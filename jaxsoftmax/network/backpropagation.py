@@ -4,116 +4,17 @@ The seed's notation: z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x, and no act
 l = f(z_N) for a loss head f. Vectors are the rows of arrays: the leading axes of x, if any, are the batch.
 """
 
-import functools
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax._backprop import (
-    Activation,
-    Layer,
-    Loss,
-    Params,
-    activated,
-    affine,
-    checked,
-    example_signals,
-    output,
-    signals,
-)
-from jaxsoftmax._gradient_flow import GradientFlow, gradient_flow
-from jaxsoftmax.matrix_calculus import numerator_layout
-
-__all__ = [
-    "Derivatives",
-    "GradientFlow",
-    "Layer",
-    "backprop",
-    "derivatives",
-    "forward",
-    "gradient_flow",
-    "init",
-    "jacobians",
-    "per_example_gradient_norms",
-    "per_example_gradients",
-]
+from jaxsoftmax.matrix_calculus.layouts import numerator_layout
+from jaxsoftmax.network.layers import Activation, Layer, Loss, Params, activated, affine, checked
 
 Layout = Literal["denominator", "numerator"]
-
-
-def init(key: Array, sizes: Sequence[int], *, bias: bool = True, dtype: DTypeLike = float) -> tuple[Layer, ...]:
-    """Random parameters of a feedforward network.
-
-    W_n ~ N(0, 1/d_{n-1}) independently, b_n = 0: a layer keeps the variance of what it receives.
-
-    Args:
-      key: a PRNG key.
-      sizes: the widths (d_0, d_1, …, d_N), at least two, each at least 1.
-      bias: whether the layers have biases.
-      dtype: floating-point dtype of the parameters; `float` is JAX's default, float32 or float64.
-
-    Returns:
-      A tuple of N `Layer`s, the n-th with W of shape (d_n, d_{n-1}) and b of shape (d_n,) or None.
-
-    Raises:
-      TypeError: if a size is not an integer or dtype is not floating-point.
-      ValueError: if there are fewer than two sizes or one is less than 1.
-
-    Example:
-      >>> import jax
-      >>> from jaxsoftmax import network
-      >>> params = network.init(jax.random.key(0), (64, 32, 10))
-      >>> [layer.W.shape for layer in params]
-      [(32, 64), (10, 32)]
-
-    Reference: LeCun et al., Efficient BackProp (1998), section 4.6.
-    """
-    checks.key("key", key)
-    widths = checks.sizes("sizes", sizes, 1)
-    if len(widths) < 2:
-        raise ValueError(f"sizes must hold at least an input and an output width, got {widths}")
-    checks.float_dtype("dtype", dtype)
-
-    def layer(key, d_in, d_out):
-        W = jax.random.normal(key, (d_out, d_in), dtype) / d_in**0.5
-        return Layer(W, jnp.zeros(d_out, dtype) if bias else None)
-
-    return tuple(map(layer, jax.random.split(key, len(widths) - 1), widths[:-1], widths[1:]))
-
-
-def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> Array:
-    """The network's output z_N.
-
-    z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x.
-
-    Args:
-      params: the layers, as from `init`.
-      x: inputs, (..., d_0).
-      activation: σ, any differentiable function (..., d) -> (..., d) that treats leading axes as a batch; element-wise
-        or not: `jnp.tanh`, `jax.nn.relu`, `jaxsoftmax.softmax`.
-
-    Returns:
-      z_N, (..., d_N).
-
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxsoftmax import network
-      >>> params = network.init(jax.random.key(0), (64, 32, 10))
-      >>> network.forward(params, jnp.ones((5, 64)), jax.nn.relu).shape
-      (5, 10)
-
-    Reference: seed 002.
-    """
-    return output(params, checked(params, x, activation=activation), activation)
 
 
 def backprop(
@@ -265,74 +166,44 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
     return layers, outputs[::-1]
 
 
-def per_example_gradients(
-    params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation = jnp.tanh
-) -> Params:
-    """Gradient of each example's own loss, from one pass: ∂l_i/∂W_n = ∂l_i/∂z_n ⊗ a_{n-1}.
-
-    Args:
-      params, x, targets, loss, activation: as in `backprop`.
-
-    Returns:
-      The gradients, with the structure of params; each array has the batch axes of x in front. Their mean over the
-      batch is what `backprop` returns.
-
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, or the loss is not one value per example.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxsoftmax import network, sum_squared_error
-      >>> params = network.init(jax.random.key(0), (4, 3, 2))
-      >>> grads = network.per_example_gradients(params, jnp.ones((5, 4)), jnp.zeros((5, 2)), sum_squared_error)
-      >>> [layer.W.shape for layer in grads]
-      [(5, 3, 4), (5, 2, 3)]
-
-    Reference: Goodfellow, Efficient per-example gradient computations, arXiv:1510.01799.
-    """
-    found = example_signals(params, x, targets, loss, activation)
-    layers = [
-        Layer((dz[..., :, None] * a[..., None, :]).astype(layer.W.dtype), layer.b if layer.b is None else dz)
-        for layer, a, dz in zip(params, found.inputs, found.z)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(layers))
-
-
-def per_example_gradient_norms(
-    params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation = jnp.tanh
-) -> Array:
-    """Norm of the gradient of each example's own loss, without the gradients: ‖∂l_i/∂W_n‖ = ‖∂l_i/∂z_n‖ ‖a_{n-1}‖.
-
-    Args:
-      params, x, targets, loss, activation: as in `backprop`.
-
-    Returns:
-      The norms over all parameters, of the shape of the batch.
-
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, or the loss is not one value per example.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxsoftmax import network, sum_squared_error
-      >>> params = network.init(jax.random.key(0), (4, 3, 2))
-      >>> network.per_example_gradient_norms(params, jnp.ones((5, 4)), jnp.zeros((5, 2)), sum_squared_error).shape
-      (5,)
-
-    Reference: Goodfellow, Efficient per-example gradient computations, arXiv:1510.01799.
-    """
-    found = example_signals(params, x, targets, loss, activation)
-    squares = [
-        jnp.sum(dz * dz, -1) * (jnp.sum(a * a, -1) + (0 if layer.b is None else 1))
-        for layer, a, dz in zip(params, found.inputs, found.z)
-    ]
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
-
-
 def _layer_derivative(layer: Layer, a: Array, dz: Array) -> Layer:
     """∂l/∂W = Σ dz aᵀ, shaped like W, and ∂l/∂b = Σ dz, over the examples."""
     a, dz = a.reshape(-1, a.shape[-1]), dz.reshape(-1, dz.shape[-1])
     W = jnp.matmul(dz.T, a).astype(layer.W.dtype)
     return Layer(W, None if layer.b is None else jnp.sum(dz, 0).astype(layer.b.dtype))
+
+
+class Signals(NamedTuple):
+    """What one pass forward and back leaves at every layer n = 1, …, N, for l the mean loss."""
+
+    inputs: list[Array]  # a_{n-1}, (..., d_{n-1})
+    z: list[Array]  # ∂l/∂z_n, (..., d_n)
+    a: list[Array]  # ∂l/∂a_n, (..., d_n), for n < N
+
+
+def signals(params: Params, x: Array, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
+    inputs, pullbacks = [x], []  # a_{n-1}, and the transpose of ∂a_n/∂z_n
+    for layer in params[:-1]:
+        a, pullback = jax.vjp(lambda z: activated(activation, z), affine(layer, inputs[-1]))
+        inputs.append(a)
+        pullbacks.append(pullback)
+    dzs, das = [_loss_derivative(loss, affine(params[-1], inputs[-1]), targets)], []
+    for layer, pullback in zip(params[:0:-1], pullbacks[::-1]):
+        das.append(jnp.matmul(dzs[-1], layer.W))
+        dzs.append(pullback(das[-1])[0])
+    return Signals(inputs, dzs[::-1], das[::-1])
+
+
+def _loss_derivative(loss: Loss, z: Array, targets: ArrayLike) -> Array:
+    """∂l/∂z_N of the mean loss."""
+    losses, pullback = jax.vjp(lambda z: loss(z, targets), z)
+    if losses.shape != z.shape[:-1]:
+        raise ValueError(f"loss must return one value per example, shape {z.shape[:-1]}, got {losses.shape}")
+    return pullback(jnp.ones_like(losses) / losses.size)[0]
+
+
+def example_signals(params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
+    """`signals` of each example's own loss, not of the mean."""
+    found = signals(params, checked(params, x, activation=activation, loss=loss), targets, loss, activation)
+    count = found.z[-1][..., 0].size
+    return found._replace(z=[dz * count for dz in found.z], a=[da * count for da in found.a])

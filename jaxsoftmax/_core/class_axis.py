@@ -10,28 +10,7 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
-LOG2 = math.log(2.0)
-
-
-def common_dtype(*arrays: Array) -> jnp.dtype:
-    """The one dtype of floating arrays that differ, also where JAX's implicit promotion is switched off."""
-    dtypes = {x.dtype for x in arrays}
-    return dtypes.pop() if len(dtypes) == 1 else max(map(compute_dtype, dtypes), key=lambda d: jnp.finfo(d).bits)
-
-
-def compute_dtype(dtype) -> jnp.dtype:
-    """float32 for half precision, the dtype itself otherwise."""
-    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
-
-
-def widen(*arrays: Array) -> list[Array]:
-    """The arrays in their common computation dtype."""
-    dtype = compute_dtype(common_dtype(*arrays))
-    return [x.astype(dtype) for x in arrays]
-
-
-def largest(dtype) -> float:
-    return float(jnp.finfo(dtype).max)
+from jaxsoftmax._core import dtypes
 
 
 def class_sum(x: Array, axis: int) -> Array:
@@ -46,7 +25,7 @@ def class_max(z: Array, axis: int) -> Array:
 
 def shift(z: Array, m: Array) -> Array:
     """z - m, with infinite logits in their limits: 0 where z = m = inf, -inf where z = m = -inf."""
-    limit = largest(z.dtype)
+    limit = dtypes.largest(z.dtype)
     return jnp.minimum(z, limit) + (-jnp.clip(m, -limit, limit))
 
 
@@ -62,7 +41,7 @@ def leave_top_out(z: Array, m: Array, axis: int) -> Array:
 
 def _shift_negated(z: Array, m: Array) -> Array:
     """`shift` in other words, so that XLA does not keep one array of exponentials for two sums."""
-    limit = largest(z.dtype)
+    limit = dtypes.largest(z.dtype)
     return -(jnp.maximum(-z, -limit) + jnp.clip(m, -limit, limit))
 
 
@@ -98,30 +77,6 @@ def class_labels(labels: Array, num_classes: int) -> Array:
 def one_infinity(total: Array, m: Array, single: int) -> Array:
     """`total`, or NaN where softmax has no limit: every logit is -inf, or `total` tells of more than one +inf."""
     return jnp.where((m == -jnp.inf) | (m == jnp.inf) & (total > single), jnp.nan, total)
-
-
-# The class with p > 1/2 as an indicator, in forms that differ although they are equal: XLA's CPU backend materialises
-# a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own.
-
-
-def is_top(p: Array) -> Array:
-    """1 where p > 1/2, else 0."""
-    return jnp.ceil(p - 0.5)
-
-
-def below_half(p: Array) -> Array:
-    """p where p ≤ 1/2, else 0."""
-    return p * jnp.floor(1.5 - p)
-
-
-def is_top_log(logp: Array) -> Array:
-    """1 where log p > -log 2, else 0."""
-    return jnp.ceil(jnp.maximum(logp + LOG2, 0.0))
-
-
-def is_not_top_log(logp: Array) -> Array:
-    """1 where log p ≤ -log 2, else 0."""
-    return 1 + jnp.floor(jnp.minimum(-LOG2 - logp, -0.0))
 
 
 def present(z: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:

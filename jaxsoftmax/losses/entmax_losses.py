@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import below_half
+from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.entmax import (
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.maps.entmax import (
     as_order,
     deformed_log,
     entmax_of,
@@ -28,10 +31,8 @@ from jaxsoftmax.entmax import (
     log_deformed_exp,
     log_support,
     order_of,
-    typed_like,
 )
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.operators import DiagonalPlusLowRank
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
 def entmax_loss(
@@ -135,7 +136,7 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
     logits = checks.as_loss_float("logits", logits)
     labels = checks.as_array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_:
-        labels = labels.astype(num.compute_dtype(logits.dtype))
+        labels = labels.astype(dtypes.compute_dtype(logits.dtype))
     labels = checks.as_float("labels", labels)
     shape = checks.common_shape("logits", logits, "labels", labels)
     return _binary_loss(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
@@ -161,10 +162,10 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
     """The loss per example for class indices or distributions."""
     indices = jnp.issubdtype(labels.dtype, jnp.integer)
     if indices:
-        (z, mask), axis = num.one_axis(axes, num.widen(logits)[0], mask)
+        (z, mask), axis = num.one_axis(axes, dtypes.widen(logits)[0], mask)
         y = one_hot(labels, z, axis)
     else:
-        (z, y, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+        (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
         y = jnp.where(y < 0, jnp.nan, y)
     z = num.present(z, mask, (axis,))
     alpha = order_of(z, alpha, exact, axis)
@@ -217,7 +218,7 @@ def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
     z, y, alpha, p = residuals
     beta, finfo = alpha - 1, jnp.finfo(z.dtype)
     # p - y; where p > 1/2, (1 - y) - Σ_{others} p, which keeps its digits when p and y are near 1.
-    slope = jnp.where(p > 0.5, (1 - y) - num.class_sum(num.below_half(p), axis), p - y)
+    slope = jnp.where(p > 0.5, (1 - y) - num.class_sum(below_half(p), axis), p - y)
     label_slope = deformed_log(jnp.log(jnp.maximum(y, finfo.tiny)), beta) - finite(dual(z, alpha, p, axis))
     alpha_slope = num.class_sum(_entropy_slope(p, alpha) - _entropy_slope(y, alpha), axis)
     if not sums_to_one:
@@ -241,7 +242,7 @@ def _entropy_slope(p: Array, alpha: Array) -> Array:
 def dual(z: Array, alpha: Array, p: Array, axis: int) -> Array:
     """z - ψ: ln_β(p) on the support, at most -1/β off it. Differentiable in z and α, which fix p."""
     m, u = num.class_max(z, axis), num.class_max(p, axis)
-    rest = jnp.where(u > 0.5, num.class_sum(num.below_half(p), axis), 0.0)
+    rest = jnp.where(u > 0.5, num.class_sum(below_half(p), axis), 0.0)
     top = deformed_log(jnp.where(u > 0.5, log1p_negative(-rest), log_support(u)), alpha - 1)
     return top + jnp.where(z == m, 0.0, z - m)
 
@@ -262,7 +263,7 @@ dual.defvjp(_dual_fwd, _dual_bwd)
 
 @functools.partial(jax.jit, inline=True)
 def _binary_loss(logits: Array, labels: Array) -> Array:
-    z, y = num.widen(logits, labels)
+    z, y = dtypes.widen(logits, labels)
     return _binary(z, typed_like(z, jnp.where((y >= 0) & (y <= 1), y, jnp.nan)))
 
 
@@ -305,7 +306,7 @@ def _sparsemax_curvature(scores, labels) -> Curvature:
 
 @functools.partial(jax.jit, static_argnames=("exact",), inline=True)
 def _entmax_operators(logits, labels, alpha, mask, exact) -> Curvature:
-    z = num.present(*num.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, (-1,))
     axis = z.ndim - 1
     alpha = order_of(z, alpha, exact, axis)
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)

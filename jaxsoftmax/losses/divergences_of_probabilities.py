@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.scalar_functions import exp_remainder
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.elementary import exp_remainder
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
-from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import Axis
+from jaxsoftmax.maps.softmax import Axis
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
 def kl_divergence(
@@ -127,7 +127,7 @@ def _divergence(term, log_predictions, targets, name: str, axis: Axis, where: Ar
 def _arguments(log_predictions, targets, name, axis, where) -> tuple:
     log_predictions = checks.as_loss_float("log_predictions", log_predictions)
     axes = checks.axes(axis, log_predictions.ndim)
-    targets = checks.as_real(name, targets, num.compute_dtype(log_predictions.dtype))
+    targets = checks.as_real(name, targets, dtypes.compute_dtype(log_predictions.dtype))
     targets = checks.broadcast(name, targets, log_predictions.shape)
     mask = checks.as_loss_mask("where", where, log_predictions.shape, axes)
     return log_predictions, targets, mask, axes
@@ -135,7 +135,7 @@ def _arguments(log_predictions, targets, name, axis, where) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("term", "axes"), inline=True)
 def _sum_of_terms(term, log_predictions, targets, mask, axes) -> Array:
-    (logq, t, mask), axis = num.one_axis(axes, *num.widen(log_predictions, targets), mask)
+    (logq, t, mask), axis = num.one_axis(axes, *dtypes.widen(log_predictions, targets), mask)
     terms = term(num.zero_absent(logq, mask), num.zero_absent(t, mask))
     return jnp.squeeze(num.class_sum(num.zero_absent(terms, mask), axis), axis)
 
@@ -167,7 +167,7 @@ _kl_term.defvjp(lambda logq, t: (_kl_term(logq, t), (logq, t)), _kl_bwd)
 def _log_kl_term(logq: Array, logt: Array) -> Array:
     """t (log t - log q) from log t; 0 where t = 0, and inf where q alone is 0."""
     # Arithmetic fuses into the sum over the classes, a comparison does not.
-    limit, t = num.largest(logt.dtype) / 4, jnp.exp(logt)
+    limit, t = dtypes.largest(logt.dtype) / 4, jnp.exp(logt)
     excluded = jnp.minimum(jnp.maximum(-logq - limit, 0), jnp.sign(t) * limit)
     return t * (jnp.maximum(logt, -limit) - jnp.maximum(logq, -limit)) + 8 * excluded
 
@@ -221,12 +221,12 @@ def _log_kl_curvature(log_predictions, log_targets, axis=-1, where=None) -> Curv
 
 
 def _no_curvature(log_predictions: Array, *_) -> Curvature:
-    zero = DiagonalPlusLowRank(jnp.zeros_like(*num.widen(log_predictions)))
+    zero = DiagonalPlusLowRank(jnp.zeros_like(*dtypes.widen(log_predictions)))
     return Curvature(zero, zero)
 
 
 @curvature_of(generalized_kl_divergence)
 def _generalized_kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
     log_predictions, _, mask = on_last_axis(*_arguments(log_predictions, targets, "targets", axis, where))
-    hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*num.widen(log_predictions)), mask))
+    hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask))
     return Curvature(hessian, hessian)

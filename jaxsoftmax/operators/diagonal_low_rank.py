@@ -20,20 +20,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
-from jaxsoftmax.softmax import jacobian_product
-from jaxsoftmax.symmetric import (
+from jaxsoftmax._core import checks
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import (
     AXIS,
-    SymmetricOperator,
     about_centred,
     centred,
     centred_transpose,
-    compiled,
     complement,
-    lead,
+    is_top,
+    jacobian_product,
     root,
 )
+from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax.operators.base import SymmetricOperator, lead
 
 
 @functools.partial(
@@ -57,7 +57,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxsoftmax.operators import DiagonalPlusLowRank
+      >>> from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
       >>> p = jnp.array([0.7, 0.2, 0.1])
       >>> A = DiagonalPlusLowRank(2 * p, centre=p)  # twice the Jacobian of softmax
       >>> print(A.mv(jnp.array([1.0, 0.0, 0.0])).round(2))
@@ -93,7 +93,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         """A_ii, shape (..., K); O(K)."""
         out = self.weights
         if self.centre is not None:
-            p, top = self.centre, num.is_top(self.centre)
+            p, top = self.centre, is_top(self.centre)
             rest = num.class_sum((1 - top) * out, AXIS)
             others = jnp.where(p > 0.5, rest, num.class_sum(top * out, AXIS) + rest - out)  # Σ_{k≠i} d_k
             out = out * complement(p) ** 2 + p**2 * others
@@ -272,7 +272,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         if self.factors is not None:
             columns, blocks = [self.factors], [self._core]
         if self.centre is not None:
-            p, d, top = self.centre, self.weights, num.is_top(self.centre)
+            p, d, top = self.centre, self.weights, is_top(self.centre)
             f = jnp.where(p > 0.5, d * complement(p), d)
             rest, of_top = num.class_sum((1 - top) * d, AXIS)[..., None], num.class_sum(top * d, AXIS)[..., None]
             pair = lead(jnp.array([[0, -1], [-1, 0]], d.dtype), len(batch))

@@ -16,14 +16,26 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
-from jaxsoftmax import spectrum
-from jaxsoftmax.entmax import as_order, entmax, order_of, support_power
-from jaxsoftmax.jacobian import dense_jacobian
-from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import jacobian_product, rounded_one, softmax
-from jaxsoftmax.symmetric import AXIS, SymmetricOperator, centred, centred_transpose, compiled, complement, root
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import (
+    AXIS,
+    below_half,
+    centred,
+    centred_transpose,
+    complement,
+    is_top,
+    jacobian_product,
+    root,
+    rounded_one,
+)
+from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax.maps.derivatives import dense_jacobian
+from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
+from jaxsoftmax.maps.softmax import softmax
+from jaxsoftmax.operators import spectrum
+from jaxsoftmax.operators.base import SymmetricOperator
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale"], meta_fields=[])
@@ -75,7 +87,7 @@ class SoftmaxJacobian(SymmetricOperator):
         """
         x = checks.as_float("x", x)
         _check_classes("x", x)
-        (z,) = num.widen(x)
+        (z,) = dtypes.widen(x)
         if _is_one(alpha):
             p = softmax(z, where=where)
             return cls(p, jnp.ones_like(p[..., :1]))
@@ -97,7 +109,7 @@ class SoftmaxJacobian(SymmetricOperator):
         p = checks.as_loss_float("p", p)
         _check_classes("p", p)
         _check_simplex(p)
-        (p,) = num.widen(p)
+        (p,) = dtypes.widen(p)
         p = jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p)
         return cls(p, jnp.ones_like(p[..., :1])) if _is_one(alpha) else cls._of_order(p, alpha)
 
@@ -137,11 +149,11 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def frobenius_norm(self) -> Array:
         """√(Σ J_ij²), shape (...); O(K). J_ii and, off the diagonal, the top class apart from the rest."""
-        p, top = self.probs, num.is_top(self.probs)
+        p, top = self.probs, is_top(self.probs)
         diagonal = p * complement(p)
         unit = jax.lax.stop_gradient(num.class_max(diagonal, AXIS))
         unit = jnp.where(unit == 0, 1, unit)
-        below = num.below_half(p)
+        below = below_half(p)
         relative = below / unit  # squares of probabilities would underflow
         squares = num.class_sum(below**2, AXIS)
         rest = (diagonal / unit) ** 2 + relative**2 * (2 * num.class_sum(top * p, AXIS) ** 2 + squares - below**2)
@@ -246,7 +258,7 @@ class SoftmaxJacobian(SymmetricOperator):
         # log λ + Σ_{i≠m} log(s(π_i + μ)) + log1p(Σ π_i (π_m - π_i)/(π_i + μ)), m the class of the largest π
         p, mu = self.probs, damping / self.scale
         largest = num.class_max(p, AXIS)
-        top = num.is_top(p)
+        top = is_top(p)
         logs = self._log_sum(p, mu)
         without_top = num.class_sum((1 - top) * logs, AXIS)
         others = jnp.where(largest > 0.5, without_top, num.class_sum(logs, AXIS) - self._log_sum(largest, mu))
@@ -326,7 +338,7 @@ def _check_simplex(p: Array) -> None:
         return
     if bool(jnp.any(p < 0)):
         raise ValueError(f"p must not be negative, got {jnp.min(p)}")
-    total = np.asarray(jnp.sum(p, AXIS, dtype=num.compute_dtype(p.dtype)))
+    total = np.asarray(jnp.sum(p, AXIS, dtype=dtypes.compute_dtype(p.dtype)))
     wrong = (np.abs(total - 1) > math.sqrt(jnp.finfo(p.dtype).eps)) & (total != 0)
     if np.any(wrong):
         raise ValueError(f"p must sum to 1 along its last axis, got a sum of {total[wrong].flat[0]}")

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax import _checks as checks
-
-__all__ = ["extreme_singular_values"]
+from jaxsoftmax._core import checks
 
 
 def extreme_singular_values(
@@ -33,7 +31,7 @@ def extreme_singular_values(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxsoftmax.singular_values import extreme_singular_values
+      >>> from jaxsoftmax.network.singular_values import extreme_singular_values
       >>> largest, smallest = extreme_singular_values(lambda x: x**2, jnp.array([1.0, 2.0, 0.5]), jax.random.key(0))
       >>> print(largest.round(4), smallest.round(4))
       4.0 1.0

@@ -9,15 +9,30 @@ and rounded once on the way out.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
+
+LOG2 = math.log(2.0)
+
+
+def is_top_log(logp: Array) -> Array:
+    """1 where log p > -log 2, else 0."""
+    return jnp.ceil(jnp.maximum(logp + LOG2, 0.0))
+
+
+def is_not_top_log(logp: Array) -> Array:
+    """1 where log p ≤ -log 2, else 0."""
+    return 1 + jnp.floor(jnp.minimum(-LOG2 - logp, -0.0))
+
 
 Axis = int | tuple[int, ...] | None
 
@@ -124,7 +139,7 @@ def logsumexp(
 @functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
 def _map(rule, absent: float, x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
     """`rule(z, axis)` over the given axes: mask and widen, apply, round and mask."""
-    (z,), axis = num.one_axis(axes, num.present(num.widen(x)[0], mask, axes))
+    (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
     out = rule(z, axis).astype(x.dtype)
     out = out if len(axes) == 1 else num.split_axes(out, x.shape, axes)
     return out if mask is None else jnp.where(mask, out, absent)
@@ -133,8 +148,8 @@ def _map(rule, absent: float, x: Array, mask: Array | None, axes: tuple[int, ...
 @functools.partial(jax.jit, static_argnames=("axes", "keepdims"), inline=True)
 def _reduce(a: Array, b: Array | None, mask: Array | None, axes: tuple[int, ...], keepdims: bool):
     """logsumexp and its sign over the given axes."""
-    dtype = a.dtype if b is None else num.common_dtype(a, b)
-    z = num.present(a.astype(num.compute_dtype(dtype)), mask, axes)
+    dtype = a.dtype if b is None else dtypes.common_dtype(a, b)
+    z = num.present(a.astype(dtypes.compute_dtype(dtype)), mask, axes)
     (z, b), axis = num.one_axis(axes, z, b)
     if b is None:
         out = logsumexp_of(z, axis)
@@ -178,26 +193,6 @@ def _probabilities_bwd(axis, p, g):
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
-def jacobian_product(v: Array, p: Array, axis: int, total: Array | float = 1.0, weights: Array | None = None) -> Array:
-    """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
-
-    With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
-    v left to cancel. As written the top class enters w with factor 0, so the transpose of this code is as accurate.
-    With total = Σp, which rounding keeps from being 1, J1 = 0 exactly. With weights d = s p, the product is s Jv.
-    """
-    w = v - num.class_sum(num.is_top(p) * v, axis)
-    mean = num.class_sum(num.below_half(p) * w, axis) / total
-    if weights is None:
-        return num.below_half(p) * w - p * mean
-    return (1 - num.is_top(p)) * weights * w - weights * mean
-
-
-def rounded_one(p: Array, axis: int) -> Array:
-    """Σp as computed, a constant; 1 where all p are 0."""
-    total = num.class_sum(lax.stop_gradient(p), axis)
-    return jnp.where(total == 0, 1.0, total)
-
-
 def softmax_of(z: Array, axis: int) -> Array:
     m = num.class_max(lax.stop_gradient(z), axis)
     total = num.class_sum(jnp.exp(num.shift(lax.stop_gradient(z), m)), axis)
@@ -218,9 +213,9 @@ def _log_softmax_fwd(z, axis):
 
 def _log_softmax_bwd(axis, logp, g):
     # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p).
-    p, other = jnp.exp(logp), num.is_not_top_log(logp)
-    first = num.class_sum(num.is_top_log(logp) * g, axis)
-    rest = num.class_sum(num.is_not_top_log(logp) * g, axis)
+    p, other = jnp.exp(logp), is_not_top_log(logp)
+    first = num.class_sum(is_top_log(logp) * g, axis)
+    rest = num.class_sum(is_not_top_log(logp) * g, axis)
     return ((other - (1 - other) * jnp.expm1(logp)) * g - p * rest - p * other * first,)
 
 

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import below_half, is_top, jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.operators import DiagonalPlusLowRank
-from jaxsoftmax.softmax import Axis, jacobian_product, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import Axis, moments, probabilities, softmax_of
+from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
 
@@ -92,20 +93,20 @@ def _entropy_arguments(logits, axis, where) -> tuple:
 def _brier_arguments(logits, labels, axis, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
     axes = checks.axes(axis, logits.ndim)
-    labels = checks.as_real("labels", labels, num.compute_dtype(logits.dtype))
+    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
     return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _softmax_entropy(logits, mask, axes) -> Array:
-    (z, mask), axis = num.one_axis(axes, *num.widen(logits), mask)
+    (z, mask), axis = num.one_axis(axes, *dtypes.widen(logits), mask)
     return num.absent_examples(jnp.squeeze(entropy(num.present(z, mask, (axis,)), axis), axis), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _brier_loss(logits, labels, mask, axes) -> Array:
-    (z, y, mask), axis = num.one_axis(axes, *num.widen(logits, labels), mask)
+    (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
     loss = brier(num.present(z, mask, (axis,)), num.zero_absent(y, mask), axis)
     return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
 
@@ -185,7 +186,7 @@ def _entropy_curvature(logits, axis=-1, where=None) -> Curvature:
 
 @functools.partial(jax.jit, inline=True)
 def _entropy_operators(logits, mask) -> Curvature:
-    z = num.present(*num.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, (-1,))
     p, axis = softmax_of(z, z.ndim - 1), z.ndim - 1
     return of_probabilities(p, -p, -jacobian_product(_below(z, num.class_max(z, axis)), p, axis), mask)
 
@@ -197,12 +198,12 @@ def _brier_curvature(logits, labels, axis=-1, where=None) -> Curvature:
 
 @functools.partial(jax.jit, inline=True)
 def _brier_operators(logits, labels, mask) -> Curvature:
-    logits, y = num.widen(logits, labels)
+    logits, y = dtypes.widen(logits, labels)
     z, y, axis = num.present(logits, mask, (-1,)), num.zero_absent(y, mask), logits.ndim - 1
     p = softmax_of(z, axis)
-    others = num.class_sum(num.below_half(p), axis)
+    others = num.class_sum(below_half(p), axis)
     # p - y as `error` has it, in arithmetic: the sums of the products fuse with it.
-    off = (num.is_top(p) - y) + num.below_half(p) - num.is_top(p) * others
+    off = (is_top(p) - y) + below_half(p) - is_top(p) * others
     return of_probabilities(p, p * p, jacobian_product(off, p, axis), mask)
 
 

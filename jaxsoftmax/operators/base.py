@@ -3,8 +3,7 @@
 Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 """
 
-from collections.abc import Callable
-from typing import Self, TypeVar, cast
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -13,47 +12,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _checks as checks
-from jaxsoftmax import _numerics as num
-
-AXIS = -1  # the class axis of every vector here
-
-Function = TypeVar("Function", bound=Callable)
-
-
-def compiled(fun: Function) -> Function:
-    """`fun` jitted; inlined in an outer jit."""
-    return cast(Function, jax.jit(fun, inline=True))
-
-
-def complement(p: Array) -> Array:
-    """1 - p, where p > 1/2 as the sum of the others."""
-    return jnp.where(p > 0.5, num.class_sum(num.below_half(p), AXIS), 1 - p)
-
-
-def about_centred(v: Array, p: Array) -> Array:
-    """Pv = v - <p,v>, measured from v at the top class: to a few eps of |v|."""
-    v = v - num.class_sum(num.is_top(p) * v, AXIS)
-    return v - num.class_sum(num.below_half(p) * v, AXIS)
-
-
-def centred(v: Array, p: Array) -> Array:
-    """Pv = v - <p,v>, measured again from what rounding left: to a few eps of |Pv|."""
-    v = about_centred(v, p)
-    return v - num.class_sum(p * v, AXIS)
-
-
-def centred_transpose(y: Array, p: Array) -> Array:
-    """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
-    top = num.class_sum(num.is_top(p) * y, AXIS)
-    others = num.class_sum((1 - num.is_top(p)) * y, AXIS)
-    not_top, rest = 1 - num.is_top(p), num.class_sum(num.below_half(p), AXIS)
-    return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
-
-
-def root(x: Array) -> Array:
-    """√x, with derivative 0 where x = 0."""
-    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.centring import AXIS
+from jaxsoftmax._core.plumbing import compiled
 
 
 class SymmetricOperator:
@@ -172,7 +133,7 @@ class SymmetricOperator:
             np.broadcast_shapes(v.shape[:-1], batch)
         except ValueError:
             raise ValueError(f"{name} has batch axes {v.shape[:-1]}, the operator {batch}: not broadcastable") from None
-        v, _ = num.widen(v, self._reference)
+        v, _ = dtypes.widen(v, self._reference)
         ndim = max(v.ndim, len(batch) + 1)
         operator = jax.tree.map(lambda x: lead(x, ndim - len(batch) - 1), self)
         return operator, lead(v, ndim - v.ndim)

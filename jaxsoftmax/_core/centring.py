@@ -1,0 +1,75 @@
+"""Vectors measured from their mean under p, without cancellation where one p is near 1.
+
+Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax._core import class_axis as num
+
+# The class with p > 1/2 as an indicator, in forms that differ although they are equal: XLA's CPU backend materialises
+# a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own.
+
+
+def is_top(p: Array) -> Array:
+    """1 where p > 1/2, else 0."""
+    return jnp.ceil(p - 0.5)
+
+
+def below_half(p: Array) -> Array:
+    """p where p ≤ 1/2, else 0."""
+    return p * jnp.floor(1.5 - p)
+
+
+def jacobian_product(v: Array, p: Array, axis: int, total: Array | float = 1.0, weights: Array | None = None) -> Array:
+    """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
+
+    With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
+    v left to cancel. As written the top class enters w with factor 0, so the transpose of this code is as accurate.
+    With total = Σp, which rounding keeps from being 1, J1 = 0 exactly. With weights d = s p, the product is s Jv.
+    """
+    w = v - num.class_sum(is_top(p) * v, axis)
+    mean = num.class_sum(below_half(p) * w, axis) / total
+    if weights is None:
+        return below_half(p) * w - p * mean
+    return (1 - is_top(p)) * weights * w - weights * mean
+
+
+def rounded_one(p: Array, axis: int) -> Array:
+    """Σp as computed, a constant; 1 where all p are 0."""
+    total = num.class_sum(lax.stop_gradient(p), axis)
+    return jnp.where(total == 0, 1.0, total)
+
+
+AXIS = -1  # the class axis of every vector here
+
+
+def complement(p: Array) -> Array:
+    """1 - p, where p > 1/2 as the sum of the others."""
+    return jnp.where(p > 0.5, num.class_sum(below_half(p), AXIS), 1 - p)
+
+
+def about_centred(v: Array, p: Array) -> Array:
+    """Pv = v - <p,v>, measured from v at the top class: to a few eps of |v|."""
+    v = v - num.class_sum(is_top(p) * v, AXIS)
+    return v - num.class_sum(below_half(p) * v, AXIS)
+
+
+def centred(v: Array, p: Array) -> Array:
+    """Pv = v - <p,v>, measured again from what rounding left: to a few eps of |Pv|."""
+    v = about_centred(v, p)
+    return v - num.class_sum(p * v, AXIS)
+
+
+def centred_transpose(y: Array, p: Array) -> Array:
+    """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
+    top = num.class_sum(is_top(p) * y, AXIS)
+    others = num.class_sum((1 - is_top(p)) * y, AXIS)
+    not_top, rest = 1 - is_top(p), num.class_sum(below_half(p), AXIS)
+    return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
+
+
+def root(x: Array) -> Array:
+    """√x, with derivative 0 where x = 0."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))

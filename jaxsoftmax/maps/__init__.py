@@ -1,0 +1,1 @@
+"""Maps from logits to probabilities, and their derivatives as products and dense arrays."""
