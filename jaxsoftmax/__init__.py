@@ -1,10 +1,10 @@
 """Softmax, its Jacobian and the losses built on it, with every derivative in closed form."""
 
-from jaxsoftmax.linear_distillation import linear_softmax_kl_divergence
 from jaxsoftmax.linear_head import (
     TokenStatistics,
     linear_softmax_cross_entropy_loss,
     linear_softmax_cross_entropy_with_statistics,
+    linear_softmax_kl_divergence,
 )
 from jaxsoftmax.losses import (
     brier_loss,

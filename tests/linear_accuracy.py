@@ -16,7 +16,7 @@ import numpy as np
 from mpmath import mp, mpf
 
 import jaxsoftmax as js
-from jaxsoftmax import _linear_chunks as chunks
+from jaxsoftmax.linear_head import budget
 from tests import references as exact
 
 FEATURES, TEMPERATURE = 4, 2.0
@@ -165,7 +165,7 @@ def results(name: str, given: Problem, dtype: str, jit: bool) -> dict[str, np.nd
     _, call, streamed = HEADS[name]
     cast = lambda x: jnp.asarray(x.astype(jnp.dtype(dtype)))
     args, target = tuple(cast(getattr(given, n)) for n in ARGUMENTS), (cast(given.target_x), cast(given.target_weights))
-    blocks = mock.patch.object(chunks, "default_chunk", lambda *_: (3, given.weights.shape[1] // 3))
-    with blocks if streamed else mock.patch.object(chunks, "default_chunk", lambda *_, **__: (3, None)):
+    blocks = mock.patch.object(budget, "default_chunk", lambda *_: (3, given.weights.shape[1] // 3))
+    with blocks if streamed else mock.patch.object(budget, "default_chunk", lambda *_, **__: (3, None)):
         found = (compiled(name) if jit else call)(args, jnp.asarray(given.labels, jnp.int32), target)
     return {name: np.asarray(x) for name, x in found.items()}

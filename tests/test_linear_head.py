@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxsoftmax import softmax_cross_entropy_with_integer_labels
-from jaxsoftmax.linear_distillation import linear_softmax_kl_divergence
 from jaxsoftmax.linear_head import (
     default_chunk_size,
     linear_softmax_cross_entropy_loss,
     linear_softmax_cross_entropy_with_statistics,
+    linear_softmax_kl_divergence,
     predict_temp_bytes,
 )
 from tests.helpers import shard_map
@@ -211,7 +211,7 @@ def test_float32_any_chunk_and_layout(chunk_size, std):
 
 def test_slabs(monkeypatch, x64):
     """Slabs of 4 columns: two whole ones and a rest of 3."""
-    monkeypatch.setattr("jaxsoftmax._linear_chunks.slab_size", lambda features, vocab: 4)
+    monkeypatch.setattr("jaxsoftmax.linear_head.budget.slab_size", lambda features, vocab: 4)
     args, labels, _ = arguments()
     got, wanted = (jax.jit(jax.grad(scalar(head, labels), (0, 1)))(*args) for head in (fused, full))
     assert_close(got, wanted)
@@ -308,11 +308,11 @@ def test_transformations(x64):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_tokens_over_a_mesh(options, streamed, monkeypatch, x64):
-    """Inside shard_map with its replication checks on, with devices that run different numbers of chunks."""
+    """Inside shard_map with its replication checks on, with devices that run different numbers of budget."""
     (x, weights, bias, a), labels, class_weights = arguments()
     x, a, labels = (jnp.concatenate([part, part[:1]]) for part in (x, a, labels))
     if streamed:
-        monkeypatch.setattr("jaxsoftmax._linear_chunks.default_chunk", lambda *_: (1, 4))
+        monkeypatch.setattr("jaxsoftmax.linear_head.budget.default_chunk", lambda *_: (1, 4))
 
     def every(head):
         return lambda labels, *args: head(labels, *args[:4], class_weights=args[4], **options)
@@ -377,7 +377,7 @@ def test_memory_is_as_predicted(vocab, chunk):
 @pytest.mark.parametrize("axis", [1, 0])
 def test_logits_lie_where_the_gradient_comes(axis, monkeypatch):
     """No more tokens than features: beside the gradient there are slabs, not logits, in both layouts."""
-    monkeypatch.setattr("jaxsoftmax._linear_chunks.SLAB_BYTES", 1 << 16)  # 256 columns of 64 features
+    monkeypatch.setattr("jaxsoftmax.linear_head.budget.SLAB_BYTES", 1 << 16)  # 256 columns of 64 features
     n, d, vocab = 60, 64, 20000
     x, weights, labels = jnp.zeros((n, d)), jnp.zeros((d, vocab) if axis else (vocab, d)), jnp.zeros(n, jnp.int32)
     f = lambda x, w: linear_softmax_cross_entropy_loss(x, labels, w, vocab_axis=axis)

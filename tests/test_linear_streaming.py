@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import _linear_chunks as chunks
 from jaxsoftmax.linear_head import (
+    budget,
     default_chunk_size,
     linear_softmax_cross_entropy_loss,
     linear_softmax_cross_entropy_with_statistics,
@@ -33,7 +33,7 @@ SLOW = pytest.mark.slow
 @pytest.fixture
 def streamed(monkeypatch):
     """Chunks of 3 tokens, blocks of 4 classes: ragged in both. The head without a chunk size then streams."""
-    monkeypatch.setattr(chunks, "default_chunk", lambda *_: (3, 4))
+    monkeypatch.setattr(budget, "default_chunk", lambda *_: (3, 4))
     return functools.partial(fused, chunk_size=None)
 
 
@@ -112,7 +112,7 @@ def test_absent_classes_are_not_smoothed(streamed, x64):
 
 def test_digits_of_a_sure_model(monkeypatch):
     """The label leads by 20 over a class of another block: loss and gradient at the label are about 2e-9, not 0."""
-    monkeypatch.setattr(chunks, "default_chunk", lambda *_: (1, 1))
+    monkeypatch.setattr(budget, "default_chunk", lambda *_: (1, 1))
     x, weights, labels = jnp.ones((1, 1)), jnp.array([[20.0, 0.0]]), jnp.array([0])
     value, gradient = jax.value_and_grad(linear_softmax_cross_entropy_loss, 2)(x, labels, weights)
     exact = np.log1p(np.exp(-20.0))
@@ -150,7 +150,7 @@ def test_bfloat16_is_rounded_once(streamed):
 
 def test_number_of_products(monkeypatch):
     """One in the loop of the first pass, three in that of the second; none for what is not differentiated."""
-    monkeypatch.setattr(chunks, "default_chunk", lambda *_: (8, 4))
+    monkeypatch.setattr(budget, "default_chunk", lambda *_: (8, 4))
     (x, weights, _, _), labels, _ = arguments(jnp.float32)
     weights = weights[:, :8]
     f = lambda x, w: linear_softmax_cross_entropy_loss(x, labels, w)
@@ -162,23 +162,23 @@ def test_number_of_products(monkeypatch):
 
 def test_when_the_vocabulary_streams(monkeypatch):
     """Where the budget holds few tokens' logits; a chunk size of the user's own, and a budget for all, prevent it."""
-    monkeypatch.setitem(chunks.BUDGET, "cpu", 1 << 20)
-    monkeypatch.setattr(chunks, "SLAB_BYTES", 1 << 17)  # 2048 columns of 16 features
+    monkeypatch.setitem(budget.BUDGET, "cpu", 1 << 20)
+    monkeypatch.setattr(budget, "SLAB_BYTES", 1 << 17)  # 2048 columns of 16 features
     # (2^18 numbers - 1000·16) / (1000 + 3·16 + 16) = 231 tokens at most: 19 chunks, of 216 tokens.
-    assert chunks.default_chunk(4096, 16, 1000) == (216, None)
-    assert chunks.default_chunk(4096, 16, 20000) == (512, 148)  # 135 equal blocks of at most 149
-    assert chunks.default_chunk(4, 16, 20000) == (4, None)
-    assert chunks.default_chunk(4096, 16, 20000, whole=True) == (7, None)
-    assert chunks.default_chunk(4096, 16, 10**7, whole=True) == (1, None)
+    assert budget.default_chunk(4096, 16, 1000) == (216, None)
+    assert budget.default_chunk(4096, 16, 20000) == (512, 148)  # 135 equal blocks of at most 149
+    assert budget.default_chunk(4, 16, 20000) == (4, None)
+    assert budget.default_chunk(4096, 16, 20000, whole=True) == (7, None)
+    assert budget.default_chunk(4096, 16, 10**7, whole=True) == (1, None)
     # Derivatives: 3·20000 + 5·16 + 16 numbers per token, in the room of two arrays like the weights.
-    assert chunks.default_chunk(4096, 16, 20000, arrays=3, whole=True) == (8, None)
+    assert budget.default_chunk(4096, 16, 20000, arrays=3, whole=True) == (8, None)
     assert default_chunk_size(4096, 16, 20000) == 512
 
 
 def test_memory_is_as_predicted(monkeypatch):
     n, d, vocab, budget = 512, 16, 30001, 4 << 20
-    monkeypatch.setitem(chunks.BUDGET, "cpu", budget)
-    assert chunks.default_chunk(n, d, vocab)[1] is not None
+    monkeypatch.setitem(budget.BUDGET, "cpu", budget)
+    assert budget.default_chunk(n, d, vocab)[1] is not None
     x, weights, labels = jnp.zeros((n, d)), jnp.zeros((d, vocab)), jnp.zeros(n, jnp.int32)
     f = lambda x, w: linear_softmax_cross_entropy_loss(x, labels, w)
     used = temp(jax.value_and_grad(lambda *a: 3 * f(*a), (0, 1)), x, weights)

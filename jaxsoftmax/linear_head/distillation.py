@@ -11,8 +11,10 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.scalar_functions import exp_remainder
-from jaxsoftmax._linear_chunks import Head, Tokens, times, wide_dtype
-from jaxsoftmax.linear_head import checked_reduction, chosen_chunks, layer, reduced
+from jaxsoftmax.linear_head.budget import chosen_chunks
+from jaxsoftmax.linear_head.call import checked_reduction, layer, reduced
+from jaxsoftmax.linear_head.slabs import times
+from jaxsoftmax.linear_head.types import Head, Tokens, wide_dtype
 from jaxsoftmax.maps.softmax import log_softmax_of, logsumexp_of
 
 FAR = 30.0
@@ -59,7 +61,7 @@ def linear_softmax_kl_divergence(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxsoftmax.linear_distillation import linear_softmax_kl_divergence
+      >>> from jaxsoftmax.linear_head import linear_softmax_kl_divergence
       >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
       >>> print(linear_softmax_kl_divergence(x, weights, 2 * x, weights).round(4))
       0.1156

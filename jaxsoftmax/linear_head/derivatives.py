@@ -14,14 +14,15 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax import _linear_chunks as chunks
-from jaxsoftmax._linear_chunks import Head, Tokens, tied
+from jaxsoftmax._core.plumbing import tied
+from jaxsoftmax.linear_head.stream import stream
+from jaxsoftmax.linear_head.types import Head, Tokens
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sum(head: Head, theta, tokens: Tokens):
     """F = Σ a_i l_i, and the statistics. Its tangent is <grad F, t>, so that reverse mode only scales grad F."""
-    losses, _, statistics = chunks.stream(head, (), theta, None, tokens, skip=True)
+    losses, _, statistics = stream(head, (), theta, None, tokens, skip=True)
     return jnp.sum(theta["token_weights"] * losses), statistics
 
 
@@ -37,7 +38,7 @@ def _weighted_sum_jvp(head, primals, tangents):
 def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
     """F, the rows of its gradient by name, and the statistics."""
     skip = "token_weights" not in rows
-    losses, gradient, statistics = chunks.stream(head, rows, theta, None, tokens, skip)
+    losses, gradient, statistics = stream(head, rows, theta, None, tokens, skip)
     return jnp.sum(theta["token_weights"] * losses), gradient, statistics
 
 
@@ -124,11 +125,11 @@ def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
         return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
     skip = not any("token_weights" in names for names in (rows, *directions))
     if not directions:
-        return chunks.stream(head, rows, theta, None, tokens, skip)[1]
+        return stream(head, rows, theta, None, tokens, skip)[1]
 
     def along(directions, theta):
         if len(directions) == 1:
-            return chunks.stream(head, rows, theta, directions[0], tokens, skip)[1]
+            return stream(head, rows, theta, directions[0], tokens, skip)[1]
         *before, t = directions
         moving = {name: theta[name] for name in t}
         return jax.jvp(lambda moving: along(before, {**theta, **moving}), (moving,), (t,))[1]

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.plumbing import tied
 from jaxsoftmax._core.scalar_functions import sigmoid, softplus, weigh
-from jaxsoftmax._linear_chunks import Block, Head, equal_blocks, over_slabs, tied
-from jaxsoftmax._linear_losses import TokenStatistics, capped
+from jaxsoftmax.linear_head.budget import equal_blocks
+from jaxsoftmax.linear_head.slabs import over_slabs
+from jaxsoftmax.linear_head.statistics import TokenStatistics, capped
+from jaxsoftmax.linear_head.types import Block, Head
 
 
 class RowSums(NamedTuple):

@@ -1,0 +1,180 @@
+"""The linear layer and its loss, fused: the softmax cross-entropy of xW + b without the logits in memory.
+
+    F = Σ_i a_i l(z_i),    z = xW + b,    ∂F/∂x = G Wᵀ,    ∂F/∂W = xᵀG,    ∂F/∂b = Σ G,    ∂F/∂a = l,    G = a ∂l/∂z.
+
+Value and gradient come from one pass over chunks of tokens (`stream`), three matrix products in all; the
+cotangent of a sum or a mean only scales them. Losses per token are the row ∂F/∂a, so their derivatives are rows and
+columns of the Hessian of F. Every higher derivative of F is a symmetric form: the transpose of a derivative is a
+derivative again, so both modes and all orders stream.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxsoftmax._core import checks
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax.linear_head.budget import chosen_chunks
+from jaxsoftmax.linear_head.call import checked_reduction, layer, reduced
+from jaxsoftmax.linear_head.label_rule import label_rule, label_rule_along, token_losses
+from jaxsoftmax.linear_head.statistics import TokenStatistics, token_statistics
+from jaxsoftmax.linear_head.types import Head, Tokens, wide_dtype
+from jaxsoftmax.linear_head.vocabulary_blocks import chunk_by_blocks
+
+
+def linear_softmax_cross_entropy_loss(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    reduction: str = "sum",
+    token_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    vocab_axis: int = -1,
+) -> Array:
+    """Softmax cross-entropy of the logits xW + b, which never exist as a whole: Σ_i a_i l(softcap(x_i W + b), label_i).
+
+    l is `softmax_cross_entropy_with_integer_labels`, softcap(z) = c tanh(z / c). Value with gradient takes three
+    matrix products, the value alone one. Differentiable in every floating argument, in both modes and to any order.
+    Over a mesh, call it inside `jax.shard_map` on the tokens of each device, with whole weights, and add up.
+
+    Args:
+      x: hidden states (..., D).
+      labels: integer classes (...). A label outside [0, V), -1 included, makes its token's loss and gradient NaN.
+      weights: (D, V), or (V, D) with `vocab_axis=0` (tied embeddings).
+      bias: (V,).
+      reduction: "none", "sum", or "mean", which divides by the sum of what was counted: token weights times the
+        labels' class weights.
+      token_weights: a, broadcast to (...). Tokens of weight 0 cost nothing while a is not differentiated.
+      label_smoothing: in [0, 1], as in the plain head.
+      class_weights: (V,), as in the plain head.
+      ignore_index: label of tokens to leave out; loss 0, gradient 0.
+      z_loss: factor of logsumexp², as in the plain head.
+      logit_softcap: c > 0; None for no cap.
+      chunk_size: tokens whose logits exist at once (but for the first D, see `default_chunk_size`), fewer where options
+        or derivatives need more arrays of them; None chooses by `default_chunk_size`.
+      vocab_axis: the axis of `weights` that counts the classes.
+
+    Returns:
+      The reduced loss, or the losses (...), in float32 for half-precision x and weights, else in their common dtype.
+      Gradients have the dtypes of their arguments; they are accumulated in the loss's dtype.
+
+    Raises:
+      TypeError: if x, weights or an option is not floating point, or labels are not integers.
+      ValueError: if shapes do not fit, or an option is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> x, weights, labels = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([1])
+      >>> print(jax.grad(jaxsoftmax.linear_softmax_cross_entropy_loss)(x, labels, weights).round(4))
+      [[ 0.2447 -0.3348]]
+
+    Reference: MATHEMATICS.md section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
+    """
+    call = _prepare(
+        x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+        logit_softcap, chunk_size, vocab_axis, statistics=False,
+    )  # fmt: skip
+    return reduced(*call)[0]
+
+
+def linear_softmax_cross_entropy_with_statistics(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    reduction: str = "sum",
+    token_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    vocab_axis: int = -1,
+) -> tuple[Array, TokenStatistics]:
+    """The loss of `linear_softmax_cross_entropy_loss`, and statistics of the same logits at no further matrix product.
+
+    Args:
+      x: hidden states (..., D); all other arguments too are those of `linear_softmax_cross_entropy_loss`.
+      labels: integer classes (...).
+      weights: (D, V), or (V, D) with `vocab_axis=0`.
+      bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap, chunk_size,
+        vocab_axis: see there.
+
+    Returns:
+      The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Not differentiable. Fields of
+      ignored tokens, and under "sum" and "mean" of tokens of weight 0, are 0 where they were skipped.
+
+    Raises:
+      TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> loss, statistics = jaxsoftmax.linear_softmax_cross_entropy_with_statistics(x, jnp.array([1]), weights)
+      >>> print(loss.round(4), statistics.probability.round(4))
+      0.4076 [0.6652]
+
+    Reference: MATHEMATICS.md section 6.
+    """
+    call = _prepare(
+        x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+        logit_softcap, chunk_size, vocab_axis, statistics=True,
+    )  # fmt: skip
+    return reduced(*call)
+
+
+# From arguments to (head, theta, tokens, reduction, shape, counted weight per token).
+
+
+def _prepare(
+    x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+    logit_softcap, chunk_size, vocab_axis, statistics,
+):  # fmt: skip
+    theta, shape, axis = layer(x, weights, bias, token_weights, vocab_axis)
+    vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)
+    labels = checks.as_labels("labels", labels)
+    checks.same_shape("labels", labels, "x without its feature axis", shape)
+    labels = labels.reshape(-1)
+    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.number("z_loss", z_loss)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not _is_zero(value)}
+    if logit_softcap is not None:
+        checks.number("logit_softcap", logit_softcap, 0.0)
+        if _is_zero(logit_softcap):
+            raise ValueError("logit_softcap must be positive, or None for no cap, got 0")
+        theta["logit_softcap"] = jnp.asarray(logit_softcap, wide)
+    counted = theta["token_weights"]
+    known = num.class_labels(labels, vocab)
+    if class_weights is not None:
+        class_weights = checks.as_loss_float("class_weights", class_weights)
+        checks.same_shape("class_weights", class_weights, "the classes", (vocab,))
+        theta["class_weights"] = class_weights.astype(wide)
+        counted = counted * jnp.where(known < 0, jnp.nan, theta["class_weights"][jnp.maximum(known, 0)])
+    valid = None
+    if ignore_index is not None:
+        valid = labels != jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
+        known, counted = jnp.where(valid, known, 0), jnp.where(valid, counted, 0.0)
+    plain = theta.keys() <= {"x", "weights", "bias", "token_weights", "class_weights"}
+    rules = (label_rule, label_rule_along) if plain else (None, None)
+    *sizes, block = chosen_chunks(chunk_size, theta, axis, 1 if plain and not statistics else 2)
+    head = Head(token_losses, *rules, axis, *sizes, token_statistics if statistics else None, token_weights is None)
+    if block is not None:
+        head = head._replace(block=block, by_blocks=chunk_by_blocks)
+    return head, theta, Tokens(known, valid), checked_reduction(reduction), shape, counted
+
+
+def _is_zero(option: Any) -> bool:
+    return not isinstance(option, Tracer) and option == 0
