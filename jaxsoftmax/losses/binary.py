@@ -6,6 +6,7 @@
 Written with σ(-x), never with 1 - σ(x), so that a model that is right and sure of it keeps its digits.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,8 +18,8 @@ from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus, weigh
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of
+from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.fisher import Fisher
 
 
 def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, pos_weight: ArrayLike | None = None) -> Array:
@@ -226,7 +227,7 @@ def _logistic_curvature(logits, labels, *, pos_weight=None) -> Curvature:
 def _logistic_operators(logits, labels, weight) -> Curvature:
     x, y = dtypes.widen(logits, labels)
     hessian = DiagonalPlusLowRank((weight.astype(x.dtype) * y + 1 - y) * sigmoid(x) * sigmoid(-x))
-    return Curvature(hessian, hessian, Fisher(hessian.weights, logits=x, draw=_draw_binary))
+    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=Likelihood(x, _draw_binary)))
 
 
 def _draw_binary(key: Array, x: Array, shape: tuple[int, ...]) -> Array:

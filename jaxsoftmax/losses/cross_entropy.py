@@ -20,12 +20,13 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import jacobian_product, root
+from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
+from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.fisher import Fisher
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -338,16 +339,13 @@ def _soft_operators(logits, labels, mask) -> Curvature:
 def categorical(z: Array, weight: Array, draw: Callable, penalty: Any = None, mask: Array | None = None) -> Curvature:
     """The operators of weight · (lse(z) - …) + ζ lse(z)², whose second term is no part of the likelihood."""
     p = softmax_of(z, z.ndim - 1)
-    likelihood = DiagonalPlusLowRank(weight * p, centre=p, proportional=True)
-    fisher = Fisher(likelihood.weights, centre=p, proportional=True, logits=z, draw=draw)
+    likelihood = SoftmaxJacobian(p, weight)
+    fisher = SoftmaxJacobian(p, weight, Likelihood(z, draw))
     if penalty is None:
         return Curvature(likelihood, likelihood, fisher)
     slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape))
-    weights = (weight + slope * logsumexp_of(z, z.ndim - 1)) * p
-    sign = jnp.where(slope < 0, -1.0, jnp.ones_like(slope))
-    factors = (root(jnp.abs(slope)) * p)[..., None]
-    rank_one = {"factors": factors, "core": sign[..., None], "centre": p, "proportional": True}
-    return Curvature(DiagonalPlusLowRank(weights, **rank_one), DiagonalPlusLowRank(weight * p, **rank_one), fisher)
+    hessian = DiagonalPlusLowRank((weight + slope * logsumexp_of(z, z.ndim - 1)) * p, p, slope)
+    return Curvature(hessian, DiagonalPlusLowRank(weight * p, p, slope), fisher)
 
 
 def draw_labels(key: Array, z: Array, shape: tuple[int, ...]) -> Array:

@@ -25,8 +25,8 @@ from jaxsoftmax.losses.cross_entropy import draw_one_hot
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, log_softmax_of, softmax_of
-from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.fisher import Fisher
+from jaxsoftmax.operators.base import Likelihood
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 
 def softmax_kl_divergence(
@@ -283,10 +283,9 @@ def _kl_operators(logits, targets, mask, temperature) -> Curvature:
     x, z = dtypes.widen(logits, targets)
     x, z = _tempered(x, z, mask, temperature, x.ndim - 1)
     p = softmax_of(x, x.ndim - 1)
-    weights = only_examples(mask, p) / jnp.asarray(temperature, x.dtype) ** 2
-    hessian = DiagonalPlusLowRank(weights, centre=p, proportional=True)
-    fisher = Fisher(weights, centre=p, proportional=True, logits=x, draw=_draw_target_logits)
-    return Curvature(hessian, hessian, fisher)
+    scale = only_examples(mask, jnp.ones_like(p[..., :1])) / jnp.asarray(temperature, x.dtype) ** 2
+    hessian = SoftmaxJacobian(p, scale)
+    return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, Likelihood(x, _draw_target_logits)))
 
 
 def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:

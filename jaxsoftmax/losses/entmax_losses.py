@@ -33,6 +33,7 @@ from jaxsoftmax.maps.entmax import (
     order_of,
 )
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 
 def entmax_loss(
@@ -311,8 +312,8 @@ def _entmax_operators(logits, labels, alpha, mask, exact) -> Curvature:
     alpha = order_of(z, alpha, exact, axis)
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        total = total + 0.0 * one_hot(labels, z, axis)  # NaN for a label that is no class
-    hessian = DiagonalPlusLowRank(only_examples(mask, total * pi), centre=pi, proportional=True)
+        total = total + 0.0 * num.class_sum(one_hot(labels, z, axis), axis)  # NaN for a label that is no class
+    hessian = SoftmaxJacobian(pi, only_examples(mask, total))
     return Curvature(hessian, hessian)
 
 

@@ -18,9 +18,6 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core.scalar_functions import sigmoid, tanh
 from jaxsoftmax.operators.base import SymmetricOperator
-from jaxsoftmax.operators.capped import Transformed
-from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.fisher import Fisher
 
 
 class Curvature(NamedTuple):
@@ -32,9 +29,9 @@ class Curvature(NamedTuple):
       fisher: None where the head is no likelihood.
     """
 
-    hessian: DiagonalPlusLowRank
-    gauss_newton: DiagonalPlusLowRank
-    fisher: Fisher | None = None
+    hessian: SymmetricOperator
+    gauss_newton: SymmetricOperator
+    fisher: SymmetricOperator | None = None
 
 
 _CURVATURE: dict[Callable, Callable[..., Curvature]] = {}
@@ -91,7 +88,7 @@ def logits_hessian(
         return head.hessian
     x, scale = cap.logits, 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, cap.logits.dtype)
     gradient = jax.grad(lambda x: jnp.sum(loss(x * scale, *args, **kwargs)))(x)
-    return Transformed(head.hessian, cap.slope, gradient * cap.bend)
+    return head.hessian.transformed(cap.slope, gradient * cap.bend)
 
 
 def loss_ggn(
@@ -135,7 +132,7 @@ def loss_ggn(
     Reference: Schraudolph 2002; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
     """
     head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
-    return head.gauss_newton if cap is None else Transformed(head.gauss_newton, cap.slope)
+    return head.gauss_newton if cap is None else head.gauss_newton.transformed(cap.slope)
 
 
 def loss_fisher(
@@ -145,7 +142,7 @@ def loss_fisher(
     logit_softcap: ArrayLike | None = None,
     logit_temperature: ArrayLike | None = None,
     **kwargs: Any,
-) -> "Fisher | Transformed":
+) -> SymmetricOperator:
     """Fisher matrix of a likelihood in its logits: F = E[g gᵀ] over targets that the model itself draws.
 
     J for softmax cross-entropy, diag(σ(x)σ(-x)) for the logistic loss, I for `l2_loss` (a normal distribution of
@@ -181,7 +178,7 @@ def loss_fisher(
     head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     if head.fisher is None:
         raise TypeError(f"loss must be a likelihood to have a Fisher matrix, got {_name(loss)}; see loss_ggn")
-    return head.fisher if cap is None else Transformed(head.fisher, cap.slope)
+    return head.fisher if cap is None else head.fisher.transformed(cap.slope)
 
 
 def on_last_axis(*arguments: Any) -> list:

@@ -3,6 +3,7 @@
 l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    ∂²l/∂z² = 2 I    (seed text 002).
 """
 
+import dataclasses
 import math
 
 import jax
@@ -14,8 +15,8 @@ from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import scalar_functions as elementary
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.fisher import Fisher
 
 
 def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -218,7 +219,7 @@ def _of_variance(variance: float, errors: Array, predictions: ArrayLike) -> Curv
     hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance))
     mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)
     draw = _draw_normal if variance == 1 else _draw_narrow_normal
-    return Curvature(hessian, hessian, Fisher(hessian.weights, logits=mean, draw=draw))
+    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=Likelihood(mean, draw)))
 
 
 def _draw_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:

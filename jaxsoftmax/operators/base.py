@@ -3,6 +3,9 @@
 Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Self
 
 import jax
@@ -17,12 +20,30 @@ from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax._core.plumbing import compiled
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["logits"], meta_fields=["draw"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Likelihood:
+    """A model whose targets can be drawn.
+
+    Args:
+      logits: of the model, (..., K).
+      draw: (key, logits, shape) -> targets from the model, as the loss takes them, `shape` in front of their shape.
+    """
+
+    logits: Array
+    draw: Callable[[Array, Array, tuple[int, ...]], Array]
+
+
 class SymmetricOperator:
     """What every operator here can do: products, shape, and what follows from them.
 
-    A subclass is a frozen dataclass of arrays, registered as a pytree, and gives `diagonal`, `as_matrix`, `_batch` and
-    the products `_mv`, `_quadratic_form`, `_solve`, `_logdet` for vectors whose batch axes are as many as its own.
+    A subclass is a frozen dataclass of arrays, registered as a pytree; it gives the pieces that raise
+    NotImplementedError below, for vectors whose batch axes are as many as its own.
     """
+
+    __array_ufunc__ = None  # `numpy_array @ A` asks A, as `jax_array @ A` does
+
+    likelihood: Likelihood | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,6 +113,36 @@ class SymmetricOperator:
         """log det(A + damping·I), damping as in `solve`; O(K). NaN where the determinant is negative."""
         return self._logdet(self._damping(damping, "pseudo_logdet", self._reference.ndim))
 
+    def factor_mv(self, u: ArrayLike) -> Array:
+        """L u, where L Lᵀ = A, for u (..., n): n = K, or K + 1 for a z-loss; O(K). NaN where `is_psd` does not hold.
+
+        Raises:
+          TypeError: for the Hessian of capped logits, which has no factor in closed form.
+        """
+        operator, u = self._with("u", u, self._factor_width)
+        return operator._factor_mv(u)
+
+    def factor_rmv(self, v: ArrayLike) -> Array:
+        """Lᵀ v for v (..., K), for the L of `factor_mv`; O(K)."""
+        operator, v = self._with("v", v)
+        operator._factor_width  # noqa: B018  (raises where there is no factor)
+        return operator._factor_rmv(v)
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Draws from N(0, A), shape (*shape, ..., K), differentiable in A: L ξ; O(K) each. Errors as in `factor_mv`."""
+        return self.factor_mv(self._normal(key, shape, self._factor_width))
+
+    def sample_targets(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Targets drawn from the model, as the loss takes them, with `shape` in front of their shape.
+
+        Raises:
+          TypeError: if the operator is not the Fisher matrix of a likelihood, as from `loss_fisher`.
+        """
+        if self.likelihood is None:
+            raise TypeError("sample_targets needs the Fisher matrix of a likelihood: see loss_fisher")
+        key, shape = checks.key("key", key), checks.sizes("shape", shape)
+        return self.likelihood.draw(key, self.likelihood.logits, shape)
+
     # Pieces that subclasses give.
 
     @property
@@ -104,8 +155,38 @@ class SymmetricOperator:
         """An array of shape (..., K) in the operator's dtype."""
         raise NotImplementedError
 
+    @property
+    def _factor_width(self) -> int:
+        """Columns of L."""
+        return self.shape[-1]
+
     def diagonal(self) -> Array:
         """A_ii, shape (..., K); O(K)."""
+        raise NotImplementedError
+
+    def as_matrix(self) -> Array:
+        """The dense matrix, shape (..., K, K); O(K²)."""
+        raise NotImplementedError
+
+    def frobenius_norm(self) -> Array:
+        """√(Σ A_ij²), shape (...); O(K)."""
+        raise NotImplementedError
+
+    def is_psd(self) -> Array:
+        """Whether A is positive semidefinite, up to rounding, shape (...); O(K)."""
+        raise NotImplementedError
+
+    def scaled(self, weight: ArrayLike) -> Self:
+        """weight · A, for a number or an array that broadcasts to the batch axes."""
+        raise NotImplementedError
+
+    def transformed(self, slope: Array, extra: Array | None = None) -> "SymmetricOperator":
+        """diag(slope) A diag(slope) + diag(extra): a Hessian at logits x(z), seen from z.
+
+        Args:
+          slope: ∂x/∂z, element by element, (..., K).
+          extra: ∂L/∂x ∂²x/∂z², (..., K), or None for a Gauss-Newton or Fisher operator.
+        """
         raise NotImplementedError
 
     def _mv(self, v: Array) -> Array:
@@ -118,6 +199,12 @@ class SymmetricOperator:
         raise NotImplementedError
 
     def _logdet(self, damping: Array) -> Array:
+        raise NotImplementedError
+
+    def _factor_mv(self, u: Array) -> Array:
+        raise NotImplementedError
+
+    def _factor_rmv(self, v: Array) -> Array:
         raise NotImplementedError
 
     # Arguments.
@@ -149,6 +236,15 @@ class SymmetricOperator:
         batch = self._reference.shape[:-1]
         checks.broadcast("damping", value, batch)
         return lead(value.astype(self.dtype)[..., None], max(ndim, len(batch) + 1) - value.ndim - 1)
+
+    def _weight(self, weight: ArrayLike) -> Array:
+        """`weight` in the operator's dtype, with an axis of length 1 for the classes."""
+        weight = checks.broadcast("weight", checks.as_float("weight", weight), self.shape[:-2])
+        return weight.astype(self.dtype)[..., None]
+
+    def _normal(self, key: Array, shape: tuple[int, ...], size: int) -> Array:
+        key, shape = checks.key("key", key), checks.sizes("shape", shape)
+        return jax.random.normal(key, (*shape, *self.shape[:-2], size), self.dtype)
 
 
 def lead(x: Array, axes: int) -> Array:

@@ -2,12 +2,13 @@
 
     J = s (diag(π) - ππᵀ),    q = p^(2-α) on the support,    s = Σq,    π = q/s;    softmax: α = 1, π = p, s = 1.
 
-Every formula is one of softmax at π, times s or √s; damping λ means μ = λ/s there.
+Every formula is one of softmax at π, times s or √s. A scale of 0 is the zero matrix.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,11 @@ from jaxsoftmax.maps.derivatives import dense_jacobian
 from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
 from jaxsoftmax.maps.softmax import softmax
 from jaxsoftmax.operators import spectrum
-from jaxsoftmax.operators.base import SymmetricOperator
+from jaxsoftmax.operators.base import Likelihood, SymmetricOperator
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale", "likelihood"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
 class SoftmaxJacobian(SymmetricOperator):
     """J = s (diag(π) - ππᵀ), the Jacobian of softmax or α-entmax; build it with `from_logits` or `from_probs`.
@@ -54,6 +55,7 @@ class SoftmaxJacobian(SymmetricOperator):
     Args:
       probs: π, shape (..., K).
       scale: s, shape (..., 1).
+      likelihood: the model whose Fisher matrix this is, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -71,6 +73,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
     probs: Array
     scale: Array
+    likelihood: Likelihood | None = None
 
     @classmethod
     def from_logits(cls, x: ArrayLike, where: ArrayLike | None = None, alpha: ArrayLike = 1.0) -> "SoftmaxJacobian":
@@ -129,16 +132,19 @@ class SoftmaxJacobian(SymmetricOperator):
     def singular(self) -> bool:
         return True
 
-    def scaled(self, weight: ArrayLike) -> "SoftmaxJacobian":
-        """weight · J, for a non-negative number or an array that broadcasts to the batch axes."""
-        weight = checks.broadcast("weight", checks.as_float("weight", weight), self.shape[:-2]).astype(self.dtype)
-        return dataclasses.replace(self, scale=weight[..., None] * self.scale)
+    def scaled(self, weight: ArrayLike) -> Self:
+        return dataclasses.replace(self, scale=self._weight(weight) * self.scale)
+
+    def transformed(self, slope: Array, extra: Array | None = None) -> DiagonalPlusLowRank:
+        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, None, slope, extra, self.likelihood)
+
+    def is_psd(self) -> Array:
+        return (self.scale >= 0)[..., 0] | jnp.all(self.probs * (1 - self.probs) == 0, AXIS)
 
     # The matrix.
 
     @compiled
     def as_matrix(self) -> Array:
-        """The dense matrix (..., K, K); O(K²)."""
         return self.scale[..., None] * dense_jacobian(self.probs)
 
     @compiled
@@ -184,7 +190,7 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def rank(self) -> Array:
         """Number of classes with positive probability, less one; int32, shape (...); O(K)."""
-        return jnp.maximum(jnp.sum(self.probs > 0, AXIS) - 1, 0).astype(jnp.int32)
+        return jnp.maximum(jnp.sum((self.probs > 0) & (self.scale != 0), AXIS) - 1, 0).astype(jnp.int32)
 
     @compiled
     def null_space(self) -> DiagonalPlusLowRank:
@@ -193,7 +199,7 @@ class SoftmaxJacobian(SymmetricOperator):
         The null space is spanned by 1 on the support and by every class of probability 0.
         """
         support, number = self._support
-        return DiagonalPlusLowRank(1 - support, support[..., None], 1 / number[..., None])
+        return DiagonalPlusLowRank(jnp.zeros_like(support), support / number, number, None, 1 - support)
 
     # Products.
 
@@ -213,12 +219,12 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @compiled
     def _pinv_mv(self, v: Array) -> Array:
-        return self._centre(self._centre(v) / self._on_support) / self.scale
+        return self._centre(self._centre(v) / self._on_support) / jnp.where(self.scale == 0, 1, self.scale)
 
     @property
     def _support(self) -> tuple[Array, Array]:
         """1 on the support and 0 off it, and the number of classes there, at least 1."""
-        support = jnp.where(self.probs > 0, 1, 0).astype(self.dtype)
+        support = jnp.where((self.probs > 0) & (self.scale != 0), 1, 0).astype(self.dtype)
         return support, jnp.maximum(num.class_sum(support, AXIS), 1)
 
     @property
@@ -238,49 +244,35 @@ class SoftmaxJacobian(SymmetricOperator):
         logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
         return (logs + num.class_sum(jnp.log(self._on_support), AXIS))[..., 0]
 
-    # With w = 1/(π + μ) and a = π∘w, (diag(π) - ππᵀ + μI)⁻¹ = diag(w) + aaᵀ/(μ Σa): no negative term.
+    # With w = 1/(sπ + λ), (J + λI)⁻¹ = diag(w) + s (π∘w)(π∘w)ᵀ/(λ Σπ∘w): no negative term.
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
-        p, mu = self.probs, damping / self.scale
-        w = 1 / (p + mu)
-        a = p * w
-        # The a-weighted mean of v, over μ. Classes with π > μ have a = 1 - μw, so what their common mean leaves
-        # of it is -Σ w∘(v - mean), without 1/μ: a v that sums to 0 there is solved for as accurately as by J⁺.
-        head = jnp.where(p > mu, 1, 0).astype(p.dtype)
+        p, d = self.probs, self.scale * self.probs
+        w = 1 / (d + damping)
+        # The (d∘w)-weighted mean of v, over λ. Classes with d > λ have d∘w = 1 - λw, so what their common mean leaves
+        # of it is -Σ w∘(v - mean), without 1/λ: a v that sums to 0 there is solved for as accurately as by J⁺.
+        head = jnp.where(d > damping, 1, 0).astype(p.dtype)
         mean = num.class_sum(head * v, AXIS) / jnp.maximum(num.class_sum(head, AXIS), 1)
-        total = num.class_sum(a, AXIS)
-        rest = num.class_sum(jnp.where(p > mu, -w, a / mu) * (v - mean), AXIS) / jnp.where(total == 0, 1, total)
-        return (w * v + a * (mean / mu + rest)) / self.scale
+        total = num.class_sum(p * w, AXIS)
+        terms = jnp.where(d > damping, -w, d * w / damping) * (v - mean)
+        rest = num.class_sum(terms, AXIS) / jnp.where(total == 0, 1, total)
+        return w * (v + p * (self.scale * mean / damping + rest))
 
     @compiled
     def _logdet(self, damping: Array) -> Array:
-        # log λ + Σ_{i≠m} log(s(π_i + μ)) + log1p(Σ π_i (π_m - π_i)/(π_i + μ)), m the class of the largest π
-        p, mu = self.probs, damping / self.scale
+        # log λ + Σ_{i≠m} log(sπ_i + λ) + log1p(Σ sπ_i (π_m - π_i)/(sπ_i + λ)), m the class of the largest π
+        p, d = self.probs, self.scale * self.probs
         largest = num.class_max(p, AXIS)
-        top = is_top(p)
-        logs = self._log_sum(p, mu)
+        top, logs = is_top(p), _log_sum(d, damping)
         without_top = num.class_sum((1 - top) * logs, AXIS)
-        others = jnp.where(largest > 0.5, without_top, num.class_sum(logs, AXIS) - self._log_sum(largest, mu))
-        spread = num.class_sum(p * (largest - p) / (p + mu), AXIS)
+        others = jnp.where(
+            largest > 0.5, without_top, num.class_sum(logs, AXIS) - _log_sum(self.scale * largest, damping)
+        )
+        spread = num.class_sum(d * (largest - p) / (d + damping), AXIS)
         return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
 
-    def _log_sum(self, p: Array, mu: Array) -> Array:
-        """log(s(p + μ)), accurate also where one of the two is small."""
-        larger, smaller = jnp.maximum(p, mu), jnp.minimum(p, mu)
-        return jnp.log(self.scale * larger) + jnp.log1p(smaller / larger)
-
     # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
-
-    def factor_mv(self, u: ArrayLike) -> Array:
-        """L u = √s (√π∘u - π<√π,u>) for u (..., K), where L Lᵀ = J; O(K)."""
-        operator, u = self._with("u", u)
-        return operator._factor_mv(u)
-
-    def factor_rmv(self, v: ArrayLike) -> Array:
-        """Lᵀ v = √s √π∘(v - <π,v>) for v (..., K), where L Lᵀ = J; O(K)."""
-        operator, v = self._with("v", v)
-        return operator._factor_rmv(v)
 
     @compiled
     def _factor_mv(self, u: Array) -> Array:
@@ -290,37 +282,33 @@ class SoftmaxJacobian(SymmetricOperator):
     def _factor_rmv(self, v: Array) -> Array:
         return root(self.scale) * root(self.probs) * centred(v, self.probs)
 
-    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
-        """Draws from N(0, J), shape (*shape, ..., K), differentiable in p: L ξ; O(K) each."""
-        return self.factor_mv(self._normal(key, shape))
-
     def sample_pinv(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws from N(0, J⁺), shape (*shape, ..., K), differentiable in p: C(ξ/√π)/√s; O(K) each."""
-        operator, noise = self._with("noise", self._normal(key, shape))
+        operator, noise = self._with("noise", self._normal(key, shape, self.shape[-1]))
         return operator._centre(noise / root(operator._on_support)) / root(operator.scale)
 
     def sample_inverse(self, key: Array, damping: ArrayLike, shape: tuple[int, ...] = ()) -> Array:
-        """Draws from N(0, (J + damping·I)⁻¹), shape (*shape, ..., K): (√w∘ξ + a ξ₀/√(μ Σa))/√s; O(K) each.
+        """Draws from N(0, (J + damping·I)⁻¹), shape (*shape, ..., K): √w∘ξ + π∘w ξ₀ √(s/(λ Σπ∘w)); O(K) each.
 
         Differentiable in p and in `damping`, which is as in `solve`.
         """
-        noise = self._normal(key, shape, extra=1)
+        noise = self._normal(key, shape, self.shape[-1] + 1)
         damping = self._damping(damping, "sample_pinv", noise.ndim)
         operator, noise = self._with("noise", noise, self.shape[-1] + 1)
         return operator._whiten(noise, damping)
 
     @compiled
     def _whiten(self, noise: Array, damping: Array) -> Array:
-        p, mu = self.probs, damping / self.scale
-        a = p / (p + mu)
-        total = num.class_sum(a, AXIS)
-        common = a * noise[..., -1:] / jnp.sqrt(mu * jnp.where(total == 0, 1, total))
-        return (noise[..., :-1] / jnp.sqrt(p + mu) + common) / root(self.scale)
+        p, w = self.probs, 1 / (self.scale * self.probs + damping)
+        total = num.class_sum(p * w, AXIS)
+        common = p * w * noise[..., -1:] * root(self.scale / (damping * jnp.where(total == 0, 1, total)))
+        return jnp.sqrt(w) * noise[..., :-1] + common
 
-    def _normal(self, key: Array, shape: tuple[int, ...], extra: int = 0) -> Array:
-        *batch, size = self.probs.shape
-        key, shape = checks.key("key", key), checks.sizes("shape", shape)
-        return jax.random.normal(key, (*shape, *batch, size + extra), self.dtype)
+
+def _log_sum(x: Array, y: Array) -> Array:
+    """log(x + y) of non-negative numbers, accurate also where one of the two is small."""
+    larger = jnp.maximum(x, y)
+    return jnp.log(larger) + jnp.log1p(jnp.minimum(x, y) / larger)
 
 
 def _is_one(alpha: ArrayLike) -> bool:
