@@ -35,7 +35,6 @@ from jaxsoftmax.losses import (
     sparsemax_loss,
     squared_error,
     sum_squared_error,
-    temper_logits,
     weighted_mean,
 )
 from jaxsoftmax.maps.derivatives import (
@@ -100,7 +99,6 @@ __all__ = [
     "sparsemax_loss",
     "squared_error",
     "sum_squared_error",
-    "temper_logits",
     "verify_jacobian_properties",
     "visualize_jacobian",
     "visualize_spectrum",

@@ -201,7 +201,7 @@ def test_gradient_of_a_masked_class_is_0():
         assert np.all(np.asarray(jax.grad(lambda z: jnp.sum(f(z)))(z))[~MASK] == 0)
 
 
-NOT_HEADS = {"logits_hessian", "loss_fisher", "loss_ggn", "temper_logits", "weighted_mean"}
+NOT_HEADS = {"logits_hessian", "loss_fisher", "loss_ggn", "weighted_mean"}
 
 
 def test_every_public_head_is_measured():

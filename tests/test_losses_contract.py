@@ -269,18 +269,16 @@ def test_wrong_arguments_are_named(head):
             head.loss(jnp.ones((B, K)), *args, where=jnp.ones((B + 1, K), bool))
 
 
-def test_softcap_and_temperature(x64):
+def test_softcap(x64):
     z = jnp.asarray(np.concatenate([[-np.inf], np.linspace(-90, 90, 21)]))
     np.testing.assert_allclose(losses.softcap_logits(z, 30.0)[1:], 30 * np.tanh(np.asarray(z[1:]) / 30), rtol=1e-15)
     assert losses.softcap_logits(z, 30.0)[0] == -jnp.inf
     slope = jax.vmap(jax.grad(losses.softcap_logits), (0, None))(z, 30.0)
     np.testing.assert_allclose(slope[1:], np.cosh(np.asarray(z[1:]) / 30) ** -2, rtol=1e-14)
     assert slope[0] == 0
-    np.testing.assert_array_equal(losses.temper_logits(z, 2.0), z / 2)
     assert losses.softcap_logits(z.astype("bfloat16"), 30.0).dtype == "bfloat16"
-    for call in (losses.softcap_logits, losses.temper_logits):
-        with pytest.raises(ValueError, match="must be positive, got 0"):
-            call(z, 0)
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        losses.softcap_logits(z, 0)
 
 
 def test_weighted_mean():

@@ -144,3 +144,15 @@ def test_hessian_of_a_categorical_head_is_the_jacobian():
             logits_hessian(head, z, labels if head is not js.safe_softmax_cross_entropy else Y), SoftmaxJacobian
         )
     assert isinstance(logits_hessian(CE, z, labels, z_loss=0.1), DiagonalPlusLowRank)
+
+
+def test_an_excluded_class_stays_excluded_under_a_soft_cap():
+    """One soft cap for the plain head, its curvature and the linear head: tanh would let -inf back in as -cap."""
+    z, label = jnp.array([[0.3, -jnp.inf, 0.1]]), jnp.array([0])
+    kept = 2 * np.tanh(np.array([0.3, 0.1]) / 2)
+    want = np.log(np.exp(kept).sum()) - kept[0]
+    np.testing.assert_allclose(CE(losses.softcap_logits(z, 2.0), label)[0], want, rtol=1e-6)
+    linear = functools.partial(js.linear_softmax_cross_entropy_loss, logit_softcap=2.0, bias=z[0])
+    np.testing.assert_allclose(linear(jnp.zeros((1, 2)), label, jnp.zeros((2, 3))), want, rtol=1e-6)
+    hessian = np.asarray(logits_hessian(CE, z, label, logit_softcap=2.0).as_matrix())[0]
+    assert np.all(hessian[1] == 0) and np.all(hessian[:, 1] == 0) and np.all(hessian[0, [0, 2]] != 0)

@@ -144,7 +144,6 @@ CALLS = {
     js.huber_loss: {"predictions": (Z, LOGITS), "targets": (V, TARGETS), "delta": (1.0, (*POSITIVE[:2], -1.0))},
     js.log_cosh: {"predictions": (Z, LOGITS), "targets": (V, TARGETS)},
     js.softcap_logits: {"logits": (Z, LOGITS), "cap": (30.0, POSITIVE)},
-    js.temper_logits: {"logits": (Z, LOGITS), "temperature": (2.0, POSITIVE)},
     js.linear_softmax_cross_entropy_loss: LINEAR,
     js.linear_softmax_cross_entropy_with_statistics: LINEAR,
     js.linear_softmax_kl_divergence: {

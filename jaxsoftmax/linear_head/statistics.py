@@ -7,7 +7,7 @@ from jax import Array
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core import dtypes
-from jaxsoftmax._core.scalar_functions import tanh
+from jaxsoftmax.losses import softcap
 
 
 class TokenStatistics(NamedTuple):
@@ -38,7 +38,7 @@ class TokenStatistics(NamedTuple):
 
 
 def capped(z: Array, options) -> Array:
-    return options["logit_softcap"] * tanh(z / options["logit_softcap"]) if "logit_softcap" in options else z
+    return softcap.capped(z, options["logit_softcap"]) if "logit_softcap" in options else z
 
 
 def token_statistics(z: Array, constants, options) -> TokenStatistics:

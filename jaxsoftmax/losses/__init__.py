@@ -31,10 +31,11 @@ z-loss ζ,
 
     s lse(z) - <y,z> + ζ lse(z)²,    gradient (s + 2ζ lse(z)) p - y,    Hessian (s + 2ζ lse(z)) J + 2ζ ppᵀ.
 
-Every head takes transformed logits: `softcap_logits(z, c)` = c tanh(z/c) has gradient t∘g and Hessian diag(t) H diag(t)
-+ diag(g∘t′), with t = sech²(z/c); `temper_logits(z, T)` = z/T has g/T and H/T². `weighted_mean(losses, weights)`, in
-which 0/0 is 0, has torch's reductions. `loss_ggn` and `loss_fisher` are the Gauss-Newton part of the Hessian and the
-Fisher matrix, with a factor and with targets drawn from the model; `natural_gradient_norm` is gᵀJ⁺g = exp(L) - 1.
+Every head takes transformed logits: `softcap_logits(z, c)` = c tanh(z/c), where an excluded class stays excluded, has
+gradient t∘g and Hessian diag(t) H diag(t) + diag(g∘t′), with t = sech²(z/c); z/T has g/T and H/T².
+`weighted_mean(losses, weights)`, in which 0/0 is 0, has torch's reductions. `loss_ggn` and `loss_fisher` are the
+Gauss-Newton part of the Hessian and the Fisher matrix, with a factor and with targets drawn from the model;
+`natural_gradient_norm` is gᵀJ⁺g = exp(L) - 1.
 
 Special values, the same in value, forward and reverse mode and at second order, in every dtype:
 
@@ -89,9 +90,9 @@ from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_lo
 from jaxsoftmax.losses.entropy_brier import brier_loss, softmax_entropy
 from jaxsoftmax.losses.focal import focal_loss_with_integer_labels, poly_loss_cross_entropy
 from jaxsoftmax.losses.hessian import logits_hessian, loss_fisher, loss_ggn
-from jaxsoftmax.losses.logit_transforms import softcap_logits, temper_logits
 from jaxsoftmax.losses.reduction import weighted_mean
 from jaxsoftmax.losses.regression import huber_loss, l2_loss, log_cosh, squared_error, sum_squared_error
+from jaxsoftmax.losses.softcap import softcap_logits
 
 __all__ = [
     "brier_loss",
@@ -122,6 +123,5 @@ __all__ = [
     "sparsemax_loss",
     "squared_error",
     "sum_squared_error",
-    "temper_logits",
     "weighted_mean",
 ]

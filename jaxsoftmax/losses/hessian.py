@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.scalar_functions import sigmoid, tanh
+from jaxsoftmax.losses.softcap import cap_derivatives, capped
 from jaxsoftmax.operators.base import SymmetricOperator
 
 
@@ -83,12 +83,13 @@ def logits_hessian(
 
     Reference: MATHEMATICS.md section 4.
     """
-    head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
-    if cap is None:
+    head, x = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
+    if x is None:
         return head.hessian
-    x, scale = cap.logits, 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, cap.logits.dtype)
+    scale = 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, x.dtype)
     gradient = jax.grad(lambda x: jnp.sum(loss(x * scale, *args, **kwargs)))(x)
-    return head.hessian.transformed(cap.slope, gradient * cap.bend)
+    slope, bend = cap_derivatives(*dtypes.widen(jnp.asarray(logits)), logit_softcap)
+    return head.hessian.transformed(slope, gradient * bend)
 
 
 def loss_ggn(
@@ -131,8 +132,8 @@ def loss_ggn(
 
     Reference: Schraudolph 2002; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
     """
-    head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
-    return head.gauss_newton if cap is None else head.gauss_newton.transformed(cap.slope)
+    head, _ = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
+    return _capped(head.gauss_newton, logits, logit_softcap)
 
 
 def loss_fisher(
@@ -175,10 +176,10 @@ def loss_fisher(
 
     Reference: Amari 1998; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
     """
-    head, cap = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
+    head, _ = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     if head.fisher is None:
         raise TypeError(f"loss must be a likelihood to have a Fisher matrix, got {_name(loss)}; see loss_ggn")
-    return head.fisher if cap is None else head.fisher.transformed(cap.slope)
+    return _capped(head.fisher, logits, logit_softcap)
 
 
 def on_last_axis(*arguments: Any) -> list:
@@ -195,30 +196,29 @@ def only_examples(mask: Array | None, x: Array) -> Array:
     return x if mask is None else jnp.where(jnp.any(mask, -1, keepdims=True), x, 0.0)
 
 
-class _Cap(NamedTuple):
-    """Capped logits x = c tanh(z/c) and ∂x/∂z, ∂²x/∂z², in the computation dtype."""
-
-    logits: Array
-    slope: Array
-    bend: Array
-
-
-def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, _Cap | None]:
-    """The head's curvature in the capped logits, and the cap, None if there is none."""
+def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Array | None]:
+    """The head's curvature in the capped logits, and these, None if there is no cap."""
     head = _head(loss)
     logits = checks.as_loss_float("logits", logits)
     if logits.ndim == 0:
         raise ValueError("logits must have a class axis, got a scalar")
     options = {**_options(loss), **kwargs}
-    cap = None if softcap is None else _cap(logits, checks.positive("logit_softcap", softcap))
-    x = logits if cap is None else cap.logits
+    x = None if softcap is None else capped(*dtypes.widen(logits), checks.positive("logit_softcap", softcap))
+    logits = logits if x is None else x
     if temperature is None:
-        return head(x, *args, **options), cap
+        return head(logits, *args, **options), x
     checks.positive("logit_temperature", temperature)
-    scale = 1 / jnp.asarray(temperature, dtypes.compute_dtype(x.dtype))
-    at = head(dtypes.widen(x)[0] * scale, *args, **options)
+    scale = 1 / jnp.asarray(temperature, dtypes.compute_dtype(logits.dtype))
+    at = head(dtypes.widen(logits)[0] * scale, *args, **options)
     scaled: Any = (None if a is None else a.scaled(scale * scale) for a in at)
-    return Curvature(*scaled), cap
+    return Curvature(*scaled), x
+
+
+def _capped(operator: SymmetricOperator, logits: ArrayLike, cap: ArrayLike | None) -> SymmetricOperator:
+    """A Gauss-Newton operator in the logits, from the one in the capped logits."""
+    return (
+        operator if cap is None else operator.transformed(cap_derivatives(*dtypes.widen(jnp.asarray(logits)), cap)[0])
+    )
 
 
 def _head(loss: Callable) -> Callable[..., Curvature]:
@@ -238,12 +238,3 @@ def _options(loss: Callable) -> dict[str, Any]:
 
 def _name(loss: Any) -> str:
     return getattr(loss, "__name__", repr(loss))
-
-
-@functools.partial(jax.jit, inline=True)
-def _cap(logits: Array, cap: ArrayLike) -> _Cap:
-    (z,) = dtypes.widen(logits)
-    cap = jnp.asarray(cap, z.dtype)
-    y = jnp.where(z == -jnp.inf, 0.0, z) / cap
-    slope = jnp.where(z == -jnp.inf, 0.0, 4 * sigmoid(2 * y) * sigmoid(-2 * y))
-    return _Cap(jnp.where(z == -jnp.inf, z, cap * tanh(y)), slope, -2 * tanh(y) * slope / cap)
