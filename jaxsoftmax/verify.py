@@ -103,7 +103,7 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
     Reference: seed text 001, properties 1 to 5; MATHEMATICS.md sections 1 to 3.
     """
     x = checks.as_float("x", x)
-    checks.one_axis(-1, x.ndim, "the class axis of x")
+    checks.axis_index(-1, x.ndim, "the class axis of x")
     if x.shape[-1] == 0:
         raise ValueError(f"x must have at least one class, got shape {x.shape}")
     checks.number("alpha", alpha, 1.0)

@@ -104,12 +104,12 @@ FUNCTIONS: dict[str, Function] = {
     "softmax_vjp": Product(lambda z, v: js.softmax_vjp(v, js.softmax(z)), exact.jacobian_product, ("vector",)),
     "softmax_jacobian": Scalar(js.softmax_jacobian, exact.dense_jacobian, order=0),
     "second_derivative": Product(
-        lambda z, u, v: js.softmax_second_derivative(js.softmax(z), u, v),
+        lambda z, u, v: js.softmax_second_derivative(u, v, js.softmax(z)),
         exact.second_derivative,
         ("vector", "vector"),
     ),
     "third_derivative": Product(
-        lambda z, u, v, w: js.softmax_third_derivative(js.softmax(z), u, v, w),
+        lambda z, u, v, w: js.softmax_third_derivative(u, v, w, js.softmax(z)),
         exact.third_derivative,
         ("vector", "vector", "vector"),
     ),

@@ -158,10 +158,10 @@ def test_higher_derivatives_to_a_few_eps():
         size = 4 * sum(times(q, [1 - x for x in q]))  # J, and with it every derivative, is that small
         largest = max(map(abs, (*a, *b, *c)))
         second = [x * (y - mean(times(a, b))) for x, y in zip(q, times(a, b))]
-        assert off(softmax_second_derivative(p, u, v), second, [size * largest**2] * p.size) <= GOAL
+        assert off(softmax_second_derivative(u, v, p), second, [size * largest**2] * p.size) <= GOAL
         bc, ac, ab, abc = mean(times(b, c)), mean(times(a, c)), mean(times(a, b)), mean(times(a, b, c))
         third = [r * (x * y * z - abc - x * bc - y * ac - z * ab) for r, x, y, z in zip(q, a, b, c)]
-        assert off(softmax_third_derivative(p, u, v, w), third, [size * largest**3] * p.size) <= GOAL
+        assert off(softmax_third_derivative(u, v, w, p), third, [size * largest**3] * p.size) <= GOAL
 
 
 # Agreement with autodiff of the maps.
@@ -281,7 +281,7 @@ def test_dense_derivatives_are_autodiffs(x64):
             jnp.einsum("...ijk,...j,...k->...i", second, u, v),
             jnp.einsum("...ijkl,...j,...k,...l->...i", third, u, v, w),
         )
-        got = softmax_second_derivative(p, u, v), softmax_third_derivative(p, u, v, w)
+        got = softmax_second_derivative(u, v, p), softmax_third_derivative(u, v, w, p)
         assert_close(got, products, rtol=1e-14, scale=1.0)
 
 
@@ -317,8 +317,8 @@ def test_products_along_any_axis(axis, x64):
         softmax_vjp(u, p, axis=axis), jax.vjp(lambda z: jax.nn.softmax(z, axis), jnp.log(p))[1](u)[0], rtol=1e-14
     )
     assert_close(
-        back(softmax_third_derivative(p, u, v, w, axis)),
-        softmax_third_derivative(*map(back, (p, u, v, w))),
+        back(softmax_third_derivative(u, v, w, p, axis)),
+        softmax_third_derivative(*map(back, (u, v, w, p))),
         rtol=1e-15,
     )
 
@@ -327,9 +327,8 @@ def test_products_along_any_axis(axis, x64):
 def test_half_precision_is_rounded_once(dtype):
     z = jnp.asarray(logits((5, 8)), dtype)
     p, u, v = (softmax(z), *(jnp.asarray(logits((5, 8), seed=s), dtype) for s in (1, 2)))
-    wide = [x.astype(jnp.float32) for x in (p, u, v)]
-    for f, n in ((softmax_jvp, 2), (softmax_vjp, 2), (softmax_second_derivative, 3)):
-        got, want = f(*(u, p, v)[:n]) if n == 2 else f(p, u, v), f(*(wide[1], wide[0])) if n == 2 else f(*wide)
+    for f, args in ((softmax_jvp, (u, p)), (softmax_vjp, (u, p)), (softmax_second_derivative, (u, v, p))):
+        got, want = f(*args), f(*(x.astype(jnp.float32) for x in args))
         assert got.dtype == dtype and (got == want.astype(dtype)).all()
     for f in (softmax_jacobian, softmax_hessian):
         assert f(z).dtype == dtype and (f(z) == f(z.astype(jnp.float32)).astype(dtype)).all()
@@ -498,8 +497,8 @@ J = SoftmaxJacobian(jnp.asarray(P), jnp.ones(1, jnp.float32))
         (lambda: softmax_jvp(P[:2], P), ValueError, "t must have the shape of p"),
         (lambda: softmax_vjp(P[:2], P), ValueError, "g must have the shape of p"),
         (lambda: softmax_vjp(P, P, axis=1), ValueError, "axis=1 is out of range"),
-        (lambda: softmax_second_derivative(P, P, P[:1]), ValueError, "v must have the shape of p"),
-        (lambda: softmax_third_derivative(P, P, P, P + 0j), TypeError, "w must be real"),
+        (lambda: softmax_second_derivative(P, P[:1], P), ValueError, "v must have the shape of p"),
+        (lambda: softmax_third_derivative(P, P, P + 0j, P), TypeError, "w must be real"),
         (lambda: softmax_jacobian(1.0), ValueError, "axis=-1 needs an array"),
         (lambda: softmax_hessian(P + 0j), TypeError, "x must be real"),
     ],

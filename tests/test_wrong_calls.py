@@ -75,8 +75,8 @@ CALLS = {
     js.softmax_vjp: {"g": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
     js.softmax_jacobian: {"x": (Z, (*MAP, 1.0))},
     js.softmax_hessian: {"x": (Z, (*MAP, 1.0))},
-    js.softmax_second_derivative: {"p": (P, LOGITS), "u": (V, TANGENT), "v": (V, TANGENT), "axis": (-1, ONE_AXIS)},
-    js.softmax_third_derivative: {"p": (P, LOGITS), "u": (V, TANGENT), "v": (V, TANGENT), "w": (V, TANGENT)},
+    js.softmax_second_derivative: {"u": (V, TANGENT), "v": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
+    js.softmax_third_derivative: {"u": (V, TANGENT), "v": (V, TANGENT), "w": (V, TANGENT), "p": (P, LOGITS)},
     js.SoftmaxJacobian.from_logits: {
         "x": (Z, (*MAP, 1.0, np.ones((2, 0)))),
         "where": (MASK, WHERE),

@@ -93,7 +93,7 @@ def same_shape(name: str, x: Array, other: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have the shape of {other}, {tuple(shape)}, got {x.shape}")
 
 
-def one_axis(axis: Any, ndim: int, name: str = "axis") -> int:
+def axis_index(axis: Any, ndim: int, name: str = "axis") -> int:
     """`axis` counted from the front."""
     try:
         index = operator.index(axis)
@@ -111,8 +111,8 @@ def axes(axis: Any, ndim: int, name: str = "axis") -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
     if not isinstance(axis, (tuple, list)):
-        return (one_axis(axis, ndim, name),)
-    found = tuple(one_axis(a, ndim, name) for a in axis)
+        return (axis_index(axis, ndim, name),)
+    found = tuple(axis_index(a, ndim, name) for a in axis)
     if len(set(found)) != len(found):
         raise ValueError(f"{name}={tuple(axis)} names an axis twice")
     return found

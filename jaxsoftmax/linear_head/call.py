@@ -20,7 +20,7 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
         raise ValueError("x must have a feature axis, (..., D), got a scalar")
     if weights.ndim != 2:
         raise ValueError(f"weights must have shape (D, V), or (V, D) with vocab_axis=0, got {weights.shape}")
-    axis = checks.one_axis(vocab_axis, 2, "vocab_axis")
+    axis = checks.axis_index(vocab_axis, 2, "vocab_axis")
     if weights.shape[1 - axis] != x.shape[-1]:
         raise ValueError(
             f"x has {x.shape[-1]} features, weights of shape {weights.shape} has {weights.shape[1 - axis]} with "

@@ -23,10 +23,10 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.entmax import (
     as_order,
+    bounded,
     deformed_log,
     entmax_of,
     escort,
-    finite,
     log1p_negative,
     log_deformed_exp,
     log_support,
@@ -103,7 +103,7 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> Array:
     Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; `optax.multiclass_sparsemax_loss`.
     """
     scores = checks.as_loss_float("scores", scores)
-    axis = checks.one_axis(-1, scores.ndim)
+    axis = checks.axis_index(-1, scores.ndim)
     labels = checks.broadcast("labels", checks.as_labels("labels", labels), scores.shape[:-1])
     alphas, exact = as_order(2.0, scores.shape, (axis,))
     return _loss(scores, labels, alphas, None, exact, (axis,))
@@ -201,7 +201,7 @@ def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: int, sums_to
     x = dual(z, alpha, p, axis)
     # y = p exp(h), where h may have either sign; the larger of y and p is factored out.
     h = log_support(y) - log_deformed_exp(x, beta)
-    a = -finite(-jnp.abs(h))
+    a = -bounded(-jnp.abs(h))
     wide, narrow = -deformed_log(-a, beta), -deformed_log(-a, alpha)
     larger = jnp.where(h > 0, y, p) ** alpha
     bregman = larger * jnp.maximum(jnp.where(h > 0, wide - narrow, narrow - jnp.exp(-a) * wide), 0.0)
@@ -220,7 +220,7 @@ def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
     beta, finfo = alpha - 1, jnp.finfo(z.dtype)
     # p - y; where p > 1/2, (1 - y) - Σ_{others} p, which keeps its digits when p and y are near 1.
     slope = jnp.where(p > 0.5, (1 - y) - num.class_sum(below_half(p), axis), p - y)
-    label_slope = deformed_log(jnp.log(jnp.maximum(y, finfo.tiny)), beta) - finite(dual(z, alpha, p, axis))
+    label_slope = deformed_log(jnp.log(jnp.maximum(y, finfo.tiny)), beta) - bounded(dual(z, alpha, p, axis))
     alpha_slope = num.class_sum(_entropy_slope(p, alpha) - _entropy_slope(y, alpha), axis)
     if not sums_to_one:
         excess, (pi, _) = num.class_sum(y, axis) - 1, escort(p, alpha, axis)

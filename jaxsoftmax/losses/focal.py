@@ -196,7 +196,7 @@ others.defvjp(_others_fwd, _others_bwd)
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
 def missed(z: Array, y: Array, axis: int) -> Array:
     """Σ_k y_k (1 - p_k), with the class axis kept."""
-    return num.class_sum(y * complement(z, *moments(z, axis), axis), axis)
+    return num.class_sum(y * one_minus_p(z, *moments(z, axis), axis), axis)
 
 
 def _missed_fwd(z, y, axis):
@@ -205,28 +205,28 @@ def _missed_fwd(z, y, axis):
 
 def _missed_bwd(axis, residuals, ct):
     z, y, m, s = residuals
-    return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * complement(z, m, s, axis)
+    return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * one_minus_p(z, m, s, axis)
 
 
 missed.defvjp(_missed_fwd, _missed_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def complement(z: Array, m: Array, s: Array, axis: int) -> Array:
+def one_minus_p(z: Array, m: Array, s: Array, axis: int) -> Array:
     """1 - p, where p > 1/2 as the sum of the others: s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     return jnp.where(p > 0.5, s / (1 + s), 1 - p)
 
 
-def _complement_fwd(z, m, s, axis):
-    return complement(z, m, s, axis), probabilities(z, m, 1 + s, axis)
+def _one_minus_p_fwd(z, m, s, axis):
+    return one_minus_p(z, m, s, axis), probabilities(z, m, 1 + s, axis)
 
 
-def _complement_bwd(axis, p, g):
+def _one_minus_p_bwd(axis, p, g):
     return -jacobian_product(g, p, axis), None, None
 
 
-complement.defvjp(_complement_fwd, _complement_bwd)
+one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 
 
 # Hessians.

@@ -130,13 +130,13 @@ def softmax_hessian(x: ArrayLike) -> Array:
     return _dense_hessian(_logits(x))
 
 
-def softmax_second_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, axis: int = -1) -> Array:
+def softmax_second_derivative(u: ArrayLike, v: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
     """D²σ[u, v] = p∘(ũṽ - E[ũṽ]) with ũ = u - <p,u>: the Hessian of softmax between two tangents; O(K).
 
     Args:
-      p: probabilities, the output of softmax, as in `softmax_jvp`.
       u: tangent of the logits, of the shape of `p`.
       v: another one.
+      p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
 
     Returns:
@@ -149,7 +149,7 @@ def softmax_second_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, axis: in
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> p, u = jnp.array([0.75, 0.25]), jnp.array([1.0, 0.0])
-      >>> print(jaxsoftmax.softmax_second_derivative(p, u, u))
+      >>> print(jaxsoftmax.softmax_second_derivative(u, u, p))
       [-0.09375  0.09375]
 
     Reference: MATHEMATICS.md section 2.
@@ -157,14 +157,14 @@ def softmax_second_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, axis: in
     return _higher(p, {"u": u, "v": v}, axis)
 
 
-def softmax_third_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, w: ArrayLike, axis: int = -1) -> Array:
+def softmax_third_derivative(u: ArrayLike, v: ArrayLike, w: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
     """D³σ[u, v, w] = p∘(ũṽw̃ - E[ũṽw̃] - ũE[ṽw̃] - ṽE[ũw̃] - w̃E[ũṽ]) with ũ = u - <p,u>; O(K).
 
     Args:
-      p: probabilities, the output of softmax, as in `softmax_jvp`.
       u: tangent of the logits, of the shape of `p`.
       v: another one.
       w: and a third.
+      p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
 
     Returns:
@@ -177,7 +177,7 @@ def softmax_third_derivative(p: ArrayLike, u: ArrayLike, v: ArrayLike, w: ArrayL
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> p, u = jnp.array([0.75, 0.25]), jnp.array([1.0, 0.0])
-      >>> print(jaxsoftmax.softmax_third_derivative(p, u, u, u))
+      >>> print(jaxsoftmax.softmax_third_derivative(u, u, u, p))
       [-0.0234375  0.0234375]
 
     Reference: MATHEMATICS.md section 2.
@@ -191,7 +191,7 @@ def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> tuple
     arrays = [checks.as_float(name, v) for name, v in tangents.items()]
     for name, v in zip(tangents, arrays):
         checks.same_shape(name, v, "p", p.shape)
-    return p, arrays, checks.one_axis(axis, p.ndim)
+    return p, arrays, checks.axis_index(axis, p.ndim)
 
 
 def _product(name: str, v: ArrayLike, p: ArrayLike, axis: int) -> Array:
@@ -272,5 +272,5 @@ def _same(like: Array, first: int, second: int) -> Array:
 
 def _logits(x: ArrayLike) -> Array:
     x = checks.as_float("x", x)
-    checks.one_axis(-1, x.ndim)
+    checks.axis_index(-1, x.ndim)
     return x

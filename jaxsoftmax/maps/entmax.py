@@ -234,14 +234,14 @@ def _deformed_log_bwd(order, residuals, g):
 _deformed_log.defvjp(_deformed_log_fwd, _deformed_log_bwd)
 
 
-def finite(x: Array) -> Array:
+def bounded(x: Array) -> Array:
     """x ≤ 0 with a finite number for -inf, so that 0·x is 0; as good as infinite, its square does not overflow."""
     return jnp.maximum(x, -math.sqrt(dtypes.largest(x.dtype)))
 
 
 def log_deformed_exp(x: Array, beta: Array) -> Array:
     """log (1 + βx)^(1/β), the log p of x = ln_β(p) ≤ 0; -inf below x = -1/β. Never differentiated."""
-    x = finite(x)
+    x = bounded(x)
     y = jnp.clip(beta * x, -1.0, -jnp.finfo(x.dtype).tiny)
     return x * (log1p_negative(y) / y)
 
@@ -273,7 +273,7 @@ def _exponential_moment(y: Array, order: int) -> Array:
 def _solve(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
     """The α-entmax of z to rounding. Never differentiated."""
     m = num.class_max(z, axis)
-    d = finite(num.shift(z, m))
+    d = bounded(num.shift(z, m))
     infinite = num.class_sum((z == jnp.inf).astype(z.dtype), axis)
     valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (infinite < 2)
     start = jnp.where(valid, 1.0, jnp.nan).astype(z.dtype)
