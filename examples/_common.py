@@ -91,7 +91,8 @@ def save_checkpoint(path: Path, state: Any, settings: dict, progress: Any) -> No
     header = {"format": FORMAT, "settings": settings, "progress": progress, "leaves": describe(state)}
     buffer = io.BytesIO()
     header_bytes = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    np.savez(buffer, header=header_bytes, **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
+    arrays: dict[str, Any] = {f"leaf_{i}": leaf for i, leaf in enumerate(leaves)}
+    np.savez(buffer, header=header_bytes, **arrays)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = bytes(DIGEST)  # room for the digest
     body = buffer.getvalue()[:-DIGEST]

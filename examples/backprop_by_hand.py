@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from sklearn.datasets import load_digits
+from _digits import digits
 
 from jaxsoftmax import network, softmax
 from jaxsoftmax import softmax_cross_entropy_with_integer_labels as cross_entropy
@@ -71,7 +71,7 @@ def check_differential(params, rows, x, label):
     keys = jax.random.split(jax.random.key(1), len(params))
     step = [layer._replace(W=jax.random.normal(key, layer.W.shape)) for key, layer in zip(keys, params)]
     loss = lambda params: cross_entropy(network.forward(params, x), label)
-    predicted = sum(frobenius(row.T, layer.W) for row, layer in zip(rows, step))
+    predicted = jnp.sum(jnp.stack([frobenius(row.T, layer.W) for row, layer in zip(rows, step)]))
     compare("dl", predicted, differential(loss)(params, tuple(step)))
     print(f"   {'t':>8} {'l(W + t dW) - l(W)':>20} {'t dl':>12}")
     for t in (0.1, 0.01, 0.001):
@@ -105,9 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.steps < 5:
         parser.error(f"--steps must be at least 5, got {options.steps}")
 
-    digits = load_digits()
-    x = jnp.asarray((digits.data - digits.data.mean(0)) / 8, jnp.float32)
-    labels = jnp.asarray(digits.target, jnp.int32)
+    images, labels = digits()
+    x = jnp.asarray((images - images.mean(0)).reshape(len(images), -1) / 8, jnp.float32)
+    labels = jnp.asarray(labels, jnp.int32)
     train_x, train_labels, test_x, test_labels = x[:1400], labels[:1400], x[1400:], labels[1400:]
     params = network.init(jax.random.key(0), SIZES, bias=False)
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import FileError, load_checkpoint, natural, positive, read_idx_pair, save_checkpoint
+from _digits import digits
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
@@ -53,9 +53,9 @@ class Data(NamedTuple):
 
 def load_data(idx_dir: Path | None) -> Data:
     if idx_dir is None:
-        digits = load_digits()
-        split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=1)
-        train_images, test_images, train_labels, test_labels = split
+        images, labels = digits()
+        split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=1)
+        train_images, test_images, train_labels, test_labels = map(np.asarray, split)
     else:
         train_images, train_labels = read_idx_pair(idx_dir, "train")
         test_images, test_labels = read_idx_pair(idx_dir, "t10k")
