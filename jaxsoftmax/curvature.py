@@ -93,7 +93,7 @@ def ggn_vp(f: Model, loss: Loss, params: Any, x: Any, labels: Any, v: Any, *, ba
       >>> [layer.W.shape for layer in product]
       [(3, 4)]
 
-    Reference: Schraudolph, Fast curvature matrix-vector products (2002); MATHEMATICS.md section 4.
+    Reference: Schraudolph, Fast curvature matrix-vector products (2002); docs/mathematics.md, section 4.
     """
     count, batch_size = _checked(f, loss, params, x, labels, batch_size)
     return _sandwich(f, (heads.hessian_product, loss), count, batch_size, params, (x, labels), _like(params, v))

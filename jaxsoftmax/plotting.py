@@ -12,6 +12,7 @@ from jaxsoftmax._core import checks
 from jaxsoftmax.maps.entmax import entmax
 from jaxsoftmax.network.layers import Activation, Loss, Params
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
+from jaxsoftmax.verify import largest_eigenvalue_bound
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequenc
       >>> [axes.get_title() for axes in figure.axes[:3]]
       ['Jacobian ∂p_i / ∂x_j', 'Diagonal', 'Probabilities']
 
-    Reference: seed text 001.
+    Reference: docs/mathematics.md, section 1.
     """
     p, operator, names = _prepare(x, alpha, class_names)
     matrix = np.asarray(operator.as_matrix(), np.float64)
@@ -83,7 +84,7 @@ def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
       >>> figure.axes[0].get_ylabel()
       'eigenvalue'
 
-    Reference: MATHEMATICS.md section 2.
+    Reference: docs/mathematics.md, section 2.
     """
     p, operator, _ = _prepare(x, alpha, None)
     values = np.sort(np.asarray(operator.eigvalsh(), np.float64))[::-1]
@@ -97,8 +98,9 @@ def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
     axes.bar(index, weights - floor, bottom=floor, color="lightsteelblue", label="interval q₍ᵢ₊₁₎ to q₍ᵢ₎")
     axes.plot(index, values, "o", color="firebrick", label="eigenvalue λᵢ")
     axes.axhspan(largest, 2 * largest, color="orange", alpha=0.15, label="max q(1-q/Σq) ≤ λ₁ ≤ twice that")
-    sharp = 2.0 ** (alpha - 2)
-    axes.axhline(sharp, color="black", linestyle="--", linewidth=1, label=f"sharp bound {sharp:g}")
+    bound = largest_eigenvalue_bound(alpha, len(values))
+    if np.isfinite(bound):
+        axes.axhline(bound, color="black", linestyle="--", linewidth=1, label=f"sharp bound {bound:.3g}")
     axes.axhline(0.25 * mass, color="grey", linestyle=":", linewidth=1, label="bound of the diagonal, no bound of λ₁")
     axes.set(title="Spectrum of the Jacobian", xlabel="i", ylabel="eigenvalue")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""Feedforward networks: the formulas of seed 002, and the gradient by hand against jax.grad."""
+"""Feedforward networks: the formulas of docs/mathematics.md, section 7, and the gradient by hand against jax.grad."""
 
 import functools
 

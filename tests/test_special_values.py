@@ -1,5 +1,5 @@
 """What comes out for infinite, missing and wrong values: one table, for every function, in value, in both modes and at
-second order, compiled or not, in every dtype. DESIGN.md section 4."""
+second order, compiled or not, in every dtype. The table stands in the docstring of `jaxsoftmax.losses`."""
 
 import contextlib
 from collections.abc import Callable

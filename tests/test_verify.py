@@ -13,7 +13,7 @@ import jaxsoftmax as js
 from jaxsoftmax import verify
 
 LOGITS = {
-    "seed text": [2.0, 1.0, 0.5, -0.5],
+    "four classes": [2.0, 1.0, 0.5, -0.5],
     "two equal": [0.0, 0.0],
     "one class": [3.0],
     "ties": [1.0, 1.0, 1.0, 0.0],
@@ -41,7 +41,36 @@ def test_the_sharp_bound_is_reached():
     found = {p.name: p for p in report.properties}
     assert found["largest eigenvalue"].measured == pytest.approx(0.5, rel=1e-6)
     assert found["diagonal bound"].measured == pytest.approx(0.25, rel=1e-6)
-    assert "at most 0.5; 1/4 bounds the diagonal" in str(report)
+    assert "1/4 bounds the diagonal" in str(report)
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.9])
+@pytest.mark.parametrize("num_classes", [2, 5, 300])
+def test_the_bound_of_entmax_is_sharp(alpha, num_classes):
+    """Reached at two equal classes or at one large and the rest equal, and passed nowhere nearby or at random."""
+    bound = verify.largest_eigenvalue_bound(alpha, num_classes)
+    large = 1 / (1 + (num_classes - 1) ** (-(alpha - 1) / (3 - alpha)))
+    pair = np.zeros(num_classes)
+    pair[:2] = 0.5
+    single = np.full(num_classes, (1 - large) / (num_classes - 1))
+    single[0] = large
+    norm = lambda p: float(js.SoftmaxJacobian.from_probs(jnp.asarray(p, jnp.float32), alpha=alpha).spectral_norm())
+    assert max(norm(pair), norm(single)) == pytest.approx(bound, rel=1e-5)
+    rng = np.random.default_rng(0)
+    random = [rng.dirichlet(np.full(num_classes, c)) for c in (0.05, 0.3, 1.0, 5.0)]
+    near = [p * np.exp(0.1 * rng.normal(size=num_classes)) for p in (pair, single)]
+    assert all(norm(p / p.sum()) <= bound * (1 + 1e-6) for p in [*random, *near])
+
+
+@pytest.mark.parametrize("alpha", [2.5, 3.0, 4.0])
+def test_beyond_sparsemax_there_is_no_bound(alpha):
+    """At uniform p, λ₁ = K^(α-2); the report holds there, and near a class that is about to leave the support."""
+    assert verify.largest_eigenvalue_bound(alpha, 3) == np.inf
+    report = js.verify_jacobian_properties(jnp.zeros(3), alpha=alpha)
+    assert report.ok, f"\n{report}"
+    assert report.eigenvalues[0] == pytest.approx(3 ** (alpha - 2), rel=1e-5)
+    report = js.verify_jacobian_properties(jnp.array([[0.3, 0.1, -0.05], [0.0, 2.0, -1.0]]), alpha=alpha)
+    assert report.ok, f"\n{report}"
 
 
 def test_a_wrong_jacobian_is_found_out(monkeypatch):
@@ -61,8 +90,8 @@ def test_a_wrong_jacobian_is_found_out(monkeypatch):
         def as_matrix(self):
             return self.right.as_matrix() + 0.01 * jnp.eye(4)
 
-    monkeypatch.setattr(verify, "SoftmaxJacobian", Wrong)
-    report = js.verify_jacobian_properties(jnp.array(LOGITS["seed text"]))
+    monkeypatch.setattr(verify.properties, "SoftmaxJacobian", Wrong)
+    report = js.verify_jacobian_properties(jnp.array(LOGITS["four classes"]))
     failing = {p.name for p in report.properties if not p.holds}
     assert {"row sums", "column sums", "diagonal", "jacfwd", "jacrev", "spectrum"} <= failing
     assert not report.ok and "FAILS" in str(report)
@@ -92,6 +121,8 @@ def test_wrong_calls():
         js.verify_jacobian_properties(1j * np.ones(3))
     with pytest.raises(ValueError, match="at least one class"):
         js.verify_jacobian_properties(jnp.ones((2, 0)))
+    with pytest.raises(ValueError, match="at least one class and one example"):
+        js.verify_jacobian_properties(jnp.ones((0, 3)))
     with pytest.raises(ValueError, match="alpha must lie in"):
         js.verify_jacobian_properties(jnp.ones(3), alpha=0.5)
 

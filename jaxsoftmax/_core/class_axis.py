@@ -1,7 +1,7 @@
 """Shifts, masks and sums over the class axis: every reduction of the library's heads lives here.
 
-MATHEMATICS.md section 5. With m = max z and e = exp(z - m), the sums leave out one class (the top one, or the label),
-so that nothing small is ever added to, or subtracted from, a 1. Indicators are written as arithmetic, not as
+docs/mathematics.md, section 5. With m = max z and e = exp(z - m), the sums leave out one class (the top one, or the
+label), so that nothing small is ever added to, or subtracted from, a 1. Indicators are written as arithmetic, not as
 comparisons: XLA's CPU backend fuses arithmetic into a reduction and materialises a comparison.
 """
 

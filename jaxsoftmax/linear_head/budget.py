@@ -53,7 +53,7 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
       >>> linear_head.default_chunk_size(num_tokens=5, features=16, vocab=100)
       5
 
-    Reference: MATHEMATICS.md section 6.
+    Reference: docs/mathematics.md, section 6.
     """
     _check_sizes(num_tokens, features, vocab, itemsize)
     return default_chunk(num_tokens, features, vocab, itemsize)[0]
@@ -85,7 +85,7 @@ def predict_temp_bytes(
       >>> linear_head.predict_temp_bytes(2048, 512, 32768, chunk_size=128) >> 20
       25
 
-    Reference: MATHEMATICS.md section 6.
+    Reference: docs/mathematics.md, section 6.
     """
     _check_sizes(num_tokens, features, vocab, itemsize)
     if chunk_size is not None:

@@ -78,7 +78,7 @@ def linear_softmax_cross_entropy_loss(
       >>> print(jax.grad(jaxsoftmax.linear_softmax_cross_entropy_loss)(x, labels, weights).round(4))
       [[ 0.2447 -0.3348]]
 
-    Reference: MATHEMATICS.md section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
+    Reference: docs/mathematics.md, section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
     """
     call = _prepare(
         x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
@@ -126,7 +126,7 @@ def linear_softmax_cross_entropy_with_statistics(
       >>> print(loss.round(4), statistics.probability.round(4))
       0.4076 [0.6652]
 
-    Reference: MATHEMATICS.md section 6.
+    Reference: docs/mathematics.md, section 6.
     """
     call = _prepare(
         x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,

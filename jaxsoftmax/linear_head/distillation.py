@@ -66,7 +66,7 @@ def linear_softmax_kl_divergence(
       >>> print(linear_softmax_kl_divergence(x, weights, 2 * x, weights).round(4))
       0.1156
 
-    Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; MATHEMATICS.md sections 5 and 6.
+    Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; docs/mathematics.md, sections 5 and 6.
     """
     theta, shape, axis = layer(x, weights, bias, token_weights, vocab_axis)
     vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)

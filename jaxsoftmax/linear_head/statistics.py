@@ -27,7 +27,7 @@ class TokenStatistics(NamedTuple):
       >>> print(statistics.prediction, statistics.correct)
       [1] [False]
 
-    Reference: MATHEMATICS.md section 6.
+    Reference: docs/mathematics.md, section 6.
     """
 
     logsumexp: Array

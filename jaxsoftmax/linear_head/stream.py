@@ -1,7 +1,8 @@
 """The linear head, streamed: chunks of tokens, the gradient of the weights in slabs of the vocabulary.
 
-MATHEMATICS.md section 6. The one quantity is F = Σ_i a_i l(z_i), z = xW + b, with a weight a_i per token: its gradient
-in a is the vector of losses. `stream` forms rows of grad F, or of (D grad F)[t] along one direction t, with one pass:
+docs/mathematics.md, section 6. The one quantity is F = Σ_i a_i l(z_i), z = xW + b, with a weight a_i per token: its
+gradient in a is the vector of losses. `stream` forms rows of grad F, or of (D grad F)[t] along one direction t, in one
+pass:
 
     G = a ∂l/∂z:    dx = G Wᵀ,            dW = xᵀ G,            db = Σ G,    da = l,
     along t:        dx = Ġ Wᵀ + G Ẇᵀ,     dW = xᵀ Ġ + ẋᵀ G,     db = Σ Ġ,    da = l̇,     ż = ẋW + xẆ + ḃ.

@@ -44,7 +44,7 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, pos_we
       >>> print(jaxsoftmax.sigmoid_binary_cross_entropy(logits, labels))
       [2.0611537e-09 6.9314718e-01 0.0000000e+00]
 
-    Reference: MATHEMATICS.md section 4; `optax.sigmoid_binary_cross_entropy`, `torch.nn.BCEWithLogitsLoss`.
+    Reference: docs/mathematics.md, section 4; `optax.sigmoid_binary_cross_entropy`, `torch.nn.BCEWithLogitsLoss`.
     """
     return _logistic_loss(*_logistic_arguments(logits, labels, pos_weight))
 

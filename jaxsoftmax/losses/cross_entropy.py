@@ -71,7 +71,7 @@ def softmax_cross_entropy_with_integer_labels(
       >>> print(loss, gradient)
       2.0611537e-09 [-2.0611537e-09  2.0611537e-09]
 
-    Reference: MATHEMATICS.md sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
+    Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
     """
     options = label_smoothing, class_weights, ignore_index, z_loss
     return _integer_loss(*_integer_arguments(logits, labels, axis, where, *options))
@@ -104,7 +104,7 @@ def softmax_cross_entropy(
       >>> print(jax.grad(jaxsoftmax.softmax_cross_entropy)(logits, labels).round(4))
       [ 0.1285 -0.2688  0.1402]
 
-    Reference: MATHEMATICS.md sections 4 and 5; `optax.softmax_cross_entropy`.
+    Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy`.
     """
     return _soft_loss(*_soft_arguments(logits, labels, axis, where))
 
@@ -383,6 +383,6 @@ def natural_gradient_norm(
       >>> print((g @ jnp.linalg.pinv(jaxsoftmax.softmax_jacobian(logits)) @ g).round(3))
       3.325
 
-    Reference: Amari 1998; MATHEMATICS.md section 4.
+    Reference: Amari 1998; docs/mathematics.md, section 4.
     """
     return jnp.expm1(softmax_cross_entropy_with_integer_labels(logits, labels, axis, where))

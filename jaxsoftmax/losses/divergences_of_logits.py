@@ -64,7 +64,7 @@ def softmax_kl_divergence(
       >>> print(jaxsoftmax.softmax_kl_divergence(logits, target), jaxsoftmax.softmax_kl_divergence(target, target))
       3.31106e-10 0.0
 
-    Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; MATHEMATICS.md sections 4 and 5.
+    Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; docs/mathematics.md, sections 4 and 5.
     """
     return _between(kl, logits, target_logits, axis, where, temperature)
 

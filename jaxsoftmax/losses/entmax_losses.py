@@ -73,7 +73,7 @@ def entmax_loss(
       >>> print(loss.round(4), gradient.round(4))
       0.6844 [ 0.674 -0.674  0.   ]
 
-    Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; MATHEMATICS.md section 3.
+    Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; docs/mathematics.md, section 3.
     """
     return _loss(*_arguments(logits, labels, alpha, axis, where))
 

@@ -47,7 +47,7 @@ def softmax_entropy(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
       >>> print(jaxsoftmax.softmax_entropy(jnp.array([[0.0, 0.0], [20.0, 0.0], [jnp.inf, 0.0]])))
       [6.9314718e-01 4.32842e-08 0.0000000e+00]
 
-    Reference: MATHEMATICS.md sections 4 and 5.
+    Reference: docs/mathematics.md, sections 4 and 5.
     """
     return _softmax_entropy(*_entropy_arguments(logits, axis, where))
 
@@ -79,7 +79,7 @@ def brier_loss(logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: Arr
       >>> print(loss.round(4), gradient.round(4))
       0.1056 [-0.1327  0.0905  0.0422]
 
-    Reference: Brier 1950; MATHEMATICS.md section 4. `sklearn.metrics.brier_score_loss` averages Brier's own.
+    Reference: Brier 1950; docs/mathematics.md, section 4. `sklearn.metrics.brier_score_loss` averages Brier's own.
     """
     return _brier_loss(*_brier_arguments(logits, labels, axis, where))
 

@@ -63,7 +63,7 @@ def focal_loss_with_integer_labels(
       0.2830
       0.0641
 
-    Reference: Lin et al. 2017, https://arxiv.org/abs/1708.02002; MATHEMATICS.md section 4.
+    Reference: Lin et al. 2017, https://arxiv.org/abs/1708.02002; docs/mathematics.md, section 4.
     """
     return _focal_loss(*_focal_arguments(logits, labels, gamma, axis, where))
 

@@ -81,7 +81,7 @@ def logits_hessian(
       >>> [round(entry, 4) for entry in H.as_matrix()[0].tolist()], bool(H.is_psd())
       ([0.2324, -0.1447, -0.0877], True)
 
-    Reference: MATHEMATICS.md section 4.
+    Reference: docs/mathematics.md, section 4.
     """
     head, x = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     if x is None:
@@ -130,7 +130,7 @@ def loss_ggn(
       >>> print(H.is_psd(), G.is_psd(), jnp.allclose(G.mv(v), G.factor_mv(G.factor_rmv(v))))
       False True True
 
-    Reference: Schraudolph 2002; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
+    Reference: Schraudolph 2002; Martens 2020, https://arxiv.org/abs/1412.1193; docs/mathematics.md, section 4.
     """
     head, _ = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     return _capped(head.gauss_newton, logits, logit_softcap)
@@ -174,7 +174,7 @@ def loss_fisher(
       >>> print(abs(g.T @ g / 10000 - F.as_matrix()).max() < 0.01)
       True
 
-    Reference: Amari 1998; Martens 2020, https://arxiv.org/abs/1412.1193; MATHEMATICS.md section 4.
+    Reference: Amari 1998; Martens 2020, https://arxiv.org/abs/1412.1193; docs/mathematics.md, section 4.
     """
     head, _ = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     if head.fisher is None:

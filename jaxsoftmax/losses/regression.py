@@ -1,6 +1,8 @@
 """Regression heads: squared error and its relatives, element by element or summed over the last axis.
 
-l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    ∂²l/∂z² = 2 I    (seed text 002).
+l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    ∂²l/∂z² = 2 I.
+
+Reference: docs/mathematics.md, section 7.4.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> A
       >>> print(jaxsoftmax.squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])))
       [1. 4.]
 
-    Reference: `optax.squared_error`; MATHEMATICS.md section 4.
+    Reference: `optax.squared_error`; docs/mathematics.md, section 4.
     """
     return _square(_errors(predictions, targets))
 
@@ -87,7 +89,7 @@ def sum_squared_error(predictions: ArrayLike, targets: ArrayLike, axis: int | tu
       >>> print(jax.grad(jaxsoftmax.sum_squared_error)(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])))
       [ 2. -4.]
 
-    Reference: seed text 002; MATHEMATICS.md section 1.
+    Reference: docs/mathematics.md, section 7.
     """
     errors = _errors(predictions, targets)
     return jnp.sum(_square(errors), checks.axes(axis, errors.ndim))

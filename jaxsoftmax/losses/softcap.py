@@ -30,7 +30,7 @@ def softcap_logits(logits: ArrayLike, cap: ArrayLike) -> Array:
       >>> print(jaxsoftmax.softcap_logits(jnp.array([1.0, 100.0, -jnp.inf]), 30.0).round(4))
       [ 0.9996 29.9237    -inf]
 
-    Reference: Bello et al. 2017, https://arxiv.org/abs/1611.09940; MATHEMATICS.md section 4.
+    Reference: Bello et al. 2017, https://arxiv.org/abs/1611.09940; docs/mathematics.md, section 4.
     """
     logits = checks.as_loss_float("logits", logits)
     return _softcap(logits, checks.positive("cap", cap))

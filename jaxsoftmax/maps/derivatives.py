@@ -44,7 +44,7 @@ def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
       >>> print(jaxsoftmax.softmax_jvp(jnp.array([0.1, -0.3, 0.2]), p).round(4))
       [ 0.0493 -0.0743  0.025 ]
 
-    Reference: MATHEMATICS.md sections 2 and 5.
+    Reference: docs/mathematics.md, sections 2 and 5.
     """
     return _product("t", t, p, axis)
 
@@ -70,7 +70,7 @@ def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
       >>> print(jaxsoftmax.softmax_vjp(jnp.array([1.0, 0.0]), p))
       [ 9.357623e-14 -9.357623e-14]
 
-    Reference: MATHEMATICS.md sections 2 and 5.
+    Reference: docs/mathematics.md, sections 2 and 5.
     """
     return _product("g", g, p, axis)
 
@@ -97,7 +97,7 @@ def softmax_jacobian(x: ArrayLike) -> Array:
       [-0.1453, 0.1778, -0.0324]
       [-0.0881, -0.0324, 0.1206]
 
-    Reference: MATHEMATICS.md section 2; `SoftmaxJacobian` does without the matrix.
+    Reference: docs/mathematics.md, section 2; `SoftmaxJacobian` does without the matrix.
     """
     return _dense_jacobian(_logits(x))
 
@@ -125,7 +125,7 @@ def softmax_hessian(x: ArrayLike) -> Array:
       [[-0.09375, 0.09375], [0.09375, -0.09375]]
       [[0.09375, -0.09375], [-0.09375, 0.09375]]
 
-    Reference: MATHEMATICS.md section 2; `softmax_second_derivative` does without the tensor.
+    Reference: docs/mathematics.md, section 2; `softmax_second_derivative` does without the tensor.
     """
     return _dense_hessian(_logits(x))
 
@@ -152,7 +152,7 @@ def softmax_second_derivative(u: ArrayLike, v: ArrayLike, p: ArrayLike, axis: in
       >>> print(jaxsoftmax.softmax_second_derivative(u, u, p))
       [-0.09375  0.09375]
 
-    Reference: MATHEMATICS.md section 2.
+    Reference: docs/mathematics.md, section 2.
     """
     return _higher(p, {"u": u, "v": v}, axis)
 
@@ -180,7 +180,7 @@ def softmax_third_derivative(u: ArrayLike, v: ArrayLike, w: ArrayLike, p: ArrayL
       >>> print(jaxsoftmax.softmax_third_derivative(u, u, u, p))
       [-0.0234375  0.0234375]
 
-    Reference: MATHEMATICS.md section 2.
+    Reference: docs/mathematics.md, section 2.
     """
     return _higher(p, {"u": u, "v": v, "w": w}, axis)
 

@@ -52,7 +52,7 @@ def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> 
        [-0.5  0.5  0. ]
        [ 0.   0.   0. ]]
 
-    Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; MATHEMATICS.md section 3.
+    Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; docs/mathematics.md, section 3.
     """
     return _simplex_map(x, 2.0, axis, where)
 
@@ -78,7 +78,7 @@ def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> A
       >>> print(jaxsoftmax.entmax15(jnp.array([1.0, 0.5, -1.5])).round(4))
       [0.6740 0.3260 0.    ]
 
-    Reference: Peters, Niculae and Martins 2019, https://arxiv.org/abs/1905.05702; MATHEMATICS.md section 3.
+    Reference: Peters, Niculae and Martins 2019, https://arxiv.org/abs/1905.05702; docs/mathematics.md, section 3.
     """
     return _simplex_map(x, 1.5, axis, where)
 
@@ -112,7 +112,7 @@ def entmax(x: ArrayLike, alpha: ArrayLike = 1.5, axis: Axis = -1, where: ArrayLi
       [ 0.21   -0.0116 -0.1983]
 
     Reference: Peters, Niculae and Martins 2019, https://arxiv.org/abs/1905.05702; Correia, Niculae and Martins 2019,
-    https://arxiv.org/abs/1909.00015, for the derivative in α; MATHEMATICS.md section 3.
+    https://arxiv.org/abs/1909.00015, for the derivative in α; docs/mathematics.md, section 3.
     """
     return _simplex_map(x, alpha, axis, where)
 

@@ -60,7 +60,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Ar
       >>> [round(d, 4) for d in jax.jacfwd(jaxsoftmax.softmax)(z)[0].tolist()]
       [0.2335, -0.1453, -0.0881]
 
-    Reference: MATHEMATICS.md sections 1 and 5; `jax.nn.softmax`.
+    Reference: docs/mathematics.md, sections 1 and 5; `jax.nn.softmax`.
     """
     x = checks.as_float("x", x)
     return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), checks.axes(axis, x.ndim))
@@ -86,7 +86,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
       >>> print(jaxsoftmax.log_softmax(jnp.array([20.0, 0.0])))
       [-2.0611537e-09 -2.0000000e+01]
 
-    Reference: MATHEMATICS.md section 5; `jax.nn.log_softmax`, which returns 0 for the first of these two.
+    Reference: docs/mathematics.md, section 5; `jax.nn.log_softmax`, which returns 0 for the first of these two.
     """
     x = checks.as_float("x", x)
     return _map(log_softmax_of, -jnp.inf, x, checks.as_mask("where", where, x.shape), checks.axes(axis, x.ndim))
@@ -123,7 +123,7 @@ def logsumexp(
       >>> print(jaxsoftmax.logsumexp(jnp.array([0.0, -20.0])))
       2.0611537e-09
 
-    Reference: MATHEMATICS.md section 5; `jax.scipy.special.logsumexp`.
+    Reference: docs/mathematics.md, section 5; `jax.scipy.special.logsumexp`.
     """
     a = checks.as_float("a", a)
     if b is not None:

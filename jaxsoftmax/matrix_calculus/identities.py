@@ -190,7 +190,7 @@ _TABLE = (
         ("m×n", "m×n"),
         lambda X, Y: jnp.trace(X.T @ Y),
         lambda X, Y, dX, dY: _colon(dX, Y) + _colon(X, dY),
-        "seed 002",
+        "London (2024)",
     ),
     Identity(
         "outer product",
@@ -339,7 +339,7 @@ _TABLE = (
         ("n", "n"),
         lambda z, y: (z - y) @ (z - y),
         lambda z, y, dz, dy: 2 * _colon(z - y, dz - dy),
-        "seed 002",
+        "London (2024)",
     ),
     Identity(
         "least squares",
@@ -355,7 +355,7 @@ _TABLE = (
         ("m×n", "n"),
         lambda W, a: W @ a,
         lambda W, a, dW, da: dW @ a + W @ da,
-        "seed 002",
+        "London (2024)",
     ),
     Identity(
         "loss of a layer",
@@ -363,7 +363,7 @@ _TABLE = (
         ("m×n", "n"),
         lambda W, a: logsumexp(W @ a),
         lambda W, a, dW, da: _colon(jnp.outer(softmax(W @ a), a), dW) + (W.T @ softmax(W @ a)) @ da,
-        "seed 002",
+        "London (2024)",
     ),
     Identity(
         "chain rule",
@@ -371,7 +371,7 @@ _TABLE = (
         ("n",),
         lambda x: softmax(jnp.tanh(x)),
         lambda x, dx: _softmax_jacobian(jnp.tanh(x)) @ jnp.diag(1 - jnp.tanh(x) ** 2) @ dx,
-        "seed 001",
+        "docs/mathematics.md, section 1.2",
     ),
     Identity(
         "element-wise function",
@@ -388,7 +388,7 @@ _TABLE = (
         ("n",),
         softmax,
         lambda z, dz: _softmax_jacobian(z) @ dz,
-        "seed 001",
+        "docs/mathematics.md, section 1.2",
     ),
     Identity(
         "cross-entropy",
@@ -396,7 +396,7 @@ _TABLE = (
         ("n", "n"),
         lambda z, y: logsumexp(z) - y @ z,
         lambda z, y, dz, dy: (softmax(z) - y) @ dz - z @ dy,
-        "seed 001",
+        "docs/mathematics.md, section 1.2",
     ),
 )
 IDENTITIES: dict[str, Identity] = {identity.name: identity for identity in _TABLE}

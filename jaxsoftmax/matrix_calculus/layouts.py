@@ -41,7 +41,7 @@ def frobenius(A: ArrayLike, B: ArrayLike) -> Array:
       >>> print(frobenius(A, B), jnp.trace(A.T @ B))
       21.0 21.0
 
-    Reference: seed 002; MATHEMATICS.md section 1.
+    Reference: London 2024, Matrix differential calculus (for deep learning); docs/mathematics.md, section 7.
     """
     A, B = checks.as_float("A", A), checks.as_float("B", B)
     rank = min(max(A.ndim, B.ndim), 2)  # the axes of one matrix or vector
@@ -81,7 +81,7 @@ def numerator_layout(derivatives: Any, out_ndim: int = 0) -> Any:
       >>> print(jax.tree.map(jnp.shape, numerator_layout(grads)))
       {'W': (3, 2), 'b': (2,)}
 
-    Reference: seed 002; https://en.wikipedia.org/wiki/Matrix_calculus#Layout_conventions
+    Reference: docs/mathematics.md, section 7.2; https://en.wikipedia.org/wiki/Matrix_calculus#Layout_conventions
     """
     out_ndim = checks.at_least("out_ndim", out_ndim, 0)
 

@@ -57,7 +57,7 @@ def backprop(
       >>> jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
       True
 
-    Reference: seed 002; MATHEMATICS.md section 1.
+    Reference: London 2024, Matrix differential calculus (for deep learning); docs/mathematics.md, section 7.
     """
     layers = derivatives(params, x, targets, loss, activation, layout).layers
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(layers))
@@ -114,7 +114,7 @@ def derivatives(
       >>> [row.shape for row in found.z], [row.shape for row in found.a], [layer.W.shape for layer in found.layers]
       ([(3,), (2,)], [(3,)], [(4, 3), (3, 2)])
 
-    Reference: seed 002; MATHEMATICS.md section 1.
+    Reference: London 2024, Matrix differential calculus (for deep learning); docs/mathematics.md, section 7.
     """
     if layout not in ("denominator", "numerator"):
         raise ValueError(f"layout must be 'denominator' or 'numerator', got {layout!r}")
@@ -149,7 +149,7 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
       >>> [J.shape for J in layers], [J.shape for J in outputs]
       ([(5, 3, 3)], [(5, 2, 3), (5, 2, 2)])
 
-    Reference: seeds 001 and 002.
+    Reference: docs/mathematics.md, sections 1 and 7.
     """
     a, layers = checked(params, x, activation=activation), []
     for layer in params[:-1]:

@@ -104,7 +104,7 @@ def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> 
       >>> network.forward(params, jnp.ones((5, 64)), jax.nn.relu).shape
       (5, 10)
 
-    Reference: seed 002.
+    Reference: London 2024, Matrix differential calculus (for deep learning); docs/mathematics.md, section 7.
     """
     return output(params, checked(params, x, activation=activation), activation)
 

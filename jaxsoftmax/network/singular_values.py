@@ -36,7 +36,7 @@ def extreme_singular_values(
       >>> print(largest.round(4), smallest.round(4))
       4.0 1.0
 
-    Reference: Golub and Van Loan, Matrix Computations, section 10.4.
+    Reference: Golub and Van Loan 2013, Matrix Computations, section 10.4.
     """
     checks.function("f", f)
     x, key = checks.as_float("x", x), checks.key("key", key)

@@ -10,7 +10,7 @@ the form every head of softmax takes, because it cannot see a constant added to 
 
 T and e come from logits that are transformed first. No K×K matrix is built except by `as_matrix`.
 
-Reference: MATHEMATICS.md sections 2, 4 and 5.
+Reference: docs/mathematics.md, sections 2, 4 and 5.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
       >>> print(A.as_matrix().round(2)[0], A.trace().round(2))
       [ 0.42 -0.28 -0.14] 0.92
 
-    Reference: MATHEMATICS.md section 4.
+    Reference: docs/mathematics.md, section 4.
     """
 
     weights: Array

@@ -68,7 +68,7 @@ class SoftmaxJacobian(SymmetricOperator):
       >>> [round(entry, 3) for entry in J.pinv_mv(b).tolist()]
       [0.063, -1.393, 1.33]
 
-    Reference: MATHEMATICS.md sections 2, 3 and 5.
+    Reference: docs/mathematics.md, sections 2, 3 and 5.
     """
 
     probs: Array

@@ -7,7 +7,7 @@ the two are equal, the root is their common value. A root is kept as λ = o + x,
 distances (p_j - o) - x then have a small relative error, which is all that eigenvalues, eigenvectors and derivatives
 are made of. Everything here takes one probability vector; `jnp.vectorize` makes the batch.
 
-Reference: MATHEMATICS.md section 2; Bunch, Nielsen and Sorensen 1978 (the iteration); Gu and Eisenstat 1994
+Reference: docs/mathematics.md, section 2; Bunch, Nielsen and Sorensen 1978 (the iteration); Gu and Eisenstat 1994
 (orthogonal eigenvectors).
 """
 

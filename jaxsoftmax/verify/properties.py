@@ -1,6 +1,10 @@
-"""The properties of the Jacobian that seed text 001 lists, measured on given logits and reported as a table."""
+"""The properties of the Jacobian of softmax and α-entmax, measured on given logits and reported as a table.
+
+docs/mathematics.md, sections 1 to 3, has the proofs.
+"""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +14,9 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax.maps.entmax import entmax
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
+from jaxsoftmax.verify.table import table
 
-__all__ = ["JacobianReport", "Property", "verify_jacobian_properties"]
+__all__ = ["JacobianReport", "Property", "largest_eigenvalue_bound", "verify_jacobian_properties"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +71,10 @@ class JacobianReport:
             (p.name, p.statement, f"{p.measured:.3g}", f"{p.bound:.3g}", "ok" if p.holds else "FAILS")
             for p in self.properties
         ]
-        rows.insert(0, ("property", "statement", "measured", "at most", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = table(("property", "statement", "measured", "at most", ""), rows)
         shown = np.array2string(np.asarray(self.eigenvalues, np.float64), precision=6, threshold=32)
         head = f"Jacobian of {name} at {self.probs.shape[-1]} classes"
-        note = f"The largest eigenvalue is at most {_sharp_bound(self.alpha):g}; 1/4 bounds the diagonal entries only."
+        note = "1/4 bounds the diagonal entries of softmax's Jacobian, not its eigenvalues, which reach 1/2."
         return "\n".join([head, f"eigenvalues: {shown}", "", *lines, "", note])
 
 
@@ -80,19 +82,20 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
     """Measure the properties of J = ∂p/∂x at the logits x: symmetry, sums, spectrum, linear approximation, autodiff.
 
     The largest eigenvalue of softmax's J is at most 1/2, reached at p = (1/2, 1/2): λ₁ ≤ 2 max p(1-p) ≤ 1/2. The bound
-    1/4 sometimes stated holds for the diagonal entries p(1-p), not for the eigenvalues. For α-entmax it is 2^(α-2).
+    1/4 sometimes stated holds for the diagonal entries p(1-p), not for the eigenvalues. For α-entmax the bound is
+    `largest_eigenvalue_bound`, infinite for α > 2, where λ₁ ≤ max q, q = p^(2-α), is what remains.
 
     Args:
       x: real, finite logits (..., K); over a batch the worst example counts.
       alpha: 1 for softmax, more for α-entmax.
-      step: length of the displacement Δ in f(x+Δ) ≈ f(x) + JΔ.
+      step: length of the displacement Δ in f(x+Δ) ≈ f(x) + JΔ; less where the support would change on the way.
 
     Returns:
       A `JacobianReport`: `.ok`, the figures in `.properties`, and a table as `str()`.
 
     Raises:
       TypeError: if `x` is not real.
-      ValueError: if `x` is a scalar or has no class.
+      ValueError: if `x` is a scalar, or has no class or no example.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -100,12 +103,12 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
       >>> report.ok
       True
 
-    Reference: seed text 001, properties 1 to 5; MATHEMATICS.md sections 1 to 3.
+    Reference: docs/mathematics.md, sections 1 to 3.
     """
     x = checks.as_float("x", x)
     checks.axis_index(-1, x.ndim, "the class axis of x")
-    if x.shape[-1] == 0:
-        raise ValueError(f"x must have at least one class, got shape {x.shape}")
+    if x.size == 0:
+        raise ValueError(f"x must have at least one class and one example, got shape {x.shape}")
     checks.number("alpha", alpha, 1.0)
     checks.number("step", step, 0.0)
     x = dtypes.widen(x)[0]
@@ -116,7 +119,8 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
     eigenvalues = np.sort(np.asarray(operator.eigvalsh(), np.float64), -1)[..., ::-1]
     forward, reverse = (np.asarray(_batched(d(f), x), np.float64) for d in (jax.jacfwd, jax.jacrev))
     probs = np.asarray(p, np.float64)
-    weights = np.where(probs > 0, np.where(probs > 0, probs, 1.0) ** (2 - alpha), 0.0)
+    power = lambda exponent: np.where(probs > 0, np.where(probs > 0, probs, 1.0) ** exponent, 0.0)
+    weights, bend = power(2 - alpha), abs(2 - alpha) * power(3 - 2 * alpha)  # q, and r of D²p
     mass = weights.sum(-1, keepdims=True)
     ordered = np.sort(weights, -1)[..., ::-1]
     support = (probs > 0).sum(-1)
@@ -124,6 +128,8 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
     tolerance = 8 * eps * max(1.0, float(mass.max()))
     dense = np.linalg.eigvalsh(matrix)[..., ::-1]
     values, below = eigenvalues[..., :-1], eigenvalues[..., 1:]
+    largest = min(largest_eigenvalue_bound(alpha, x.shape[-1]), float(weights.max()))
+    step = min(step, _to_the_next_kink(np.asarray(x, np.float64), probs, alpha) / 4)
     error, order = _linear_approximation(f, operator, x, step)
     properties = (
         Property("symmetry", "J = Jᵀ", _worst(matrix - np.swapaxes(matrix, -1, -2)), 0.0),
@@ -139,12 +145,7 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
             tolerance,
         ),
         Property("diagonal bound", "J_ii ≤ Σq / 4", _worst(np.diagonal(matrix, axis1=-2, axis2=-1) / mass), 0.25 + eps),
-        Property(
-            "largest eigenvalue",
-            "λ₁ ≤ 2^(α-2), here sharp",
-            float(eigenvalues.max()),
-            _sharp_bound(alpha) * (1 + 8 * eps),
-        ),
+        Property("largest eigenvalue", "λ₁ ≤ Λ(α, K) and max q", float(eigenvalues.max()), largest * (1 + 8 * eps)),
         Property("spectrum", "λ as LAPACK finds them", _worst(eigenvalues - dense), tolerance),
         Property(
             "interlacing",
@@ -152,7 +153,12 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
             max(_excess(values - ordered[..., :-1]), _excess(ordered[..., 1:] - values), _excess(below - values)),
             tolerance,
         ),
-        Property("linear approximation", f"f(x+Δ) ≈ f(x) + JΔ, |Δ| = {step:g}", error, step**2),
+        Property(
+            "linear approximation",
+            f"f(x+Δ) ≈ f(x) + JΔ, |Δ| = {step:.2g}",
+            error,
+            step**2 * max(1.0, 4 * float(bend.max())),
+        ),
         Property("its order", "|order - 2| of that error", abs(order - 2), 0.25),
         Property("jacfwd", "J = jacfwd(f)(x)", _worst(matrix - forward), tolerance),
         Property("jacrev", "J = jacrev(f)(x)", _worst(matrix - reverse), tolerance),
@@ -160,8 +166,35 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
     return JacobianReport(float(alpha), probs, eigenvalues, properties)
 
 
-def _sharp_bound(alpha: float) -> float:
-    return 2.0 ** (alpha - 2)
+def largest_eigenvalue_bound(alpha: float, num_classes: int) -> float:
+    """Λ(α, K), the largest eigenvalue that the Jacobian of α-entmax can have: the Lipschitz constant of the map in ℓ₂.
+
+    For 1 ≤ α ≤ 2: Λ = max(2^(α-2), K/(K-1) (1 + ρ)^-(3-α)), ρ = (K-1)^(-(α-1)/(3-α)). It is 1/2 for softmax and 1 for
+    sparsemax, whatever K is, and reached.
+
+    Args:
+      alpha: at least 1.
+      num_classes: K, at least 1.
+
+    Returns:
+      The bound; 0 for one class, inf for α > 2.
+
+    Example:
+      >>> from jaxsoftmax.verify import largest_eigenvalue_bound
+      >>> largest_eigenvalue_bound(1.0, 10), largest_eigenvalue_bound(2.0, 10)
+      (0.5, 1.0)
+
+    Reference: docs/mathematics.md, section 3.3, has the proof.
+    """
+    checks.number("alpha", alpha, 1.0)
+    checks.at_least("num_classes", num_classes, 1)
+    if num_classes == 1:
+        return 0.0
+    if alpha > 2:
+        return math.inf
+    rest = num_classes - 1
+    ratio = rest ** (-(alpha - 1) / (3 - alpha))
+    return max(2.0 ** (alpha - 2), num_classes / rest * (1 + ratio) ** (alpha - 3))
 
 
 def _worst(x) -> float:
@@ -176,6 +209,15 @@ def _batched(jacobian, x):
     for _ in range(x.ndim - 1):
         jacobian = jax.vmap(jacobian)
     return jax.jit(jacobian)(x)
+
+
+def _to_the_next_kink(x: np.ndarray, probs: np.ndarray, alpha: float) -> float:
+    """The least |x_i - τ/(α-1)|: how far the nearest logit is from entering the support or leaving it."""
+    if alpha == 1:
+        return math.inf
+    top = np.argmax(x, -1, keepdims=True)
+    at_top = np.take_along_axis(probs, top, -1) ** (alpha - 1) / (alpha - 1)
+    return float(np.min(abs(x - np.take_along_axis(x, top, -1) + at_top)))
 
 
 def _linear_approximation(f, operator, x, step: float) -> tuple[float, float]:
