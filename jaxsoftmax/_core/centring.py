@@ -22,7 +22,9 @@ def below_half(p: Array) -> Array:
     return p * jnp.floor(1.5 - p)
 
 
-def jacobian_product(v: Array, p: Array, axis: int, total: Array | float = 1.0, weights: Array | None = None) -> Array:
+def jacobian_product(
+    v: Array, p: Array, axis: num.Axis, total: Array | float = 1.0, weights: Array | None = None
+) -> Array:
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
     With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
@@ -36,7 +38,7 @@ def jacobian_product(v: Array, p: Array, axis: int, total: Array | float = 1.0, 
     return (1 - is_top(p)) * weights * w - weights * mean
 
 
-def rounded_one(p: Array, axis: int) -> Array:
+def rounded_one(p: Array, axis: num.Axis) -> Array:
     """Σp as computed, a constant; 1 where all p are 0."""
     total = num.class_sum(lax.stop_gradient(p), axis)
     return jnp.where(total == 0, 1.0, total)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -116,6 +116,22 @@ def axes(axis: Any, ndim: int, name: str = "axis") -> tuple[int, ...]:
     if len(set(found)) != len(found):
         raise ValueError(f"{name}={tuple(axis)} names an axis twice")
     return found
+
+
+def mesh_axes(axis_name: Any) -> tuple[str, ...]:
+    """The mesh axes that `axis_name` (a name, a tuple of names, or None for none) stands for."""
+    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name={axis_name!r} names a mesh axis twice")
+    try:
+        lax.psum(1, names)
+    except NameError:
+        raise ValueError(
+            f"axis_name={axis_name!r} needs a jax.shard_map over a mesh with that axis around it"
+        ) from None
+    return names
 
 
 def integer(name: str, value: Any) -> int:

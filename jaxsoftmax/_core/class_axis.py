@@ -3,24 +3,92 @@
 docs/mathematics.md, section 5. With m = max z and e = exp(z - m), the sums leave out one class (the top one, or the
 label), so that nothing small is ever added to, or subtracted from, a 1. Indicators are written as arithmetic, not as
 comparisons: XLA's CPU backend fuses arithmetic into a reduction and materialises a comparison.
+
+This is also the one place that knows of classes split over a mesh. Inside `jax.shard_map` a `ClassAxis` with mesh axes
+stands for blocks of the classes, one per device: sums and maxima go over all of them, and a class index counts
+through them. What crosses the mesh is one number per example and reduction, the same on every device afterwards.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax._core import dtypes
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.plumbing import mesh_axes
 
 
-def class_sum(x: Array, axis: int) -> Array:
+@dataclasses.dataclass(frozen=True)
+class ClassAxis:
+    """Where the classes are; hashable, so that a rule takes it as a static argument.
+
+    Args:
+      positions: the axis of an array, or several that count as one in the given order.
+      mesh_axes: the axes of a `jax.shard_map` over which the classes are split in equal consecutive blocks.
+    """
+
+    positions: tuple[int, ...]
+    mesh_axes: tuple[str, ...] = ()
+
+    def without(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`shape` without the class axis."""
+        return tuple(n for i, n in enumerate(shape) if i not in self.positions)
+
+
+Axis = ClassAxis | int  # an integer where the classes are one whole axis
+
+
+def class_axis(axis: Any, ndim: int, axis_name: Any) -> ClassAxis:
+    """The arguments `axis` and `axis_name` of a public function, checked."""
+    return ClassAxis(checks.axes(axis, ndim), checks.mesh_axes(axis_name))
+
+
+def positions(axis: Axis) -> tuple[int, ...]:
+    """The axis or axes of an array."""
+    return axis.positions if isinstance(axis, ClassAxis) else (axis,)
+
+
+def _mesh_axes(axis: Axis) -> tuple[str, ...]:
+    return axis.mesh_axes if isinstance(axis, ClassAxis) else ()
+
+
+def class_sum(x: Array, axis: Axis) -> Array:
     """Σ over the class axis, which stays with length 1."""
-    return jnp.sum(x, axis, keepdims=True)
+    local, names = local_sum(x, axis), _mesh_axes(axis)
+    return lax.psum(local, names) if names else local
 
 
-def class_max(z: Array, axis: int) -> Array:
-    """max over the class axis, which stays with length 1; -inf over no class."""
-    return jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
+def local_sum(x: Array, axis: Axis) -> Array:
+    """Σ over the classes of this device: of a cotangent that the mesh adds up, for an argument every device shares."""
+    return jnp.sum(x, positions(axis), keepdims=True)
+
+
+def class_max(z: Array, axis: Axis) -> Array:
+    """max over the class axis, which stays with length 1; -inf over no class. Over a mesh not differentiable."""
+    local, names = jnp.max(z, positions(axis), keepdims=True, initial=-jnp.inf), _mesh_axes(axis)
+    return lax.pmax(local, names) if names else local
+
+
+def class_any(mask: Array, axis: Axis) -> Array:
+    """Whether the mask holds anywhere along the class axis, which stays with length 1."""
+    local, names = jnp.any(mask, positions(axis), keepdims=True), _mesh_axes(axis)
+    return lax.pmax(local.astype(jnp.int32), names) > 0 if names else local
+
+
+def num_classes(like: Array, axis: Axis) -> int:
+    """The length of the class axis, blocks of other devices included."""
+    return math.prod(like.shape[i] for i in positions(axis)) * lax.psum(1, _mesh_axes(axis))
+
+
+def shared_cotangent(ct: Array, axis: Axis) -> Array:
+    """The cotangent of a result that every device shares.
+
+    With `check_vma=False` nobody keeps track of what they share, and each device gets a part of it.
+    """
+    names = _mesh_axes(axis)
+    return lax.psum(ct, names) if names and not mesh_axes(lax.axis_index(names)) else ct
 
 
 def shift(z: Array, m: Array) -> Array:
@@ -29,7 +97,7 @@ def shift(z: Array, m: Array) -> Array:
     return jnp.minimum(z, limit) + (-jnp.clip(m, -limit, limit))
 
 
-def leave_top_out(z: Array, m: Array, axis: int) -> Array:
+def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m.
 
     While the whole sum is below 2, only the top class can have e = 1, and e - floor(e) leaves out just that one.
@@ -45,25 +113,46 @@ def _shift_negated(z: Array, m: Array) -> Array:
     return -(jnp.maximum(-z, -limit) + jnp.clip(m, -limit, limit))
 
 
-def class_index(like: Array, axis: int, dtype=jnp.int32) -> Array:
+def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
     """0, 1, … along the class axis, of the shape of `like`."""
-    return lax.broadcasted_iota(dtype, like.shape, axis)
+    (position,), first = positions(axis), first_class(like, axis)
+    index = lax.broadcasted_iota(dtype, like.shape, position)
+    return index if isinstance(first, int) else index + first.astype(dtype)
 
 
-def other_classes(like: Array, index: Array, axis: int) -> Array:
+def first_class(like: Array, axis: Axis) -> Array | int:
+    """Index of the first class that is here among all classes."""
+    (position,), names = positions(axis), _mesh_axes(axis)
+    return lax.axis_index(names) * like.shape[position] if names else 0
+
+
+def class_argmax(z: Array, m: Array, axis: Axis) -> Array:
+    """Index of the first class at which z has its maximum m; the class axis has length 1."""
+    (position,), names = positions(axis), _mesh_axes(axis)
+    if not names:
+        return jnp.argmax(z, position, keepdims=True).astype(jnp.int32)
+    index = jnp.where(z == m, class_index(z, axis), num_classes(z, axis))
+    return lax.pmin(jnp.min(index, position, keepdims=True), names)
+
+
+def other_classes(like: Array, index: Array, axis: Axis) -> Array:
     """1 at every class but `index`, 0 there."""
-    dtype = like.dtype if like.shape[axis] < 2**24 else jnp.int32  # float32 holds no larger index exactly
+    dtype = like.dtype if num_classes(like, axis) < 2**24 else jnp.int32  # float32 holds no larger index exactly
     distance = jnp.abs(class_index(like, axis, dtype) - index.astype(dtype))
     return jnp.minimum(distance, 1).astype(like.dtype)
 
 
-def take_class(x: Array, index: Array, axis: int) -> Array:
+def take_class(x: Array, index: Array, axis: Axis) -> Array:
     """x at class `index` (class axis of length 1); NaN where there is no such class."""
-    num_classes = x.shape[axis]
-    if num_classes == 0:
+    total = num_classes(x, axis)
+    if total == 0:
         return jnp.full(index.shape, jnp.nan, x.dtype)
-    found = jnp.take_along_axis(x, jnp.clip(index, 0, num_classes - 1), axis)
-    return jnp.where((index >= 0) & (index < num_classes), found, jnp.nan)
+    (position,), local = positions(axis), index - first_class(x, axis)
+    size = x.shape[position]
+    found = jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
+    if names := _mesh_axes(axis):  # the one device that has the class adds it to the others' 0
+        found = lax.psum(jnp.where((local >= 0) & (local < size), found, 0.0), names)
+    return jnp.where((index >= 0) & (index < total), found, jnp.nan)
 
 
 def class_labels(labels: Array, num_classes: int) -> Array:
@@ -79,24 +168,26 @@ def one_infinity(total: Array, m: Array, single: int) -> Array:
     return jnp.where((m == -jnp.inf) | (m == jnp.inf) & (total > single), jnp.nan, total)
 
 
-def present(z: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
+def present(z: Array, mask: Array | None, axis: Axis) -> Array:
     """z with -inf at the masked classes, and 0 throughout a slice that has no other: no NaN arises there."""
     if mask is None:
         return z
-    return jnp.where(mask, z, jnp.where(jnp.any(mask, axes, keepdims=True), -jnp.inf, 0.0).astype(z.dtype))
+    return jnp.where(mask, z, jnp.where(class_any(mask, axis), -jnp.inf, 0.0).astype(z.dtype))
 
 
-def absent_examples(loss: Array, mask: Array | None, axis: int) -> Array:
-    """`loss`, whose class axis is gone; 0 where the mask leaves no class."""
-    return loss if mask is None else jnp.where(jnp.any(mask, axis), loss, 0.0)
+def absent_examples(loss: Array, mask: Array | None, axis: Axis) -> Array:
+    """`loss` without its class axis, of length 1; 0 where the mask leaves no class."""
+    loss = loss if mask is None else jnp.where(class_any(mask, axis), loss, 0.0)
+    return jnp.squeeze(loss, positions(axis))
 
 
-def one_axis(axes: tuple[int, ...], *arrays: Array | None) -> tuple[list, int]:
-    """The arrays with the given axes merged into one, and that axis; a single axis stays where it is."""
-    if len(axes) == 1:
-        return list(arrays), axes[0]
-    merged = [None if x is None else merge_axes(x, axes) for x in arrays]
-    return merged, next(x.ndim for x in merged if x is not None) - 1
+def one_axis(axes: ClassAxis, *arrays: Array | None) -> tuple[list, ClassAxis]:
+    """The arrays with the class axes merged into one, and that axis; a single axis stays where it is."""
+    if len(axes.positions) == 1:
+        return list(arrays), axes
+    merged = [None if x is None else merge_axes(x, axes.positions) for x in arrays]
+    last = next(x.ndim for x in merged if x is not None) - 1
+    return merged, ClassAxis((last,), axes.mesh_axes)
 
 
 def merge_axes(x: Array, axes: tuple[int, ...]) -> Array:

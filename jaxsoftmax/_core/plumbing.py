@@ -28,3 +28,10 @@ def tied(arrays, to):
     """
     zero = sum((jnp.sum(jnp.ravel(x)[:0]).astype(jnp.float32) for x in jax.tree.leaves(to)), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
+
+
+def mesh_axes(x) -> frozenset[str]:
+    """The axes of a `shard_map` that x varies over; none where JAX keeps no account of them in types (before 0.7)."""
+    kind = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
+    return getattr(kind, "varying", getattr(kind, "vma", frozenset()))

@@ -23,7 +23,7 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.softmax import Axis, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
 from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
@@ -39,6 +39,7 @@ def softmax_cross_entropy_with_integer_labels(
     class_weights: ArrayLike | None = None,
     ignore_index: int | None = None,
     z_loss: ArrayLike = 0.0,
+    axis_name: AxisName = None,
 ) -> Array:
     """Cross-entropy with class indices: L = log Σ exp(logits_k) - logits_label.
 
@@ -56,6 +57,8 @@ def softmax_cross_entropy_with_integer_labels(
       class_weights: weights of shape (K,), as in torch.nn.functional.cross_entropy.
       ignore_index: label of examples to leave out; loss 0, gradient 0.
       z_loss: ζ, a penalty that keeps the logits' normaliser near 0.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
 
     Returns:
       Loss per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
@@ -74,11 +77,16 @@ def softmax_cross_entropy_with_integer_labels(
     Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
     """
     options = label_smoothing, class_weights, ignore_index, z_loss
-    return _integer_loss(*_integer_arguments(logits, labels, axis, where, *options))
+    return _integer_loss(*_integer_arguments(logits, labels, axis, axis_name, where, *options))
 
 
 def softmax_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Cross-entropy with a distribution as label: L = -Σ_k labels_k log p_k, p = softmax(logits).
 
@@ -89,6 +97,8 @@ def softmax_cross_entropy(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
         (False: the example is absent, with loss 0 and gradient 0).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
@@ -106,15 +116,16 @@ def softmax_cross_entropy(
 
     Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy`.
     """
-    return _soft_loss(*_soft_arguments(logits, labels, axis, where))
+    return _soft_loss(*_soft_arguments(logits, labels, axis, axis_name, where))
 
 
-def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
+def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, axis_name: AxisName = None) -> Array:
     """Cross-entropy that ignores logits of -inf under a label of 0, as `softmax_cross_entropy` always does.
 
     Args:
       logits: floating-point logits (..., K).
       labels: real weights of the classes, of a shape that broadcasts to (..., K).
+      axis_name: as in `softmax_cross_entropy`.
 
     Returns:
       Loss per example (...).
@@ -130,40 +141,38 @@ def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     Reference: `optax.safe_softmax_cross_entropy`.
     """
-    return softmax_cross_entropy(logits, labels)
+    return softmax_cross_entropy(logits, labels, axis_name=axis_name)
 
 
-def _integer_arguments(logits, labels, axis, where, label_smoothing, class_weights, ignore_index, z_loss) -> tuple:
+def _integer_arguments(
+    logits, labels, axis, axis_name, where, label_smoothing, class_weights, ignore_index, z_loss
+) -> tuple:
     """The arguments, checked; ignored examples are masked, and options that are off are None."""
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     labels = checks.as_labels("labels", labels)
-    labels = checks.broadcast("labels", labels, _without(logits.shape, axes))
-    mask = checks.as_loss_mask("where", where, logits.shape, axes)
+    labels = checks.broadcast("labels", labels, axes.without(logits.shape))
+    mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.number("z_loss", z_loss)
     if class_weights is not None:
         class_weights = checks.as_loss_float("class_weights", class_weights)
-        num_classes = math.prod(logits.shape[i] for i in axes)
+        num_classes = math.prod(logits.shape[i] for i in axes.positions)
         checks.same_shape("class_weights", class_weights, "the class axis", (num_classes,))
     if ignore_index is not None:
         ignored = labels == jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
-        kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes), logits.shape)
+        kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
         mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
     smooth, penalty = (None if _is_zero(option) else option for option in (label_smoothing, z_loss))
     return logits, labels, mask, class_weights, smooth, penalty, axes
 
 
-def _soft_arguments(logits, labels, axis, where) -> tuple:
+def _soft_arguments(logits, labels, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
-    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes
-
-
-def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(shape) if i not in axes)
+    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
 def _is_zero(option: Any) -> bool:
@@ -174,13 +183,15 @@ def _is_zero(option: Any) -> bool:
 def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> Array:
     """The integer-label loss per example; options that are None are off."""
     (logits, mask), axis = num.one_axis(axes, logits, mask)
-    z = num.present(logits, mask, (axis,))
-    labels = jnp.expand_dims(num.class_labels(labels, z.shape[axis]), axis)
+    z = num.present(logits, mask, axis)
+    labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
     wide = dtypes.widen(z)[0]
     # Two terms in the logits: their gradients are added before the one rounding.
     loss = label_loss(z if smooth is None and penalty is None else wide, labels, axis)
     if class_weights is not None:
-        weights = jnp.expand_dims(class_weights.astype(loss.dtype), [i for i in range(z.ndim) if i != axis])
+        weights = jnp.expand_dims(
+            class_weights.astype(loss.dtype), [i for i in range(z.ndim) if i not in axis.positions]
+        )
         loss = loss * num.take_class(jnp.broadcast_to(weights, z.shape), labels, axis)
     else:
         weights = jnp.ones([1] * z.ndim, loss.dtype)
@@ -192,21 +203,21 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
         loss = (1 - smooth) * loss + smooth * soft_label_loss(wide, target, axis)
     if penalty is not None:
         loss = loss + jnp.asarray(penalty, loss.dtype) * logsumexp_of(wide, axis) ** 2
-    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+    return num.absent_examples(loss, mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _soft_loss(logits, labels, mask, axes) -> Array:
     (logits, labels, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
-    loss = soft_label_loss(num.present(logits, mask, (axis,)), num.zero_absent(labels, mask), axis)
-    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+    loss = soft_label_loss(num.present(logits, mask, axis), num.zero_absent(labels, mask), axis)
+    return num.absent_examples(loss, mask, axis)
 
 
 # Rules. z keeps its dtype, so that the residual of half-precision logits is no larger than they are; the class axis
 # of labels and losses has length 1.
 
 
-def label_sums(z: Array, label: Array, axis: int) -> tuple[Array, Array, Array]:
+def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Array]:
     """(m, R, S): the maximum, Σ exp(z - m) without the label's class, and with it. Never differentiated."""
     z = dtypes.widen(lax.stop_gradient(z))[0]
     m = num.class_max(z, axis)
@@ -215,14 +226,14 @@ def label_sums(z: Array, label: Array, axis: int) -> tuple[Array, Array, Array]:
     return m, jnp.where(jnp.isnan(total), total, rest), total
 
 
-def label_gap(z: Array, label: Array, m: Array, axis: int) -> Array:
+def label_gap(z: Array, label: Array, m: Array, axis: num.Axis) -> Array:
     """z_label - m; NaN for a label that is no class."""
     at_label = num.take_class(z, label, axis)
     return jnp.where(at_label == jnp.inf, 0.0, at_label - m)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def label_loss(z: Array, label: Array, axis: int) -> Array:
+def label_loss(z: Array, label: Array, axis: num.Axis) -> Array:
     """-log softmax(z)_label, with the class axis kept."""
     m, rest, total = label_sums(z, label, axis)
     gap = label_gap(dtypes.widen(z)[0], label, m, axis)
@@ -235,6 +246,7 @@ def _label_loss_fwd(z, label, axis):
 
 def _label_loss_bwd(axis, residuals, ct):
     z, label, m, rest, total = residuals
+    ct = num.shared_cotangent(ct, axis)
     return (ct * label_gradient(dtypes.widen(z)[0], label, m, rest, total, axis)).astype(z.dtype), None
 
 
@@ -242,7 +254,7 @@ label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(5,))
-def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: int) -> Array:
+def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: num.Axis) -> Array:
     """p - e_label from the known sums; differentiable in z, which fixes them."""
     return jnp.where(num.class_index(z, axis) == label, -rest, jnp.exp(num.shift(z, m))) / total
 
@@ -259,7 +271,7 @@ label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def soft_label_loss(z: Array, y: Array, axis: int) -> Array:
+def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
     surprise = jnp.log1p(num.one_infinity(s, m, 0)) - jnp.where(z == jnp.inf, 0.0, z - m)
@@ -271,7 +283,7 @@ def _soft_label_loss_fwd(z, y, axis):
 
 
 def _soft_label_loss_bwd(axis, residuals, ct):
-    z, y, m, s = residuals
+    ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
     surprise = -log_softmax_of(z, axis)
     return ct * soft_label_gradient(z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
 
@@ -280,7 +292,7 @@ soft_label_loss.defvjp(_soft_label_loss_fwd, _soft_label_loss_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(4,))
-def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: int) -> Array:
+def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """(Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     mass = num.class_sum(y, axis)
@@ -308,17 +320,17 @@ def _integer_curvature(
     logits, labels, axis=-1, where=None, *, label_smoothing=0.0, class_weights=None, ignore_index=None, z_loss=0.0
 ) -> Curvature:
     options = label_smoothing, class_weights, ignore_index, z_loss
-    return _integer_operators(*on_last_axis(*_integer_arguments(logits, labels, axis, where, *options)))
+    return _integer_operators(*on_last_axis(*_integer_arguments(logits, labels, axis, None, where, *options)))
 
 
 @curvature_of(softmax_cross_entropy, safe_softmax_cross_entropy)
 def _soft_curvature(logits, labels, axis=-1, where=None) -> Curvature:
-    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, axis, where)))
+    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, axis, None, where)))
 
 
 @functools.partial(jax.jit, inline=True)
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, -1)
     weights = jnp.broadcast_to(1.0 if class_weights is None else class_weights, z.shape).astype(z.dtype)
     weight = num.take_class(weights, num.class_labels(labels, z.shape[-1])[..., None], -1)
     if smooth is not None:
@@ -332,7 +344,7 @@ def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> 
 @functools.partial(jax.jit, inline=True)
 def _soft_operators(logits, labels, mask) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, weight = num.present(logits, mask, (-1,)), num.class_sum(num.zero_absent(y, mask), -1)
+    z, weight = num.present(logits, mask, -1), num.class_sum(num.zero_absent(y, mask), -1)
     return categorical(z, only_examples(mask, weight), draw_one_hot)
 
 
@@ -357,7 +369,12 @@ def draw_one_hot(key: Array, z: Array, shape: tuple[int, ...]) -> Array:
 
 
 def natural_gradient_norm(
-    logits: ArrayLike, labels: ArrayLike, axis: int | tuple[int, ...] = -1, where: ArrayLike | None = None
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Squared length of the cross-entropy gradient g = p - e_label in the Fisher metric: gᵀ J⁺ g = expm1(L).
 
@@ -366,6 +383,7 @@ def natural_gradient_norm(
       labels: integers, of the shape of `logits` without `axis`.
       axis: class axis, or a tuple of axes flattened into one, in the given order.
       where: as in `softmax_cross_entropy_with_integer_labels`.
+      axis_name: as there.
 
     Returns:
       One number per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
@@ -385,4 +403,4 @@ def natural_gradient_norm(
 
     Reference: Amari 1998; docs/mathematics.md, section 4.
     """
-    return jnp.expm1(softmax_cross_entropy_with_integer_labels(logits, labels, axis, where))
+    return jnp.expm1(softmax_cross_entropy_with_integer_labels(logits, labels, axis, where, axis_name=axis_name))

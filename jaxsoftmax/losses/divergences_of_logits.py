@@ -24,7 +24,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.softmax import Axis, log_softmax_of, softmax_of
+from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, softmax_of
 from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -35,6 +35,8 @@ def softmax_kl_divergence(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """KL(target‖model) between softmax(target_logits / T) and softmax(logits / T): the loss of distillation.
 
@@ -48,6 +50,8 @@ def softmax_kl_divergence(
       where: boolean mask of the shape of `logits` (False: the class is absent from both) or of the result (False: the
         example is absent, with loss 0 and gradient 0).
       temperature: T > 0, which divides both.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Divergence per example, of the shape of `logits` without `axis`; float32 for half precision, else of the common
@@ -66,7 +70,7 @@ def softmax_kl_divergence(
 
     Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; docs/mathematics.md, sections 4 and 5.
     """
-    return _between(kl, logits, target_logits, axis, where, temperature)
+    return _between(kl, logits, target_logits, axis, axis_name, where, temperature)
 
 
 def jensen_shannon_divergence(
@@ -75,6 +79,8 @@ def jensen_shannon_divergence(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Jensen-Shannon divergence of p = softmax(logits / T), q = softmax(target_logits / T): ½KL(p‖m) + ½KL(q‖m).
 
@@ -87,6 +93,8 @@ def jensen_shannon_divergence(
       where: boolean mask of the shape of `logits` (False: the class is absent from both) or of the result (False: the
         example is absent, with loss 0 and gradient 0).
       temperature: T > 0, which divides both.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Divergence per example, of the shape of `logits` without `axis`; float32 for half precision, else of the common
@@ -104,19 +112,19 @@ def jensen_shannon_divergence(
 
     Reference: Lin 1991, https://doi.org/10.1109/18.61115; `scipy.spatial.distance.jensenshannon` is its square root.
     """
-    return _between(jensen_shannon, logits, target_logits, axis, where, temperature)
+    return _between(jensen_shannon, logits, target_logits, axis, axis_name, where, temperature)
 
 
-def _between(divergence, logits, target_logits, axis: Axis, where: ArrayLike | None, temperature) -> Array:
-    return _apply(divergence, *_arguments(logits, target_logits, axis, where, temperature))
+def _between(divergence, *arguments) -> Array:
+    return _apply(divergence, *_arguments(*arguments))
 
 
-def _arguments(logits, target_logits, axis, where, temperature) -> tuple:
+def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     targets = checks.as_loss_float("target_logits", target_logits)
     targets = checks.broadcast("target_logits", targets, logits.shape)
-    mask = checks.as_loss_mask("where", where, logits.shape, axes)
+    mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
     return logits, targets, mask, checks.positive("temperature", temperature), axes
 
 
@@ -124,12 +132,12 @@ def _arguments(logits, target_logits, axis, where, temperature) -> tuple:
 def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
     (x, z, mask), axis = num.one_axis(axes, *dtypes.widen(logits, targets), mask)
     x, z = _tempered(x, z, mask, temperature, axis)
-    return num.absent_examples(jnp.squeeze(divergence(x, z, axis), axis), mask, axis)
+    return num.absent_examples(divergence(x, z, axis), mask, axis)
 
 
-def _tempered(x: Array, z: Array, mask: Array | None, temperature, axis: int) -> tuple[Array, Array]:
+def _tempered(x: Array, z: Array, mask: Array | None, temperature, axis: num.Axis) -> tuple[Array, Array]:
     temperature = jnp.asarray(temperature, x.dtype)
-    return num.present(x, mask, (axis,)) / temperature, num.present(z, mask, (axis,)) / temperature
+    return num.present(x, mask, axis) / temperature, num.present(z, mask, axis) / temperature
 
 
 # Rules. x and z are floating arrays of at least float32.
@@ -145,7 +153,7 @@ class Sums(NamedTuple):
     ratio: Array  # log(total_x / total_z)
 
 
-def compare(x: Array, z: Array, axis: int) -> Sums:
+def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 
     log(total_x / total_z) is log1p(Σ q (exp(d) - 1)), d = (x - max x) - (z - max z), which keeps its digits for
@@ -185,7 +193,7 @@ def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def kl(x: Array, z: Array, axis: int) -> Array:
+def kl(x: Array, z: Array, axis: num.Axis) -> Array:
     """KL(q‖p), with the class axis kept."""
     return _kl(x, z, compare(x, z, axis), axis)
 
@@ -203,7 +211,7 @@ def _kl_fwd(x, z, axis):
 
 
 def _kl_bwd(axis, residuals, ct):
-    x, z, sums = residuals
+    ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
     ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
     return ct * difference(x, z, sums, axis), -ct * jacobian_product(ratio, softmax_of(z, axis), axis)
 
@@ -212,7 +220,7 @@ kl.defvjp(_kl_fwd, _kl_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def jensen_shannon(x: Array, z: Array, axis: int) -> Array:
+def jensen_shannon(x: Array, z: Array, axis: num.Axis) -> Array:
     """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, with the class axis kept."""
     p, q, ratio = classes(x, z, compare(x, z, axis))
     return num.class_sum((p + q) / 2 * missing_bits(ratio), axis)
@@ -223,7 +231,7 @@ def _jensen_shannon_fwd(x, z, axis):
 
 
 def _jensen_shannon_bwd(axis, residuals, ct):
-    x, z, sums = residuals
+    ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
     ratio = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3)  # p or q is 0 beyond
     dx = jacobian_product(log_double_sigmoid(ratio), softmax_of(x, axis), axis)
     dz = jacobian_product(log_double_sigmoid(-ratio), softmax_of(z, axis), axis)
@@ -234,7 +242,7 @@ jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def difference(x: Array, z: Array, sums: Sums, axis: int) -> Array:
+def difference(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """p - q: q (exp(ρ) - 1) where the two are close; differentiable in x and z, which fix the sums."""
     p, q, ratio = classes(x, z, sums)
     return jnp.where((jnp.abs(ratio) < 1) & (q > 0), q * jnp.expm1(ratio), p - q)
@@ -253,7 +261,7 @@ difference.defvjp(_difference_fwd, _difference_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def log_ratio(x: Array, z: Array, sums: Sums, axis: int) -> Array:
+def log_ratio(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """ρ = log p - log q; differentiable in x and z, which fix the sums."""
     return classes(x, z, sums)[2]
 
@@ -275,7 +283,7 @@ log_ratio.defvjp(_log_ratio_fwd, _log_ratio_bwd)
 
 @curvature_of(softmax_kl_divergence)
 def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -> Curvature:
-    return _kl_operators(*on_last_axis(*_arguments(logits, target_logits, axis, where, temperature)))
+    return _kl_operators(*on_last_axis(*_arguments(logits, target_logits, axis, None, where, temperature)))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -294,7 +302,7 @@ def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
 
 @curvature_of(jensen_shannon_divergence)
 def _jensen_shannon_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -> Curvature:
-    return _jensen_shannon_operators(*on_last_axis(*_arguments(logits, target_logits, axis, where, temperature)))
+    return _jensen_shannon_operators(*on_last_axis(*_arguments(logits, target_logits, axis, None, where, temperature)))
 
 
 @functools.partial(jax.jit, inline=True)

@@ -18,12 +18,17 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.scalar_functions import exp_remainder
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
-from jaxsoftmax.maps.softmax import Axis
+from jaxsoftmax.maps.softmax import Axis, AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
 def kl_divergence(
-    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Kullback-Leibler divergence of predictions from targets: Σ_k t_k (log t_k - log q_k).
 
@@ -33,6 +38,8 @@ def kl_divergence(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
         example is absent).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
@@ -50,11 +57,16 @@ def kl_divergence(
 
     Reference: `optax.losses.kl_divergence`. From logits, `softmax_kl_divergence` keeps more digits.
     """
-    return _divergence(_kl_term, log_predictions, targets, "targets", axis, where)
+    return _divergence(_kl_term, log_predictions, targets, "targets", axis, axis_name, where)
 
 
 def kl_divergence_with_log_targets(
-    log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    log_predictions: ArrayLike,
+    log_targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Kullback-Leibler divergence with both sides as logarithms: Σ_k t_k (log t_k - log q_k).
 
@@ -64,6 +76,8 @@ def kl_divergence_with_log_targets(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
         example is absent).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
@@ -81,11 +95,16 @@ def kl_divergence_with_log_targets(
 
     Reference: `optax.losses.kl_divergence_with_log_targets`.
     """
-    return _divergence(_log_kl_term, log_predictions, log_targets, "log_targets", axis, where)
+    return _divergence(_log_kl_term, log_predictions, log_targets, "log_targets", axis, axis_name, where)
 
 
 def generalized_kl_divergence(
-    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Kullback-Leibler divergence of measures: Σ_k t_k (log t_k - log q_k) - t_k + q_k, no term of it negative.
 
@@ -97,6 +116,8 @@ def generalized_kl_divergence(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
         example is absent).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
@@ -114,22 +135,22 @@ def generalized_kl_divergence(
 
     Reference: `optax.losses.generalized_kl_divergence`, once `convex_kl_divergence` there.
     """
-    return _divergence(_generalized_kl_term, log_predictions, targets, "targets", axis, where)
+    return _divergence(_generalized_kl_term, log_predictions, targets, "targets", axis, axis_name, where)
 
 
 convex_kl_divergence = generalized_kl_divergence
 
 
-def _divergence(term, log_predictions, targets, name: str, axis: Axis, where: ArrayLike | None) -> Array:
-    return _sum_of_terms(term, *_arguments(log_predictions, targets, name, axis, where))
+def _divergence(term, *arguments) -> Array:
+    return _sum_of_terms(term, *_arguments(*arguments))
 
 
-def _arguments(log_predictions, targets, name, axis, where) -> tuple:
+def _arguments(log_predictions, targets, name, axis, axis_name, where) -> tuple:
     log_predictions = checks.as_loss_float("log_predictions", log_predictions)
-    axes = checks.axes(axis, log_predictions.ndim)
+    axes = num.class_axis(axis, log_predictions.ndim, axis_name)
     targets = checks.as_real(name, targets, dtypes.compute_dtype(log_predictions.dtype))
     targets = checks.broadcast(name, targets, log_predictions.shape)
-    mask = checks.as_loss_mask("where", where, log_predictions.shape, axes)
+    mask = checks.as_loss_mask("where", where, log_predictions.shape, axes.positions)
     return log_predictions, targets, mask, axes
 
 
@@ -137,7 +158,7 @@ def _arguments(log_predictions, targets, name, axis, where) -> tuple:
 def _sum_of_terms(term, log_predictions, targets, mask, axes) -> Array:
     (logq, t, mask), axis = num.one_axis(axes, *dtypes.widen(log_predictions, targets), mask)
     terms = term(num.zero_absent(logq, mask), num.zero_absent(t, mask))
-    return jnp.squeeze(num.class_sum(num.zero_absent(terms, mask), axis), axis)
+    return jnp.squeeze(num.class_sum(num.zero_absent(terms, mask), axis), axis.positions)
 
 
 # Rules, element by element.
@@ -212,12 +233,12 @@ _excess.defvjp(lambda logq, t: (_excess(logq, t), logq), lambda logq, ct: (ct * 
 
 @curvature_of(kl_divergence)
 def _kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
-    return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, where)))
+    return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, None, where)))
 
 
 @curvature_of(kl_divergence_with_log_targets)
 def _log_kl_curvature(log_predictions, log_targets, axis=-1, where=None) -> Curvature:
-    return _no_curvature(*on_last_axis(*_arguments(log_predictions, log_targets, "log_targets", axis, where)))
+    return _no_curvature(*on_last_axis(*_arguments(log_predictions, log_targets, "log_targets", axis, None, where)))
 
 
 def _no_curvature(log_predictions: Array, *_) -> Curvature:

@@ -32,6 +32,7 @@ from jaxsoftmax.maps.entmax import (
     log_support,
     order_of,
 )
+from jaxsoftmax.maps.softmax import AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -42,6 +43,8 @@ def entmax_loss(
     alpha: ArrayLike = 1.5,
     axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Fenchel-Young loss of α-entmax: L = max_p (<p, z> + H_α(p)) - <y, z> - H_α(y), with gradient p - y.
 
@@ -57,6 +60,8 @@ def entmax_loss(
       axis: class axis, or a tuple of axes flattened into one, in the given order.
       where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
         is absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits. Differentiable in
@@ -75,10 +80,10 @@ def entmax_loss(
 
     Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; docs/mathematics.md, section 3.
     """
-    return _loss(*_arguments(logits, labels, alpha, axis, where))
+    return _loss(*_arguments(logits, labels, alpha, axis, axis_name, where))
 
 
-def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> Array:
+def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike, *, axis_name: AxisName = None) -> Array:
     """Fenchel-Young loss of sparsemax with class indices, the case α = 2 of `entmax_loss`; gradient p - e_label.
 
     L = ½ Σ_{k≠label} p_k² + ½ (1 - p_label)² where p_label > 0.
@@ -86,6 +91,7 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> Array:
     Args:
       scores: floating-point logits (..., K).
       labels: integers (...). One outside [0, K) makes loss and gradient of its own example NaN.
+      axis_name: as in `entmax_loss`.
 
     Returns:
       Loss per example (...); float32 for half-precision scores.
@@ -103,10 +109,10 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> Array:
     Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; `optax.multiclass_sparsemax_loss`.
     """
     scores = checks.as_loss_float("scores", scores)
-    axis = checks.axis_index(-1, scores.ndim)
+    axes = num.class_axis(-1, scores.ndim, axis_name)
     labels = checks.broadcast("labels", checks.as_labels("labels", labels), scores.shape[:-1])
-    alphas, exact = as_order(2.0, scores.shape, (axis,))
-    return _loss(scores, labels, alphas, None, exact, (axis,))
+    alphas, exact = as_order(2.0, scores.shape, axes)
+    return _loss(scores, labels, alphas, None, exact, axes)
 
 
 def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -143,19 +149,18 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
     return _binary_loss(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
 
 
-def _arguments(logits, labels, alpha, axis, where) -> tuple:
+def _arguments(logits, labels, alpha, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     labels = checks.as_array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
-        labels = checks.broadcast("labels", labels, batch)
+        labels = checks.broadcast("labels", labels, axes.without(logits.shape))
     elif jnp.issubdtype(labels.dtype, jnp.floating):
         labels = checks.broadcast("labels", labels, logits.shape)
     else:
         raise TypeError(f"labels must have an integer (indices) or floating (distributions) dtype, got {labels.dtype}")
     alphas, exact = as_order(alpha, logits.shape, axes)
-    return logits, labels, alphas, checks.as_loss_mask("where", where, logits.shape, axes), exact, axes
+    return logits, labels, alphas, checks.as_loss_mask("where", where, logits.shape, axes.positions), exact, axes
 
 
 @functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
@@ -168,22 +173,22 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
     else:
         (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
         y = jnp.where(y < 0, jnp.nan, y)
-    z = num.present(z, mask, (axis,))
+    z = num.present(z, mask, axis)
     alpha = order_of(z, alpha, exact, axis)
     p = entmax_of(z, alpha, exact, axis)
     on_absent = 0.0
     if mask is not None:
-        on_absent = jnp.where(jnp.any(~mask & (y > 0), axis, keepdims=True), jnp.inf, 0.0)
+        on_absent = jnp.where(num.class_any(~mask & (y > 0), axis), jnp.inf, 0.0)
         y = jnp.where(mask, y, 0.0)
     loss = fenchel_young(z, typed_like(z, y), alpha, p, axis, indices) + on_absent
     if indices:
         loss = loss * (1 + 0 * num.class_max(y, axis))  # NaN at every order for a label that is no class
-    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+    return num.absent_examples(loss, mask, axis)
 
 
-def one_hot(labels: Array, like: Array, axis: int) -> Array:
+def one_hot(labels: Array, like: Array, axis: num.Axis) -> Array:
     """e_label along the class axis; NaN throughout for a label that is no class."""
-    index = jnp.expand_dims(num.class_labels(labels, like.shape[axis]), axis)
+    index = jnp.expand_dims(num.class_labels(labels, num.num_classes(like, axis)), num.positions(axis))
     y = 1 - num.other_classes(like, index, axis)
     return jnp.where(index < 0, jnp.nan, y)
 
@@ -192,7 +197,7 @@ def one_hot(labels: Array, like: Array, axis: int) -> Array:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(4, 5))
-def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: int, sums_to_one: bool) -> Array:
+def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: num.Axis, sums_to_one: bool) -> Array:
     """L(z, y) from p, the α-entmax of z, with the class axis kept. p maximises, so it has no part in the gradient.
 
     As the sum of Bregman divergences L is defined for every y ≥ 0, which makes its slope in y well defined.
@@ -227,7 +232,8 @@ def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
         kappa = deformed_log(log_support(p), beta, 1)
         slope += excess * pi
         alpha_slope += excess * (1 / alpha**2 - num.class_sum(pi * kappa, axis))
-    return ct * slope, ct * label_slope, ct * alpha_slope, None
+    shared = num.shared_cotangent(ct, axis)
+    return shared * slope, shared * label_slope, ct * alpha_slope, None
 
 
 fenchel_young.defvjp(_fenchel_young_fwd, _fenchel_young_bwd)
@@ -240,7 +246,7 @@ def _entropy_slope(p: Array, alpha: Array) -> Array:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def dual(z: Array, alpha: Array, p: Array, axis: int) -> Array:
+def dual(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
     """z - ψ: ln_β(p) on the support, at most -1/β off it. Differentiable in z and α, which fix p."""
     m, u = num.class_max(z, axis), num.class_max(p, axis)
     rest = jnp.where(u > 0.5, num.class_sum(below_half(p), axis), 0.0)
@@ -256,7 +262,7 @@ def _dual_bwd(axis, residuals, g):
     # From dp = q∘(dz - dψ - κ dα) and Σdp = 0: dψ = <π, dz - κ dα>.
     alpha, p = residuals
     (pi, _), total = escort(p, alpha, axis), num.class_sum(g, axis)
-    return g - pi * total, total * num.class_sum(pi * deformed_log(log_support(p), alpha - 1, 1), axis), None
+    return g - pi * total, total * num.local_sum(pi * deformed_log(log_support(p), alpha - 1, 1), axis), None
 
 
 dual.defvjp(_dual_fwd, _dual_bwd)
@@ -296,18 +302,18 @@ def _binary_residual(z: Array, y: Array) -> Array:
 
 @curvature_of(entmax_loss)
 def _entmax_curvature(logits, labels, alpha=1.5, axis=-1, where=None) -> Curvature:
-    return _entmax_operators(*on_last_axis(*_arguments(logits, labels, alpha, axis, where)))
+    return _entmax_operators(*on_last_axis(*_arguments(logits, labels, alpha, axis, None, where)))
 
 
 @curvature_of(multiclass_sparsemax_loss)
 def _sparsemax_curvature(scores, labels) -> Curvature:
     labels = checks.as_labels("labels", labels)
-    return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, None)))
+    return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, None, None)))
 
 
 @functools.partial(jax.jit, static_argnames=("exact",), inline=True)
 def _entmax_operators(logits, labels, alpha, mask, exact) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, -1)
     axis = z.ndim - 1
     alpha = order_of(z, alpha, exact, axis)
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)

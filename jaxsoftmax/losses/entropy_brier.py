@@ -20,13 +20,15 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import below_half, is_top, jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.softmax import Axis, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
 
 
-def softmax_entropy(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def softmax_entropy(
+    logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None
+) -> Array:
     """Entropy of the prediction: H = -Σ_k p_k log p_k, p = softmax(logits), in nats.
 
     Args:
@@ -34,6 +36,8 @@ def softmax_entropy(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
         is absent, with entropy 0 and gradient 0).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Entropy per example, of the shape of `logits` without `axis`; float32 for half-precision logits.
@@ -49,10 +53,17 @@ def softmax_entropy(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
 
     Reference: docs/mathematics.md, sections 4 and 5.
     """
-    return _softmax_entropy(*_entropy_arguments(logits, axis, where))
+    return _softmax_entropy(*_entropy_arguments(logits, axis, axis_name, where))
 
 
-def brier_loss(logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def brier_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
+) -> Array:
     """Half the squared distance of prediction and label: ½ Σ_k (p_k - labels_k)², p = softmax(logits).
 
     Brier's score is twice this. Bounded, so that no example, however wrong, outweighs the rest; not convex.
@@ -63,6 +74,8 @@ def brier_loss(logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: Arr
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
         (False: the example is absent, with loss 0 and gradient 0).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
@@ -81,41 +94,41 @@ def brier_loss(logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: Arr
 
     Reference: Brier 1950; docs/mathematics.md, section 4. `sklearn.metrics.brier_score_loss` averages Brier's own.
     """
-    return _brier_loss(*_brier_arguments(logits, labels, axis, where))
+    return _brier_loss(*_brier_arguments(logits, labels, axis, axis_name, where))
 
 
-def _entropy_arguments(logits, axis, where) -> tuple:
+def _entropy_arguments(logits, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
-    return logits, checks.as_loss_mask("where", where, logits.shape, axes), axes
+    axes = num.class_axis(axis, logits.ndim, axis_name)
+    return logits, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
-def _brier_arguments(logits, labels, axis, where) -> tuple:
+def _brier_arguments(logits, labels, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
-    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes), axes
+    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _softmax_entropy(logits, mask, axes) -> Array:
     (z, mask), axis = num.one_axis(axes, *dtypes.widen(logits), mask)
-    return num.absent_examples(jnp.squeeze(entropy(num.present(z, mask, (axis,)), axis), axis), mask, axis)
+    return num.absent_examples(entropy(num.present(z, mask, axis), axis), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _brier_loss(logits, labels, mask, axes) -> Array:
     (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
-    loss = brier(num.present(z, mask, (axis,)), num.zero_absent(y, mask), axis)
-    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+    loss = brier(num.present(z, mask, axis), num.zero_absent(y, mask), axis)
+    return num.absent_examples(loss, mask, axis)
 
 
 # Rules. z and y are floating arrays of at least float32.
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
-def entropy(z: Array, axis: int) -> Array:
+def entropy(z: Array, axis: num.Axis) -> Array:
     """-Σ p log p, with the class axis kept; no term is negative."""
     m, s = moments(z, axis)
     surprise = jnp.log1p(num.one_infinity(s, m, 0)) - num.shift(z, m)
@@ -127,7 +140,7 @@ def _entropy_fwd(z, axis):
 
 
 def _entropy_bwd(axis, residuals, ct):
-    z, m, s = residuals
+    ct, (z, m, s) = num.shared_cotangent(ct, axis), residuals
     return (-ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis),)
 
 
@@ -140,7 +153,7 @@ entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def brier(z: Array, y: Array, axis: int) -> Array:
+def brier(z: Array, y: Array, axis: num.Axis) -> Array:
     """½ Σ (p - y)², with the class axis kept."""
     return num.class_sum(error(z, y, *moments(z, axis), axis) ** 2, axis) / 2
 
@@ -150,7 +163,7 @@ def _brier_fwd(z, y, axis):
 
 
 def _brier_bwd(axis, residuals, ct):
-    z, y, m, s = residuals
+    ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
     d = error(z, y, m, s, axis)
     return ct * jacobian_product(d, probabilities(z, m, 1 + s, axis), axis), -ct * d
 
@@ -159,7 +172,7 @@ brier.defvjp(_brier_fwd, _brier_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(4,))
-def error(z: Array, y: Array, m: Array, s: Array, axis: int) -> Array:
+def error(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """p - y; where p > 1/2, (1 - y) - (1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     return jnp.where(p > 0.5, (1 - y) - s / (1 + s), p - y)
@@ -181,25 +194,25 @@ error.defvjp(_error_fwd, _error_bwd)
 
 @curvature_of(softmax_entropy)
 def _entropy_curvature(logits, axis=-1, where=None) -> Curvature:
-    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, where)))
+    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, None, where)))
 
 
 @functools.partial(jax.jit, inline=True)
 def _entropy_operators(logits, mask) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, -1)
     p, axis = softmax_of(z, z.ndim - 1), z.ndim - 1
     return of_probabilities(p, -p, -jacobian_product(_below(z, num.class_max(z, axis)), p, axis), mask)
 
 
 @curvature_of(brier_loss)
 def _brier_curvature(logits, labels, axis=-1, where=None) -> Curvature:
-    return _brier_operators(*on_last_axis(*_brier_arguments(logits, labels, axis, where)))
+    return _brier_operators(*on_last_axis(*_brier_arguments(logits, labels, axis, None, where)))
 
 
 @functools.partial(jax.jit, inline=True)
 def _brier_operators(logits, labels, mask) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, y, axis = num.present(logits, mask, (-1,)), num.zero_absent(y, mask), logits.ndim - 1
+    z, y, axis = num.present(logits, mask, -1), num.zero_absent(y, mask), logits.ndim - 1
     p = softmax_of(z, axis)
     others = num.class_sum(below_half(p), axis)
     # p - y as `error` has it, in arithmetic: the sums of the products fuse with it.

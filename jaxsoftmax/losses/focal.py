@@ -24,7 +24,7 @@ from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, soft
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_gap, label_sums, soft_label_loss
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.softmax import Axis, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -35,6 +35,8 @@ def focal_loss_with_integer_labels(
     gamma: ArrayLike = 2.0,
     axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Focal loss with class indices: (1 - p_label)^γ · (-log p_label), p = softmax(logits).
 
@@ -46,6 +48,8 @@ def focal_loss_with_integer_labels(
       axis: class axis, or a tuple of axes flattened into one, in the given order.
       where: boolean mask of the shape of `logits` (False: the class is absent) or of `labels` (False: the example is
         absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
 
     Returns:
       Loss per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
@@ -65,7 +69,7 @@ def focal_loss_with_integer_labels(
 
     Reference: Lin et al. 2017, https://arxiv.org/abs/1708.02002; docs/mathematics.md, section 4.
     """
-    return _focal_loss(*_focal_arguments(logits, labels, gamma, axis, where))
+    return _focal_loss(*_focal_arguments(logits, labels, gamma, axis, axis_name, where))
 
 
 def poly_loss_cross_entropy(
@@ -74,6 +78,8 @@ def poly_loss_cross_entropy(
     epsilon: ArrayLike = 2.0,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
     """Poly-1 loss: Σ_k labels_k (-log p_k + ε (1 - p_k)), p = softmax(logits).
 
@@ -84,6 +90,8 @@ def poly_loss_cross_entropy(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
         (False: the example is absent, with loss 0 and gradient 0).
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
@@ -100,43 +108,43 @@ def poly_loss_cross_entropy(
 
     Reference: Leng et al. 2022, https://arxiv.org/abs/2204.12511; `optax.poly_loss_cross_entropy`.
     """
-    return _poly_loss(*_poly_arguments(logits, labels, epsilon, axis, where))
+    return _poly_loss(*_poly_arguments(logits, labels, epsilon, axis, axis_name, where))
 
 
-def _focal_arguments(logits, labels, gamma, axis, where) -> tuple:
+def _focal_arguments(logits, labels, gamma, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     labels = checks.as_labels("labels", labels)
-    labels = checks.broadcast("labels", labels, tuple(n for i, n in enumerate(logits.shape) if i not in axes))
+    labels = checks.broadcast("labels", labels, axes.without(logits.shape))
     checks.number("gamma", gamma, 0.0)
-    return logits, labels, gamma, checks.as_loss_mask("where", where, logits.shape, axes), axes
+    return logits, labels, gamma, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
-def _poly_arguments(logits, labels, epsilon, axis, where) -> tuple:
+def _poly_arguments(logits, labels, epsilon, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = checks.axes(axis, logits.ndim)
+    axes = num.class_axis(axis, logits.ndim, axis_name)
     labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
     checks.number("epsilon", epsilon)
-    return logits, labels, epsilon, checks.as_loss_mask("where", where, logits.shape, axes), axes
+    return logits, labels, epsilon, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
     (logits, mask), axis = num.one_axis(axes, logits, mask)
-    z = num.present(logits, mask, (axis,))
-    labels = jnp.expand_dims(num.class_labels(labels, z.shape[axis]), axis)
+    z = num.present(logits, mask, axis)
+    labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
     s = margin(z, labels, axis)
     loss = focal(finite(s), jnp.asarray(gamma, s.dtype))
-    return num.absent_examples(jnp.squeeze(infinite_at(s == -jnp.inf, loss), axis), mask, axis)
+    return num.absent_examples(infinite_at(s == -jnp.inf, loss), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _poly_loss(logits, labels, epsilon, mask, axes) -> Array:
     (logits, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
-    z, y = num.present(logits, mask, (axis,)), num.zero_absent(y, mask)
+    z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
     loss = soft_label_loss(z, y, axis) + jnp.asarray(epsilon, z.dtype) * missed(z, y, axis)
-    return num.absent_examples(jnp.squeeze(loss, axis), mask, axis)
+    return num.absent_examples(loss, mask, axis)
 
 
 # Rules.
@@ -148,7 +156,7 @@ def focal(s: Array, gamma: Array) -> Array:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def margin(z: Array, label: Array, axis: int) -> Array:
+def margin(z: Array, label: Array, axis: num.Axis) -> Array:
     """z_label - log Σ_{k≠label} exp(z_k), with the class axis kept; +inf where no other class is left."""
     m, rest, _ = label_sums(z, label, axis)
     return label_gap(*dtypes.widen(z), label, m, axis) - jnp.log(rest)
@@ -160,7 +168,7 @@ def _margin_fwd(z, label, axis):
 
 
 def _margin_bwd(axis, residuals, ct):
-    z, label, m, rest = residuals
+    ct, (z, label, m, rest) = num.shared_cotangent(ct, axis), residuals
     (wide,) = dtypes.widen(z)
     return (ct * margin_gradient(wide, label, m, rest, axis)).astype(z.dtype), None
 
@@ -168,14 +176,14 @@ def _margin_bwd(axis, residuals, ct):
 margin.defvjp(_margin_fwd, _margin_bwd)
 
 
-def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: int) -> Array:
+def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
     """e_label - q from the known sums."""
     at_label = 1 + 0 * rest  # NaN for a label that is no class
     return jnp.where(num.class_index(z, axis) == label, at_label, -others(z, label, m, rest, axis))
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(4,))
-def others(z: Array, label: Array, m: Array, rest: Array, axis: int) -> Array:
+def others(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
     """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
     left = jnp.maximum(rest, jnp.finfo(z.dtype).tiny)
     return num.other_classes(z, label, axis) * jnp.exp(num.shift(z, m)) / left
@@ -194,7 +202,7 @@ others.defvjp(_others_fwd, _others_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def missed(z: Array, y: Array, axis: int) -> Array:
+def missed(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (1 - p_k), with the class axis kept."""
     return num.class_sum(y * one_minus_p(z, *moments(z, axis), axis), axis)
 
@@ -204,7 +212,7 @@ def _missed_fwd(z, y, axis):
 
 
 def _missed_bwd(axis, residuals, ct):
-    z, y, m, s = residuals
+    ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
     return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * one_minus_p(z, m, s, axis)
 
 
@@ -212,7 +220,7 @@ missed.defvjp(_missed_fwd, _missed_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def one_minus_p(z: Array, m: Array, s: Array, axis: int) -> Array:
+def one_minus_p(z: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """1 - p, where p > 1/2 as the sum of the others: s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     return jnp.where(p > 0.5, s / (1 + s), 1 - p)
@@ -234,7 +242,7 @@ one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 
 @curvature_of(focal_loss_with_integer_labels)
 def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None) -> Curvature:
-    return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, where)))
+    return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, None, where)))
 
 
 @functools.partial(
@@ -282,7 +290,7 @@ class FunctionOfLoss(DiagonalPlusLowRank):
 @functools.partial(jax.jit, inline=True)
 def _focal_operators(logits, labels, gamma, mask) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
-    z = num.present(*dtypes.widen(logits), mask, (-1,))
+    z = num.present(*dtypes.widen(logits), mask, -1)
     gamma, axis = jnp.asarray(gamma, z.dtype), z.ndim - 1
     label = num.class_labels(labels, z.shape[-1])[..., None]
     m, _, total = label_sums(z, label, axis)
@@ -299,13 +307,13 @@ def _focal_operators(logits, labels, gamma, mask) -> Curvature:
 
 @curvature_of(poly_loss_cross_entropy)
 def _poly_curvature(logits, labels, epsilon=2.0, axis=-1, where=None) -> Curvature:
-    return _poly_operators(*on_last_axis(*_poly_arguments(logits, labels, epsilon, axis, where)))
+    return _poly_operators(*on_last_axis(*_poly_arguments(logits, labels, epsilon, axis, None, where)))
 
 
 @functools.partial(jax.jit, inline=True)
 def _poly_operators(logits, labels, epsilon, mask) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, y = num.present(logits, mask, (-1,)), num.zero_absent(y, mask)
+    z, y = num.present(logits, mask, -1), num.zero_absent(y, mask)
     p, mass = softmax_of(z, z.ndim - 1), num.class_sum(y, -1)
     weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p))
     outer = SoftmaxJacobian(p, only_examples(mask, mass))

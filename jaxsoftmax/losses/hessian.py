@@ -186,8 +186,8 @@ def on_last_axis(*arguments: Any) -> list:
     """The checked arguments of a head, logits first, without the class axes at the end, which must be the last axis."""
     *kept, axes = arguments
     last = kept[0].ndim - 1
-    if axes != (last,):
-        raise ValueError(f"axis must be the last, {last}, for an operator in the logits, got {axes}; move it there")
+    if axes.positions != (last,):
+        raise ValueError(f"axis must be the last, {last}, for an operator in the logits, got {axes.positions}; move it")
     return kept
 
 

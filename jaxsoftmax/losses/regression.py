@@ -14,9 +14,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core import scalar_functions as elementary
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.maps.softmax import Axis, AxisName
 from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
@@ -69,13 +71,17 @@ def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
     return 0.5 * squared_error(predictions, targets)
 
 
-def sum_squared_error(predictions: ArrayLike, targets: ArrayLike, axis: int | tuple[int, ...] | None = -1) -> Array:
+def sum_squared_error(
+    predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, *, axis_name: AxisName = None
+) -> Array:
     """Squared distance of each example: (z - ŷ)ᵀ(z - ŷ) = Σ_k (z_k - ŷ_k)², with gradient 2 (z - ŷ).
 
     Args:
       predictions: floating-point array z.
       targets: array ŷ of the same shape.
       axis: the axis or axes summed over; None for all.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which they are split in equal
+        consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
       Losses, of the shape of `predictions` without `axis`; float32 for half precision.
@@ -92,7 +98,8 @@ def sum_squared_error(predictions: ArrayLike, targets: ArrayLike, axis: int | tu
     Reference: docs/mathematics.md, section 7.
     """
     errors = _errors(predictions, targets)
-    return jnp.sum(_square(errors), checks.axes(axis, errors.ndim))
+    axes = num.class_axis(axis, errors.ndim, axis_name)
+    return jnp.squeeze(num.class_sum(_square(errors), axes), axes.positions)
 
 
 def huber_loss(predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0) -> Array:
@@ -213,7 +220,7 @@ def _l2_curvature(predictions, targets=None) -> Curvature:
 @curvature_of(sum_squared_error)
 def _sum_squared_error_curvature(predictions, targets, axis=-1) -> Curvature:
     errors = _errors(predictions, targets)
-    on_last_axis(errors, checks.axes(axis, errors.ndim))
+    on_last_axis(errors, num.class_axis(axis, errors.ndim, None))
     return _of_variance(0.5, errors, predictions)
 
 

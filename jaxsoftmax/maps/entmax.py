@@ -23,16 +23,18 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.maps.softmax import Axis
+from jaxsoftmax.maps.softmax import Axis, AxisName
 
 
-def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
     """Sparsemax: the point of the simplex nearest to x, p_i = max(x_i - τ, 0) with τ such that Σp = 1.
 
     Args:
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks; `x` and the result are this device's block.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`; exactly 0 off the support. All zero where every class
@@ -54,16 +56,18 @@ def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> 
 
     Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; docs/mathematics.md, section 3.
     """
-    return _simplex_map(x, 2.0, axis, where)
+    return _simplex_map(x, 2.0, axis, axis_name, where)
 
 
-def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
     """1.5-entmax: p_i = max(x_i/2 - τ, 0)² with τ such that Σp = 1; sparse like sparsemax, smoother.
 
     Args:
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks; `x` and the result are this device's block.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`; exactly 0 off the support. All zero where every class
@@ -80,10 +84,17 @@ def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> A
 
     Reference: Peters, Niculae and Martins 2019, https://arxiv.org/abs/1905.05702; docs/mathematics.md, section 3.
     """
-    return _simplex_map(x, 1.5, axis, where)
+    return _simplex_map(x, 1.5, axis, axis_name, where)
 
 
-def entmax(x: ArrayLike, alpha: ArrayLike = 1.5, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def entmax(
+    x: ArrayLike,
+    alpha: ArrayLike = 1.5,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
+) -> Array:
     """α-entmax: p_i = max((α-1) x_i - τ, 0)^(1/(α-1)) with τ such that Σp = 1.
 
     Softmax at α = 1, sparsemax at α = 2. Differentiable in `alpha` too, continuously through both.
@@ -94,6 +105,8 @@ def entmax(x: ArrayLike, alpha: ArrayLike = 1.5, axis: Axis = -1, where: ArrayLi
         gives NaN.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks; `x` and the result are this device's block.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`; exactly 0 off the support. All zero where every class
@@ -114,20 +127,19 @@ def entmax(x: ArrayLike, alpha: ArrayLike = 1.5, axis: Axis = -1, where: ArrayLi
     Reference: Peters, Niculae and Martins 2019, https://arxiv.org/abs/1905.05702; Correia, Niculae and Martins 2019,
     https://arxiv.org/abs/1909.00015, for the derivative in α; docs/mathematics.md, section 3.
     """
-    return _simplex_map(x, alpha, axis, where)
+    return _simplex_map(x, alpha, axis, axis_name, where)
 
 
-def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: Axis, where: ArrayLike | None) -> Array:
+def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: Axis, axis_name: AxisName, where: ArrayLike | None) -> Array:
     x = checks.as_float("x", x)
-    axes = checks.axes(axis, x.ndim)
+    axes = num.class_axis(axis, x.ndim, axis_name)
     alphas, exact = as_order(alpha, x.shape, axes)
     return _map(x, alphas, checks.as_mask("where", where, x.shape), exact, axes)
 
 
-def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[Array, float | None]:
-    """α as an array of `shape` without `axes`, and as a Python number where that makes its powers cheap: 1.5 and 2."""
-    batch = tuple(n for i, n in enumerate(shape) if i not in axes)
-    values = checks.broadcast("alpha", checks.as_float("alpha", alpha), batch)
+def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> tuple[Array, float | None]:
+    """α as an array of `shape` without the class axis, and as a Python number where its powers are cheap: 1.5 and 2."""
+    values = checks.broadcast("alpha", checks.as_float("alpha", alpha), axes.without(shape))
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(alpha)):
         known = np.asarray(alpha)
         if not np.all((known >= 1) & (known < np.inf)):
@@ -138,30 +150,32 @@ def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) ->
 
 
 @functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
-def _map(x: Array, alpha: Array, mask: Array | None, exact: float | None, axes: tuple[int, ...]) -> Array:
+def _map(x: Array, alpha: Array, mask: Array | None, exact: float | None, axes: num.ClassAxis) -> Array:
     """α-entmax over the given axes: mask and widen, apply, round and mask."""
     (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
     out = entmax_of(z, order_of(z, alpha, exact, axis), exact, axis)
-    out = out if len(axes) == 1 else num.split_axes(out, x.shape, axes)
+    out = out if len(axes.positions) == 1 else num.split_axes(out, x.shape, axes.positions)
     out = out.astype(x.dtype)
     return out if mask is None else jnp.where(mask, out, 0.0)
 
 
-def order_of(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
+def order_of(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array:
     """α in the dtype of z, with the class axis of length 1."""
     alpha = alpha if exact is None else jnp.full_like(alpha, exact)
-    return typed_like(num.class_max(z, axis), jnp.expand_dims(alpha.astype(z.dtype), axis))
+    return typed_like(
+        num.class_max(lax.stop_gradient(z), axis), jnp.expand_dims(alpha.astype(z.dtype), num.positions(axis))
+    )
 
 
 # Rule. Below, z is a floating array of at least float32, `axis` counts from the front, and α has length 1 there.
 
 
-def entmax_of(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
+def entmax_of(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array:
     return _with_jacobian(z, alpha, _solve(lax.stop_gradient(z), lax.stop_gradient(alpha), exact, axis), axis)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def _with_jacobian(z: Array, alpha: Array, p: Array, axis: int) -> Array:
+def _with_jacobian(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
     """p, the α-entmax of z; differentiable in z and α, which fix it."""
     return p
 
@@ -174,19 +188,19 @@ def _with_jacobian_fwd(z, alpha, p, axis):
 def _with_jacobian_bwd(axis, residuals, g):
     alpha, p = residuals
     jg = entmax_jacobian_product(g, p, alpha, axis)
-    return jg, -num.class_sum(deformed_log(log_support(p), alpha - 1, 1) * jg, axis), None
+    return jg, -num.local_sum(deformed_log(log_support(p), alpha - 1, 1) * jg, axis), None
 
 
 _with_jacobian.defvjp(_with_jacobian_fwd, _with_jacobian_bwd)
 
 
-def entmax_jacobian_product(v: Array, p: Array, alpha: Array, axis: int) -> Array:
+def entmax_jacobian_product(v: Array, p: Array, alpha: Array, axis: num.Axis) -> Array:
     """Jv = Σq (π∘(v - <π,v>)), to a few eps of |J||v|."""
     pi, total = escort(p, alpha, axis)
     return total * jacobian_product(v, pi, axis)
 
 
-def escort(p: Array, alpha: Array, axis: int) -> tuple[Array, Array]:
+def escort(p: Array, alpha: Array, axis: num.Axis) -> tuple[Array, Array]:
     """(π, Σq): the escort distribution π = q/Σq of p, q = p^(2-α) on its support."""
     q = support_power(p, 2 - alpha)
     total = num.class_sum(q, axis)
@@ -270,7 +284,7 @@ def _exponential_moment(y: Array, order: int) -> Array:
 # decreases to the solution, without a bracket.
 
 
-def _solve(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
+def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array:
     """The α-entmax of z to rounding. Never differentiated."""
     m = num.class_max(z, axis)
     d = bounded(num.shift(z, m))
@@ -288,7 +302,7 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: int) -> Array:
     return jnp.where(valid, p, jnp.nan)
 
 
-def _from_top(d: Array, start: Array, beta: Array, exact: float | None, axis: int) -> Array:
+def _from_top(d: Array, start: Array, beta: Array, exact: float | None, axis: num.Axis) -> Array:
     """p = u (1 + y)^(1/β), y = βd/u^β, for β ≤ 1, d = z - max z ≤ 0 and u ≤ `start` the top class's p."""
 
     def newton(state):
@@ -320,7 +334,7 @@ def _powers(u: Array, d: Array, beta: Array, exact: float | None) -> tuple[Array
     return e, e / jnp.maximum(1 + y, jnp.finfo(d.dtype).tiny), y
 
 
-def _from_bottom(z: Array, start: Array, beta: Array, axis: int) -> Array:
+def _from_bottom(z: Array, start: Array, beta: Array, axis: num.Axis) -> Array:
     """p = (v^β + a^β)^(1/β), a^β = β(z - e), for β ≥ 1, e the smallest z of the support and v ≤ `start` its p."""
     limit = dtypes.largest(z.dtype) / 4
     z = jnp.clip(z, -limit, limit)
@@ -331,7 +345,7 @@ def _from_bottom(z: Array, start: Array, beta: Array, axis: int) -> Array:
 
     def undecided(bracket):
         low, high = bracket
-        return jnp.any((z > low) & (z < high))
+        return jnp.any(num.class_any((z > low) & (z < high), axis))
 
     def halve(bracket):
         # A class at e is in the support if those above it have Σp < 1 when its own p is 0.

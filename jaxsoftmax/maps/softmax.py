@@ -35,15 +35,18 @@ def is_not_top_log(logp: Array) -> Array:
 
 
 Axis = int | tuple[int, ...] | None
+AxisName = str | tuple[str, ...] | None
 
 
-def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
     """Softmax: p_i = exp(x_i) / Σ_k exp(x_k), the sum over the class axis.
 
     Args:
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks; `x` and the result are this device's block.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`. All zero where every class is masked.
@@ -63,16 +66,18 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Ar
     Reference: docs/mathematics.md, sections 1 and 5; `jax.nn.softmax`.
     """
     x = checks.as_float("x", x)
-    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), checks.axes(axis, x.ndim))
+    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), num.class_axis(axis, x.ndim, axis_name))
 
 
-def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
     """Log-probabilities: log p_i = x_i - logsumexp(x), accurate also where p is near 1.
 
     Args:
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: log p = -inf, derivative 0.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks; `x` and the result are this device's block.
 
     Returns:
       Log-probabilities, of the shape and (floating) dtype of `x`.
@@ -89,7 +94,8 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
     Reference: docs/mathematics.md, section 5; `jax.nn.log_softmax`, which returns 0 for the first of these two.
     """
     x = checks.as_float("x", x)
-    return _map(log_softmax_of, -jnp.inf, x, checks.as_mask("where", where, x.shape), checks.axes(axis, x.ndim))
+    axes = num.class_axis(axis, x.ndim, axis_name)
+    return _map(log_softmax_of, -jnp.inf, x, checks.as_mask("where", where, x.shape), axes)
 
 
 def logsumexp(
@@ -99,6 +105,8 @@ def logsumexp(
     keepdims: bool = False,
     return_sign: bool = False,
     where: ArrayLike | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]:
     """log |Σ_k b_k exp(a_k)|, with b = 1 where it is not given.
 
@@ -109,6 +117,9 @@ def logsumexp(
       keepdims: keep the summed axes with length 1.
       return_sign: also return the sign of the sum. Without it, the logarithm of a negative sum is NaN.
       where: boolean mask that broadcasts to `a`; where it is False the term is absent.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the terms are split in equal
+        consecutive blocks; `a`, `b` and `where` are this device's block, and the result
+        is the same on every device.
 
     Returns:
       The logarithm, of the shape of `a` without `axis`, in the common floating dtype of `a` and `b`; -inf over no
@@ -130,23 +141,24 @@ def logsumexp(
         b = checks.as_float("b", b)
         shape = checks.common_shape("a", a, "b", b)
         a, b = jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
-    out, sign = _reduce(a, b, checks.as_mask("where", where, a.shape), checks.axes(axis, a.ndim), keepdims)
+    axes = num.class_axis(axis, a.ndim, axis_name)
+    out, sign = _reduce(a, b, checks.as_mask("where", where, a.shape), axes, keepdims)
     if return_sign:
         return out, sign
     return out if b is None else jnp.where(sign < 0, jnp.nan, out)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
-def _map(rule, absent: float, x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
+def _map(rule, absent: float, x: Array, mask: Array | None, axes: num.ClassAxis) -> Array:
     """`rule(z, axis)` over the given axes: mask and widen, apply, round and mask."""
     (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
     out = rule(z, axis).astype(x.dtype)
-    out = out if len(axes) == 1 else num.split_axes(out, x.shape, axes)
+    out = out if len(axes.positions) == 1 else num.split_axes(out, x.shape, axes.positions)
     return out if mask is None else jnp.where(mask, out, absent)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "keepdims"), inline=True)
-def _reduce(a: Array, b: Array | None, mask: Array | None, axes: tuple[int, ...], keepdims: bool):
+def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, keepdims: bool):
     """logsumexp and its sign over the given axes."""
     dtype = a.dtype if b is None else dtypes.common_dtype(a, b)
     z = num.present(a.astype(dtypes.compute_dtype(dtype)), mask, axes)
@@ -156,19 +168,19 @@ def _reduce(a: Array, b: Array | None, mask: Array | None, axes: tuple[int, ...]
         sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0.0, 1.0))
     else:
         out, sign = _signed_logsumexp(z, b.astype(z.dtype), axis)
-    out, sign = jnp.squeeze(out, axis), jnp.squeeze(sign, axis)
+    out, sign = (jnp.squeeze(r, axis.positions) for r in (out, sign))
     if mask is not None:
-        some = jnp.any(mask, axes)
+        some = jnp.squeeze(num.class_any(mask, axes), axes.positions)
         out, sign = jnp.where(some, out, -jnp.inf), jnp.where(some, sign, 0.0)
     if keepdims:
-        out, sign = (jnp.expand_dims(r, axes) for r in (out, sign))
+        out, sign = (jnp.expand_dims(r, axes.positions) for r in (out, sign))
     return out.astype(dtype), sign.astype(dtype)
 
 
 # Rules. Below, z is a floating array of at least float32, and `axis` counts from the front.
 
 
-def moments(z: Array, axis: int) -> tuple[Array, Array]:
+def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
     """(m, s): the maximum, and Σ exp(z_k - m) over every class but the top one. Never differentiated."""
     z = lax.stop_gradient(z)
     m = num.class_max(z, axis)
@@ -176,7 +188,7 @@ def moments(z: Array, axis: int) -> tuple[Array, Array]:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def probabilities(z: Array, m: Array, total: Array, axis: int) -> Array:
+def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
     """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
     return jnp.exp(num.shift(z, m)) / num.one_infinity(total, m, 1)
 
@@ -193,14 +205,14 @@ def _probabilities_bwd(axis, p, g):
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
-def softmax_of(z: Array, axis: int) -> Array:
+def softmax_of(z: Array, axis: num.Axis) -> Array:
     m = num.class_max(lax.stop_gradient(z), axis)
     total = num.class_sum(jnp.exp(num.shift(lax.stop_gradient(z), m)), axis)
     return probabilities(z, m, total, axis)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
-def log_softmax_of(z: Array, axis: int) -> Array:
+def log_softmax_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
     far = jnp.where(m == jnp.inf, 4.0, jnp.ones_like(m))  # beside +inf everything finite is -inf, not just very small
     return num.shift(z, m) * far - jnp.log1p(num.one_infinity(s, m, 0))
@@ -223,7 +235,7 @@ log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
-def logsumexp_of(z: Array, axis: int) -> Array:
+def logsumexp_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
     return m + jnp.log1p(s)
 
@@ -234,14 +246,14 @@ def _logsumexp_fwd(z, axis):
 
 def _logsumexp_bwd(axis, residuals, g):
     z, m, s = residuals
-    return (g * probabilities(z, m, 1 + s, axis),)
+    return (num.shared_cotangent(g, axis) * probabilities(z, m, 1 + s, axis),)
 
 
 logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def _signed_logsumexp(a: Array, b: Array, axis: int) -> tuple[Array, Array]:
+def _signed_logsumexp(a: Array, b: Array, axis: num.Axis) -> tuple[Array, Array]:
     m = num.class_max(jnp.where(b == 0, -jnp.inf, a), axis)
     total = num.class_sum(jnp.where(b == 0, 0.0, b * jnp.exp(num.shift(a, m))), axis)
     return m + jnp.log(jnp.abs(total)), jnp.sign(total)
@@ -254,7 +266,7 @@ def _signed_logsumexp_fwd(a, b, axis):
 
 def _signed_logsumexp_bwd(axis, residuals, cotangents):
     a, b, out, sign = residuals
-    weight = cotangents[0] * sign * jnp.exp(a - out)  # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j)
+    weight = num.shared_cotangent(cotangents[0], axis) * sign * jnp.exp(a - out)  # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j)
     return weight * b, weight
 
 

@@ -118,7 +118,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @classmethod
     def _of_order(cls, p: Array, alpha: ArrayLike) -> "SoftmaxJacobian":
-        order = order_of(p, *as_order(alpha, p.shape, (p.ndim - 1,)), p.ndim - 1)
+        order = order_of(p, *as_order(alpha, p.shape, num.ClassAxis((p.ndim - 1,))), p.ndim - 1)
         q = support_power(p, 2 - order)
         s = num.class_sum(q, AXIS)
         s = jnp.where(s == 0, 1, s)
