@@ -5,40 +5,60 @@ mode: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise TypeError. The decorator h
 both modes, because a pullback already holds the whole derivative: it is linear, and its transpose is the pushforward,
 
     <ct, J t> = <Jᵀ ct, t>   for all ct   =>   J = (ct ↦ Jᵀ ct)ᵀ.
+
+So the tangent is a `linear_map`: its transpose is the pullback of `jax.custom_vjp` as it stands, and the map itself the
+transpose of that, which JAX derives only where a tangent is really evaluated. Reverse mode never meets it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.experimental import io_callback
+from jax.extend.core import jaxpr_as_fun
+
+from jaxsoftmax._linear_map import linear_map
 
 __all__ = ["custom_vjp"]
 
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
 
-class custom_vjp:
+
+class custom_vjp(Generic[P, R]):
     """`jax.custom_vjp` whose functions can also be differentiated in forward mode, and to any order.
 
-    Reverse mode runs `bwd`. Forward mode applies the transpose of `bwd` to the tangents, found by
-    `jax.linear_transpose`; differentiating that once more in reverse mode leads back to `bwd`. Two conventions make
-    the rule hold at every order: `fwd` calls the *decorated* function for its primal output, and `bwd` is made of
-    differentiable (or again decorated) functions of the residuals. Only perturbed arguments are differentiated:
-    integer arrays and arguments held constant are never touched. What stays in memory between the two passes is
-    what `fwd` returns as residuals; everything `bwd` derives from them is computed again.
+    Reverse mode is that of `jax.custom_vjp`: it runs `bwd`, whatever `bwd` is made of. Forward mode applies the
+    transpose of `bwd` to the tangents, found by `jax.linear_transpose` when, and only when, it is asked for; so it
+    needs a `bwd` that is linear in the cotangent and transposes (no `while_loop`, no callback), or a rule of its own.
+    Two conventions make the rule hold at every order: `fwd` calls the *decorated* function for its primal output, and
+    `bwd` is made of differentiable (or again decorated) functions of the residuals. Only perturbed arguments are
+    differentiated: integer arrays and arguments held constant are never touched. What stays in memory between the two
+    passes is what `fwd` returns as residuals; everything `bwd` derives from them is computed again.
+    (`jax.experimental.jet` carries no rule and fails at any function with one, `jax.nn.relu` too: nest `jax.jvp`.)
 
     Args:
       fun: function of positional arguments (keyword arguments are resolved through its signature), each a pytree of
         arrays, except at `nondiff_argnums`; returns a pytree of arrays.
       nondiff_argnums: positions of Python values, not arrays, handed to `fun` as they are.
+      nondiff_argnames: names of further such arguments.
+
+    Returns:
+      The decorated function, with the signature of `fun`. Without `fun`, the decorator with these options:
+      `@custom_vjp(nondiff_argnums=(1,))`.
 
     Raises:
       TypeError: if the function is called before `defvjp`, if `defvjp` gets something that is not callable, if `fwd`
-        does not return a pair, or if `bwd` returns something other than one cotangent per differentiable argument,
-        each of that argument's structure and shape (or None for zero).
+        does not return a pair, if `bwd` returns something other than one cotangent per differentiable argument, each
+        of that argument's structure and shape (or None for zero), or if forward mode meets a `bwd` that cannot be
+        transposed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -57,20 +77,38 @@ class custom_vjp:
     Reference: https://github.com/jax-ml/jax/issues/3996 (jax.custom_vjp and forward mode).
     """
 
-    def __init__(self, fun: Callable, nondiff_argnums: Sequence[int] = ()):
+    @overload
+    def __new__(
+        cls, fun: Callable[P, R], nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
+    ) -> "custom_vjp[P, R]": ...
+    @overload
+    def __new__(
+        cls, *, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
+    ) -> "Callable[[Callable[Q, S]], custom_vjp[Q, S]]": ...
+    def __new__(cls, fun: Any = None, nondiff_argnums=(), nondiff_argnames=()) -> Any:
+        if fun is None:
+            return functools.partial(cls, nondiff_argnums=nondiff_argnums, nondiff_argnames=nondiff_argnames)
+        return super().__new__(cls)
+
+    def __init__(
+        self, fun: Callable[P, R], nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
+    ) -> None:
         functools.update_wrapper(self, fun)
-        self._nondiff = tuple(nondiff_argnums)
+        self._nondiff = tuple(sorted({*nondiff_argnums, *_positions(fun, nondiff_argnames)}))
         self._has_rule = False
+        self._jvp: Callable | None = None
         self._reverse = jax.custom_vjp(fun, nondiff_argnums=self._nondiff)
+        self._both = jax.custom_jvp(fun, nondiff_argnums=self._nondiff)
+        self._both.defjvp(self._rule, symbolic_zeros=True)
 
-        @functools.wraps(fun)
-        def primal(*args):
-            return self._reverse(*args)
-
-        self._both = jax.custom_jvp(primal, nondiff_argnums=self._nondiff)
-        self._both.defjvp(self._pushforward, symbolic_zeros=True)
-
-    def defvjp(self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False) -> None:
+    def defvjp(
+        self,
+        fwd: Callable,
+        bwd: Callable,
+        symbolic_zeros: bool = False,
+        optimize_remat: bool = False,
+        jvp: Callable | None = None,
+    ) -> None:
         """Attach the rule.
 
         Args:
@@ -78,20 +116,32 @@ class custom_vjp:
           bwd: takes the `nondiff_argnums` values, the residuals and the output's cotangent; returns a tuple with one
             cotangent (or None) per differentiable argument. Must be linear in the cotangent.
           symbolic_zeros: as in `jax.custom_vjp.defvjp`: each array that reaches `fwd` is an object with the
-            attributes `value` and `perturbed`, so that a rule can leave out what nobody asks for.
+            attributes `value` and `perturbed`, so that a rule can leave out what nobody asks for; a cotangent that
+            reaches `bwd` may be a `jax.custom_derivatives.SymbolicZero`.
+          optimize_remat: as in `jax.custom_vjp.defvjp`.
+          jvp: forward mode for a `bwd` that has no transpose, as `jax.custom_jvp.defjvp` takes it: gets the
+            `nondiff_argnums` values, the primals and the tangents, returns the output and its tangent. It needs the
+            primals, which are then kept between the passes of reverse mode too.
         """
-        for name, rule in (("fwd", fwd), ("bwd", bwd)):
-            if not callable(rule):
+        for name, rule in (("fwd", fwd), ("bwd", bwd), ("jvp", jvp)):
+            if not (callable(rule) or rule is jvp is None):
                 raise TypeError(f"defvjp: {name} must be a function, got {type(rule).__name__}")
-        self._reverse.defvjp(self._checked_fwd(fwd), _summed_over_the_mesh(bwd), symbolic_zeros=symbolic_zeros)
+        self._reverse.defvjp(
+            self._checked_fwd(fwd), _summed_over_the_mesh(bwd), symbolic_zeros, optimize_remat=optimize_remat
+        )
+        self._jvp = jvp
         self._has_rule = True
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._has_rule:
             raise TypeError(f"{self._name} has no derivative rule: call {self._name}.defvjp(fwd, bwd) first")
         return self._both(*args, **kwargs)
 
-    def __get__(self, instance, owner=None):
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self: "custom_vjp[Concatenate[S, Q], R]", instance: S, owner: type | None = None) -> Callable[Q, R]: ...
+    def __get__(self: Any, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
     @property
@@ -111,37 +161,71 @@ class custom_vjp:
 
         return checked
 
-    def _pushforward(self, *args):
+    def _rule(self, *args):
+        """The tangent is a linear map, whose transpose is the pullback of `jax.custom_vjp` and runs `bwd`."""
         *static, primals, tangents = args
         primal_leaves, tree = jax.tree.flatten(tuple(primals))
         tangent_leaves = jax.tree.leaves(tuple(tangents), is_leaf=_is_symbolic_zero)
         perturbed = [i for i, t in enumerate(tangent_leaves) if _is_perturbed(t)]
+        moving = [tangent_leaves[i] for i in perturbed]
 
         def of_perturbed(*leaves):
-            merged = list(primal_leaves)
-            for i, leaf in zip(perturbed, leaves):
-                merged[i] = leaf
-            return self._reverse(*_insert(self._nondiff, static, jax.tree.unflatten(tree, merged)))
+            merged = tree.unflatten(_replaced(primal_leaves, perturbed, leaves))
+            return self._reverse(*_insert(self._nondiff, static, merged))
 
-        out, pullback = jax.vjp(of_perturbed, *(primal_leaves[i] for i in perturbed))
+        out, linear = jax.linearize(of_perturbed, *(primal_leaves[i] for i in perturbed))
         out_leaves, out_tree = jax.tree.flatten(out)
-        inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in out_leaves]
+        inexact = [i for i, x in enumerate(out_leaves) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+        in_types, out_types = list(map(jax.typeof, moving)), [jax.typeof(out_leaves[i]) for i in inexact]
 
-        examples = [x for x, f in zip(out_leaves, inexact) if f]  # their types, the mesh axes they vary over included
+        def back(residuals, cotangents):
+            asked = [i for i, c in zip(inexact, cotangents) if c is not None]
 
-        # jax.checkpoint: whatever bwd computes from the residuals is recomputed, not saved beside them.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def push(pullback, tangents):
-            def pull(cotangents):
-                cotangents = iter(cotangents)
-                leaves = [next(cotangents) if f else _float0_zeros(x) for x, f in zip(out_leaves, inexact)]
-                return pullback(jax.tree.unflatten(out_tree, leaves))
+            def push(*tangents):
+                pushed = jax.tree.leaves(residuals[0](*tangents))
+                return [pushed[i] for i in asked]
 
-            return jax.linear_transpose(pull, examples)(tangents)[0]
+            return jax.linear_transpose(push, *in_types)([c for c in cotangents if c is not None])
 
-        pushed = iter(push(pullback, tuple(tangent_leaves[i] for i in perturbed)))
-        tangent_out = [next(pushed) if f else _float0_zeros(x) for x, f in zip(out_leaves, inexact)]
-        return out, jax.tree.unflatten(out_tree, tangent_out)
+        def forth(residuals, tangents):
+            if self._jvp is None:
+                return self._transposed(lambda *cotangents: back(residuals, cotangents), out_types, tangents)
+            zeros = map(zero_from_primal, residuals[1])
+            directions = tree.unflatten(_replaced(zeros, perturbed, tangents))
+            _, pushed = self._jvp(*static, tree.unflatten(residuals[1]), directions)
+            return [jax.tree.leaves(pushed)[i] for i in inexact]
+
+        residuals = (linear,) if self._jvp is None else (linear, primal_leaves)
+        pushed = linear_map(forth, back, residuals, moving, out_types)
+        return out, out_tree.unflatten(_replaced(map(zero_from_primal, out_leaves), inexact, pushed))
+
+    def _transposed(self, pullback: Callable, cotangent_types: list, tangents: Sequence) -> tuple:
+        """The transpose of the pullback, at the tangents."""
+        jaxpr = jax.make_jaxpr(pullback)(*cotangent_types)
+        try:
+            if any(isinstance(effect, _callback_effects()) for effect in jaxpr.effects):
+                raise NotImplementedError("it calls back to Python")
+            return jax.linear_transpose(jaxpr_as_fun(jaxpr), *cotangent_types)(list(tangents))
+        except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+            reason = str(error) or "it is not linear in the cotangent"
+            raise TypeError(
+                f"{self._name}: forward mode (jvp, jacfwd, hessian) needs the transpose of bwd, which has none: "
+                f"{reason}. Make bwd linear in the cotangent, of operations that transpose (a loop of fixed length for "
+                "lax.while_loop, .at[].add for .at[].set, no callbacks), or give a rule for forward mode as well: "
+                "defvjp(fwd, bwd, jvp=...)."
+            ) from error
+
+
+@functools.cache
+def _callback_effects() -> tuple[type, ...]:
+    """The types of the effects by which a jaxpr says that it calls back to Python."""
+
+    def calls():
+        for ordered in (False, True):
+            jax.debug.callback(lambda: None, ordered=ordered)
+            io_callback(lambda: None, None, ordered=ordered)
+
+    return tuple({type(effect) for effect in jax.make_jaxpr(calls)().effects})
 
 
 @jax.tree_util.register_static
@@ -156,7 +240,8 @@ class _MeshAxes:
 
 
 def _mesh_axes(x) -> frozenset[str]:
-    kind = jax.typeof(getattr(x, "value", x))
+    x = getattr(x, "value", x)  # of fwd's arguments under symbolic_zeros
+    kind = x.aval if _is_symbolic_zero(x) else jax.typeof(x)
     kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
     return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
 
@@ -165,7 +250,8 @@ def _summed_over_the_mesh(bwd: Callable) -> Callable:
     """`bwd` under `shard_map`: an argument that is the same on every device gets the sum of their cotangents."""
 
     def total(axes, cotangent):
-        extra = () if cotangent is None else tuple(_mesh_axes(cotangent) - axes)
+        zero = cotangent is None or _is_symbolic_zero(cotangent)
+        extra = () if zero else tuple(_mesh_axes(cotangent) - axes)
         return jax.lax.psum(cotangent, extra) if extra else cotangent
 
     @functools.wraps(bwd)
@@ -180,6 +266,14 @@ def _summed_over_the_mesh(bwd: Callable) -> Callable:
     return summed
 
 
+def _positions(fun: Callable, names: Sequence[str]) -> list[int]:
+    known = list(inspect.signature(fun).parameters) if names else []
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"nondiff_argnames has {unknown}, but the arguments are {known}")
+    return [known.index(name) for name in names]
+
+
 def _is_symbolic_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
@@ -188,8 +282,10 @@ def _is_perturbed(tangent: Any) -> bool:
     return not _is_symbolic_zero(tangent) and getattr(tangent, "dtype", None) != jax.dtypes.float0
 
 
-def _float0_zeros(x) -> np.ndarray:
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
+def _replaced(items: Iterable, positions: Sequence[int], values: Sequence) -> list:
+    """`items` with `values` at `positions`."""
+    values_at = dict(zip(positions, values))
+    return [values_at.get(i, item) for i, item in enumerate(items)]
 
 
 def _insert(positions, values, args) -> list:

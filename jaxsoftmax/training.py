@@ -24,7 +24,7 @@ class TrainState:
     """What training carries from step to step; a pytree.
 
     Args:
-      params: parameters, any pytree of arrays.
+      params: parameters, any pytree of arrays; with `optax.lookahead`, an `optax.LookaheadParams` of two such.
       opt_state: the optimizer's state.
       step: number of steps taken, an int32 scalar.
 
@@ -45,13 +45,20 @@ class TrainState:
         """The state before the first step.
 
         Args:
-          params: parameters, any pytree of arrays. They are copied, so that the caller's stay valid when a training
-            step gives away the state's memory.
+          params: parameters, any pytree of floating-point arrays. They are copied, so that the caller's stay valid when
+            a training step gives away the state's memory. For `optax.lookahead` they become the fast and the slow
+            ones, unless they are an `optax.LookaheadParams` already.
           optimizer: any optax optimizer.
+
+        Raises:
+          TypeError: if a leaf of params is not such an array: a function or a counter in a module, for instance.
         """
         _check_optimizer(optimizer)
-        params = jax.tree.map(lambda leaf: checks.as_array("params", leaf), params)
-        state = cls(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        params = jax.tree_util.tree_map_with_path(_as_parameter, params)
+        opt_state = optimizer.init(params)
+        if _looks_ahead(opt_state) and not isinstance(params, optax.LookaheadParams):
+            params = optax.LookaheadParams.init_synced(params)
+        state = cls(params, opt_state, jnp.zeros((), jnp.int32))
         # Leaf by leaf, because some optimizers keep the parameters in their state and no buffer can be donated twice;
         # with a definite dtype, because a weakly typed leaf would come back from the first step with another type.
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), state)
@@ -66,7 +73,7 @@ def make_train_step(
 
     Args:
       loss_fn: `loss_fn(params, *batch)` -> the loss, a real scalar, or the pair (loss, metrics) with a dict of further
-        arrays to report.
+        arrays to report. Of `optax.LookaheadParams` it gets the fast ones.
       optimizer: any optax optimizer. One that takes extra arguments gets those of optax's names for line searches,
         plateau schedules, sharpness and curvature: `value` (the loss), `grad`, `value_fn` and `obj_fn` (params -> loss
         on this batch), `grad_fn` ((params, i) -> its gradient), and `batch`.
@@ -102,7 +109,8 @@ def make_train_step(
         def value_fn(params, obj_fn=None, grad_fn=None, batch=None):
             return objective(params)[0]
 
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        trained = state.params.fast if isinstance(state.params, optax.LookaheadParams) else state.params
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(trained)
         updates, opt_state = _update(optimizer, grads, state, batch, value=loss, value_fn=value_fn)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), {"loss": loss, **metrics}
@@ -113,6 +121,25 @@ def make_train_step(
 def _check_optimizer(optimizer: Any) -> None:
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise TypeError(f"optimizer must be an optax optimizer, with init and update, got {optimizer!r}")
+
+
+def _as_parameter(path: tuple, leaf: Any) -> Array:
+    got = type(leaf).__name__
+    if not callable(leaf):
+        leaf = checks.as_array("params", leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        got = leaf.dtype
+    raise TypeError(
+        f"params must be a pytree of floating-point arrays, got {got} at params{jax.tree_util.keystr(path)}. Train "
+        "only the arrays of a module: arrays, rest = equinox.partition(module, equinox.is_inexact_array), and put the "
+        "module together in the loss: equinox.combine(arrays, rest)"
+    )
+
+
+def _looks_ahead(opt_state: Any) -> bool:
+    is_lookahead = lambda state: isinstance(state, optax.LookaheadState)
+    return any(map(is_lookahead, jax.tree.leaves(opt_state, is_leaf=is_lookahead)))
 
 
 def _update(optimizer, grads, state: TrainState, batch: tuple, value: Array, value_fn: Callable) -> tuple[Any, Any]:

@@ -160,6 +160,51 @@ def test_a_line_search_finds_the_minimum():
     np.testing.assert_allclose(state.params["w"], TARGET, rtol=1e-5)
 
 
+@pytest.mark.parametrize("given", [lambda params: params, optax.LookaheadParams.init_synced])
+def test_lookahead_is_that_of_optax(given):
+    """Two synchronizations, against the same written out with optax alone; the gradient is taken at the fast ones."""
+    optimizer = optax.lookahead(optax.adam(0.1), sync_period=3, slow_step_size=0.5)
+
+    @jax.jit
+    def plain(params, opt_state):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(jax.grad(loss_fn)(params.fast, TARGET), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state, train_step = TrainState.create(given(START), optimizer), make_train_step(loss_fn, optimizer)
+    params = optax.LookaheadParams.init_synced(START)
+    opt_state = optimizer.init(params)
+    for _ in range(7):
+        state, metrics = train_step(state, TARGET)
+        expected = loss_fn(params.fast, TARGET)
+        params, opt_state = plain(params, opt_state)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+    assert isinstance(state.params, optax.LookaheadParams)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (params, opt_state))
+
+
+def test_a_module_is_partitioned():
+    """As the error for functions among the leaves says."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(3, "scalar", 4, 1, activation=jnp.tanh, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"^params .* got \w+ at params.*activation.*equinox.partition"):
+        TrainState.create(model, optax.sgd(0.1))
+
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    loss = lambda arrays, x: eqx.combine(arrays, rest)(x) ** 2
+    state, train_step = TrainState.create(arrays, optax.sgd(0.1)), make_train_step(loss, optax.sgd(0.1))
+    state, first = train_step(state, jnp.ones(3))
+    assert train_step(state, jnp.ones(3))[1]["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "got"), [(jnp.tanh, "got \\w+ at"), (np.arange(3), "got int"), (True, "got bool"), ("relu", "got str")]
+)
+def test_parameters_that_are_none(leaf, got):
+    with pytest.raises(TypeError, match=f"^params .*{got}"):
+        TrainState.create({"w": jnp.ones(3), "other": [leaf]}, optax.sgd(0.1))
+
+
 def test_extra_arguments_are_what_they_are_called():
     def update(updates, state, params, *, value, grad, value_fn, obj_fn, grad_fn, unknown="default"):
         assert unknown == "default"

@@ -1,4 +1,5 @@
 """How other people's code calls the package: pyright reads this file in `.ci/run`, nothing runs it."""
+# pyright: reportUnnecessaryTypeIgnoreComment=true
 
 from functools import partial
 from typing import assert_type
@@ -40,6 +41,22 @@ def rules() -> None:
     twice.defvjp(lambda x, times=2: (twice(x, times), times), lambda times, ct: (times * ct, None))
     assert_type(twice(jnp.ones(3)), Array)
     assert_type(twice(jnp.ones(3), times=3), Array)
+    twice("x")  # pyright: ignore[reportArgumentType]
+
+    @custom_vjp(nondiff_argnums=(1,))
+    def power(x: Array, exponent: int) -> tuple[Array, int]:
+        return x**exponent, exponent
+
+    assert_type(power(jnp.ones(3), exponent=3), tuple[Array, int])
+    power(jnp.ones(3), "3")  # pyright: ignore[reportArgumentType]
+
+    class Model:
+        @custom_vjp
+        def double(self, x: Array) -> Array:
+            return 2 * x
+
+    assert_type(Model().double(jnp.ones(3)), Array)
+    Model().double("x")  # pyright: ignore[reportArgumentType]
 
 
 def networks(x: Array, labels: Array) -> None:
