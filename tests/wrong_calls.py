@@ -30,7 +30,7 @@ COUNT = (0, -1, 1.5, "x")
 FUNCTION = ("abc", 1.0, None, np.ones(2))
 KEY = (0, None, "abc", 1.0, np.ones(2), jax.random.split(jax.random.key(0), 2))
 
-PACKAGE = Path(js.__file__).parent
+PACKAGE, TESTS = Path(js.__file__).parent, Path(__file__).parent
 Arguments = Mapping[str, tuple[object, tuple]]  # of one call: a right value of each argument, and wrong ones
 
 
@@ -40,7 +40,7 @@ def complaint(f: Callable, arguments: Mapping, names: tuple[str, ...], own_frame
         out = f(**arguments)
     except (ValueError, TypeError) as error:
         files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[1:]]
-        foreign = [file for file in files if PACKAGE not in file.parents and file.parent != Path(__file__).parent]
+        foreign = [file for file in files if PACKAGE not in file.parents and TESTS not in file.parents]
         if foreign and (own_frames_only or PACKAGE not in files[-1].parents):
             return f"raised in {foreign[-1]}: {error}"  # by JAX, or when a jitted function is already traced
         return "" if any(name in str(error) for name in names) else f"does not name it: {error}"

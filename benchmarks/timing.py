@@ -1,0 +1,89 @@
+"""Timing of contestants in one process, in interleaved rounds, so that drift of the machine hits all of them alike."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks import Row
+
+SAMPLE = 0.1  # seconds of repeated calls per sample, so that the noise of clock and scheduler averages out
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Medians in seconds, and medians of the ratios to `baseline`, each ratio taken within one round."""
+
+    seconds: dict[str, float]
+    ratios: dict[str, float]
+    baseline: str
+
+    def row(self, name: str, size: Any, goal: float | None, ours: str = "ours") -> Row:
+        size = "×".join(map(str, size)) if isinstance(size, tuple) else str(size)
+        times = 1e3 * self.seconds[ours], 1e3 * self.seconds[self.baseline]
+        return Row(name, size, *times, self.ratios[ours], goal)
+
+
+def run_time(fn: Callable, args: Sequence) -> float:
+    """Seconds per call of `fn(*args)`, finished results included."""
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    once = time.perf_counter() - start
+    if once >= SAMPLE:
+        return once
+    repeats = math.ceil(SAMPLE / once)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(fn(*args))
+    return (time.perf_counter() - start) / repeats
+
+
+def compile_time(fn: Callable, args: Sequence) -> float:
+    """Seconds to trace and compile `jax.jit(fn)` for `args`, from empty caches."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.jit(lambda *args: fn(*args)).lower(*args).compile()
+    return time.perf_counter() - start
+
+
+def temp_bytes(fn: Callable, *args: Any) -> int:
+    """Bytes of temporary memory that the compiled `fn(*args)` asks for, beside its arguments and results."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def compare(
+    contestants: Mapping[str, Callable],
+    args: Sequence,
+    rounds: int = 11,
+    baseline: str = "theirs",
+    measure: Callable[[Callable, Sequence], float] = run_time,
+) -> Comparison:
+    """Measure every contestant once per round, in an order that rotates from round to round.
+
+    Args:
+      contestants: functions by name, already jitted where that is wanted.
+      args: the arguments that all of them get.
+      rounds: number of rounds that count; one more comes first, to compile and warm up.
+      baseline: the contestant that the ratios are taken to.
+      measure: seconds that one contestant takes, `run_time` or `compile_time`.
+    """
+    if baseline not in contestants:
+        raise ValueError(f"baseline={baseline!r} is not among the contestants {sorted(contestants)}")
+    names = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        measure(contestants[name], args)
+    for shift in range(rounds):
+        for i in range(len(names)):
+            name = names[(i + shift) % len(names)]
+            samples[name].append(measure(contestants[name], args))
+    paired = {name: [a / b for a, b in zip(samples[name], samples[baseline])] for name in names}
+    return Comparison(
+        seconds={name: statistics.median(times) for name, times in samples.items()},
+        ratios={name: statistics.median(ratios) for name, ratios in paired.items()},
+        baseline=baseline,
+    )

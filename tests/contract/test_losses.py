@@ -1,0 +1,233 @@
+"""One contract for every loss head: what its formulas say, under every option, mask, axis, dtype and extreme."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoftmax import losses
+from tests.registry import HEADS
+from tests.registry.samples import MASK, B, K, Z
+
+over_heads = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+over_masked = pytest.mark.parametrize("head", [h for h in HEADS if h.has_where], ids=lambda head: head.name)
+CLASS_HEADS = [h for h in HEADS if h.has_where and not h.logarithms]
+
+
+def cast(arrays, dtype) -> tuple:
+    """Floating arrays in `dtype`; indices as they are."""
+    return tuple(jnp.asarray(a, None if a.dtype.kind == "i" else dtype) for a in arrays)
+
+
+def value_and_gradient(head, z, args, **options):
+    """Losses, and the gradient of their sum in the logits."""
+
+    def both(z, *args):
+        value, pullback = jax.vjp(lambda z: head.loss(z, *args, **options), z)
+        return value, pullback(jnp.ones_like(value))[0]
+
+    return jax.jit(both)(z, *args)
+
+
+def pushed_gradient(head, z, args, **options):
+    """That gradient by forward passes, one per logit."""
+
+    def gradient(z, *args):
+        basis = jnp.eye(z.size, dtype=z.dtype).reshape(-1, *z.shape)
+        push = jax.vmap(lambda t: jnp.sum(jax.jvp(lambda z: head.loss(z, *args, **options), (z,), (t,))[1]))
+        return push(basis).reshape(z.shape)
+
+    return jax.jit(gradient)(z, *args)
+
+
+@over_heads
+def test_value_and_gradient_for_every_combination_of_options(head, x64):
+    z, *args = cast([Z, *head.args], None)
+    for options in head.options:
+        value, gradient = value_and_gradient(head, z, args, **options)
+        right, want = head.expected(Z, *head.args, **options)
+        np.testing.assert_allclose(value, right, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(gradient, want, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(pushed_gradient(head, z, args, **options), want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h.minimum], ids=lambda head: head.name)
+def test_minimum_at_its_target(head, x64):
+    rng = np.random.default_rng(1)
+    steps = np.concatenate([np.zeros((1, B, K)), 10.0 ** rng.uniform(-3, 1, (20, 1, 1)) * rng.normal(size=(20, B, K))])
+    targets = np.stack([head.minimum(z)[0] for z in Z])
+    value, gradient = value_and_gradient(
+        head, jnp.asarray(Z + steps), (jnp.asarray(np.broadcast_to(targets, steps.shape)),)
+    )
+    value = np.asarray(value)
+    smallest = np.stack([head.minimum(z)[1] for z in Z])
+    smallest = smallest.reshape(smallest.shape + (1,) * (value.ndim - 1 - smallest.ndim))  # one for all its elements
+    np.testing.assert_allclose(value[0], np.broadcast_to(smallest, value[0].shape), rtol=1e-13, atol=1e-15)
+    assert np.all(abs(np.asarray(gradient)[0]) <= 1e-15)
+    assert np.all(value >= value[0] - 1e-15)
+
+
+@over_heads
+def test_vmap(head, x64):
+    z, *args = cast([Z, *head.args], None)
+    loss = functools.partial(head.loss, **head.options[-1])
+    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(z, *args), loss(z, *args), rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h.has_axis], ids=lambda head: head.name)
+def test_any_axis(head, x64):
+    options = dict(head.options[-1])
+    z, *args = cast([Z, *head.args], None)
+    want = head.loss(z, *args, **options)
+    classes = [a.ndim == 2 for a in args]
+
+    def moved(x, axis):
+        return jnp.moveaxis(x, -1, axis)
+
+    first = head.loss(moved(z, 0), *(moved(a, 0) if c else a for a, c in zip(args, classes)), axis=0, **options)
+    np.testing.assert_allclose(first, want, rtol=1e-14)
+    middle = [x.reshape(B, 2, 2).transpose(1, 0, 2) if c else x for x, c in zip((z, *args), [True, *classes])]
+    np.testing.assert_allclose(head.loss(middle[0], *middle[1:], axis=(0, -1), **options), want, rtol=1e-14)
+    whole = [x[0].reshape(2, 2) if c else x[0] for x, c in zip((z, *args), [True, *classes])]
+    np.testing.assert_allclose(head.loss(whole[0], *whole[1:], axis=None, **options), want[0], rtol=1e-14)
+
+
+@over_masked
+def test_masked_classes_leave_the_compressed_problem(head, x64):
+    options = dict(head.options[1 % len(head.options)])
+    junk = np.array([np.nan, np.inf, -np.inf, 1e30]).reshape(-1, 1, 1)
+    mask = np.broadcast_to(MASK, (len(junk), B, K))
+    z = np.where(MASK, Z, junk)
+    args = [np.broadcast_to(a, (len(junk), B)) if a.ndim == 1 else np.where(MASK, a, junk) for a in head.args]
+    value, reverse = value_and_gradient(head, jnp.asarray(z), cast(args, None), where=jnp.asarray(mask), **options)
+    forward = pushed_gradient(head, jnp.asarray(z), cast(args, None), where=jnp.asarray(mask), **options)
+    for i, kept in enumerate(MASK):
+        rest = [a[i : i + 1, kept] if a.ndim == 2 else np.array([np.sum(kept[: a[i]])]) for a in head.args]
+        value_of_rest, gradient_of_rest = head.expected(Z[i : i + 1, kept], *rest, **options)
+        gradient = np.zeros(K)
+        gradient[kept] = gradient_of_rest[0]
+        right = np.full(len(junk), value_of_rest[0].astype(float))
+        np.testing.assert_allclose(value[:, i], right, rtol=1e-13, atol=1e-15)
+        for got in (reverse, forward):
+            np.testing.assert_allclose(got[:, i], np.tile(gradient, (len(junk), 1)), rtol=1e-12, atol=1e-15)
+            assert np.all(np.asarray(got)[:, i][:, ~kept] == 0)
+
+
+@over_masked
+def test_masked_examples_are_nothing_at_every_order(head):
+    options = dict(head.options[-1])
+    z, *args = cast([np.where([[True], [False], [True]], Z, np.nan), *head.args], "float32")
+    absent = jnp.array([True, False, True])
+
+    def derivatives(z):
+        def loss(z):
+            return head.loss(z, *args, where=absent, **options)
+
+        return loss(z), *jax.jvp(jax.grad(lambda z: jnp.sum(loss(z))), (z,), (jnp.ones_like(z),))
+
+    for result in jax.jit(derivatives)(z):
+        assert np.all(result[1] == 0) and np.all(np.isfinite(result))
+
+
+@pytest.mark.parametrize("head", CLASS_HEADS, ids=lambda head: head.name)
+def test_excluded_class_is_a_masked_class_at_every_order(head):
+    """A logit of -inf under a label of 0 is as good as masked, in value, gradient and second derivative."""
+    options = dict(head.options[-1])
+    absent = {"soft": 0.0, "logits": -np.inf}
+    args = [np.where(MASK, a, absent[kind]) if kind in absent else a for kind, a in zip(head.kinds, head.args)]
+
+    def derivatives(z, where=None):
+        def loss(z):
+            return jnp.sum(head.loss(z, *cast(args, "float32"), where=where, **options))
+
+        gradient, direction = jax.grad(loss), jnp.asarray(np.cos(Z), "float32")
+        return jax.jit(lambda z: [loss(z), *jax.jvp(gradient, (z,), (direction,))])(jnp.asarray(z, "float32"))
+
+    excluded = derivatives(np.where(MASK, Z, -np.inf))
+    masked = derivatives(Z, jnp.asarray(MASK))
+    for one, other in zip(excluded, masked):
+        assert np.all(np.isfinite(one))
+        np.testing.assert_allclose(one, other, rtol=0, atol=4e-7 * np.max(np.abs(other)))
+
+
+@pytest.mark.parametrize("head", [h for h in CLASS_HEADS if h.args and h.args[0].ndim == 1], ids=lambda head: head.name)
+def test_integer_labels(head):
+    """Outside [0, K), -1 included: NaN for that example alone. On an excluded class: +inf. On a sole +inf: 0."""
+    bad = np.array([-1, 3, K], np.int32)
+    for dtype in ("int32", "uint8", "int8"):
+        value, gradient = value_and_gradient(head, jnp.asarray(Z, "float32"), (jnp.asarray(bad.astype(dtype)),))
+        assert np.isnan(value[0]) and np.isnan(value[2]) and np.isfinite(value[1])
+        assert np.all(np.isnan(gradient[::2])) and np.all(np.isfinite(gradient[1]))
+    labels = jnp.asarray(head.args[0])
+    excluded = Z.copy()
+    excluded[np.arange(B), head.args[0]] = -np.inf
+    value, gradient = value_and_gradient(head, jnp.asarray(excluded, "float32"), (labels,))
+    assert np.all(value == np.inf) and not np.any(np.isnan(gradient))
+    certain = Z.copy()
+    certain[np.arange(B), head.args[0]] = np.inf
+    value, gradient = value_and_gradient(head, jnp.asarray(certain, "float32"), (labels,))
+    assert np.all(value == 0) and np.all(gradient == 0)
+
+
+BINARY = (losses.sigmoid_binary_cross_entropy, losses.sigmoid_focal_loss, losses.sparsemax_loss)
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h.loss in BINARY], ids=lambda head: head.name)
+def test_binary_losses_at_infinite_logits(head):
+    """0 where the label agrees, with derivatives 0; +inf where it does not."""
+    x, y = jnp.array([jnp.inf, -jnp.inf, jnp.inf, -jnp.inf]), jnp.array([1.0, 0.0, 0.0, 1.0])
+    for options in head.options:
+        value, gradient = value_and_gradient(head, x, (y,), **options)
+        forward = pushed_gradient(head, x, (y,), **options)
+        np.testing.assert_array_equal(value, [0, 0, jnp.inf, jnp.inf])
+        assert np.all(gradient[:2] == 0) and not np.any(np.isnan(gradient)) and not np.any(np.isnan(forward))
+
+
+@over_heads
+def test_wrong_arguments_are_named(head):
+    name = next(iter(inspect.signature(head.loss).parameters))  # logits, predictions, scores, …
+    args = cast(head.args, None)
+    for wrong in (jnp.ones((B, K), "int32"), jnp.ones((B, K), "complex64")):
+        with pytest.raises(TypeError, match=name):
+            head.loss(wrong, *args)
+    with pytest.raises(ValueError, match=r"has shape|must have the shape"):
+        head.loss(jnp.ones((B + 1, K + 1)), *args, **({} if args else {"where": jnp.ones(3, bool)}))
+    if head.has_axis:
+        with pytest.raises(ValueError, match="axis=2"):
+            head.loss(jnp.ones((B, K)), *args, axis=2)
+    if head.has_where:
+        with pytest.raises(TypeError, match="where"):
+            head.loss(jnp.ones((B, K)), *args, where=jnp.ones((B, K)))
+        with pytest.raises(ValueError, match="where"):
+            head.loss(jnp.ones((B, K)), *args, where=jnp.ones((B + 1, K), bool))
+
+
+def test_softcap(x64):
+    z = jnp.asarray(np.concatenate([[-np.inf], np.linspace(-90, 90, 21)]))
+    np.testing.assert_allclose(losses.softcap_logits(z, 30.0)[1:], 30 * np.tanh(np.asarray(z[1:]) / 30), rtol=1e-15)
+    assert losses.softcap_logits(z, 30.0)[0] == -jnp.inf
+    slope = jax.vmap(jax.grad(losses.softcap_logits), (0, None))(z, 30.0)
+    np.testing.assert_allclose(slope[1:], np.cosh(np.asarray(z[1:]) / 30) ** -2, rtol=1e-14)
+    assert slope[0] == 0
+    assert losses.softcap_logits(z.astype("bfloat16"), 30.0).dtype == "bfloat16"
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        losses.softcap_logits(z, 0)
+
+
+def test_weighted_mean():
+    """Σ w l / Σ w; nothing counted is 0 with gradient 0; what does not count may be anything."""
+    l, w = jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 3.0, 0.0])
+    assert losses.weighted_mean(l, w) == 1.75
+    assert losses.weighted_mean(l.at[2].set(jnp.nan), w) == 1.75
+    np.testing.assert_allclose(jax.grad(losses.weighted_mean)(l.at[2].set(jnp.inf), w), [0.25, 0.75, 0])
+    np.testing.assert_allclose(jax.grad(losses.weighted_mean, 1)(l, w), (l - 1.75) / 4)
+    assert losses.weighted_mean(l, l > 1) == 3
+    assert losses.weighted_mean(l, w, normalizer=jnp.ones(3)) == 7 / 3
+    for nothing in (jnp.zeros(3), jnp.zeros(3, bool)):
+        assert losses.weighted_mean(l, nothing) == 0
+        np.testing.assert_array_equal(jax.grad(losses.weighted_mean)(l, nothing), 0)
+    np.testing.assert_array_equal(jax.grad(losses.weighted_mean, 1)(l, jnp.zeros(3)), 0)
+    assert losses.weighted_mean(jnp.zeros((0,)), jnp.zeros((0,))) == 0

@@ -1,0 +1,227 @@
+"""Every public differentiable function under every transformation: the registry's tests.
+
+One compiled program per case holds all first derivatives, so that each is compiled once; the tests look at its parts.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, shard_map
+from tests.registry import CASES, case_id
+
+over_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
+over_batched = pytest.mark.parametrize("case", [c for c in CASES if c.batched], ids=case_id)
+
+# One of each kind: all share the one decorator that knows of meshes.
+ON_A_MESH = {"softmax", "logsumexp_b", "entmax", "softmax_vjp", "softmax_cross_entropy_with_integer_labels"}
+ON_A_MESH |= {"jensen_shannon_divergence", "sigmoid_focal_loss", "sum_squared_error"}
+
+
+def directions(arrays, seed=3):
+    """A direction for each array; float0 for integers."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        jnp.asarray(rng.normal(size=a.shape), a.dtype) if a.dtype.kind == "f" else np.zeros(a.shape, jax.dtypes.float0)
+        for a in arrays
+    )
+
+
+def floating(trees, case):
+    return tuple(trees[i] for i in case.argnums)
+
+
+def all_axes(args):
+    """Each argument batched along axis 0, along axis 1, and not at all; all alike, and each differently."""
+    turns = [itertools.islice(itertools.cycle((0, 1, None)), n, n + len(args)) for n in range(3)]
+    choices = {
+        tuple(0 if axis == 1 and a.ndim == 1 else axis for axis, a in zip(axes, args))
+        for axes in ([0] * len(args), [1] * len(args), *turns)
+    }
+    return sorted((axes for axes in choices if any(axis is not None for axis in axes)), key=str)
+
+
+@functools.cache
+def computed(case) -> dict:
+    """Everything that `transformed` returns, in float64."""
+    with enable_x64():
+        args = case.cast("float64")
+        value = jax.eval_shape(case.fn, *args)
+        return jax.tree.map(np.asarray, transformed(case)(args, directions(args), directions([value], seed=4)[0]))
+
+
+def transformed(case):
+    f, argnums = case.fn, case.argnums
+    first = argnums[0]
+
+    def scanned(*args):
+        return jax.lax.scan(lambda carry, example: (carry, jax.checkpoint(f)(*example)), 0.0, args)[1]
+
+    def mapped(args, axes):
+        moved = [a[0] if axis is None else jnp.moveaxis(a, 0, axis) for a, axis in zip(args, axes)]
+        return jax.vmap(f, axes)(*moved)
+
+    def everything(args, tangents, cotangent):
+        out = {
+            "value": f(*args),
+            "jacfwd": jax.jacfwd(f, argnums)(*args),
+            "jacrev": jax.jacrev(f, argnums)(*args),
+            "jvp": jax.jvp(f, args, tangents)[1],
+            "vjp": floating(jax.vjp(f, *args)[1](cotangent), case),
+            "remat": [mode(jax.checkpoint(f), first)(*args) for mode in (jax.jacfwd, jax.jacrev)],
+        }
+        if case.batched:
+            out |= {
+                "scan": scanned(*args),
+                "scan and remat": [mode(scanned, first)(*args) for mode in (jax.jacfwd, jax.jacrev)],
+                "vmap of jacrev": jax.vmap(jax.jacrev(f, first))(*args),
+                "vmap": [mapped(args, axes) for axes in all_axes(args)],
+            }
+        return out
+
+    return jax.jit(everything)
+
+
+@over_cases
+def test_jit(case, x64):
+    assert_close(case.fn(*case.cast("float64")), computed(case)["value"], VALUE_RTOL["float64"])
+
+
+@pytest.mark.slow
+@over_cases
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_order_three(case, mode, x64):
+    args = case.cast("float64")
+
+    def f(*variable):
+        every = list(args)
+        for i, x in zip(case.argnums, variable):
+            every[i] = x
+        return case.fn(*every)
+
+    check_grads(f, floating(args, case), order=3, modes=(mode,), atol=1e-4, rtol=1e-4)
+
+
+@over_cases
+def test_jvp_vjp_jacfwd_jacrev_agree(case, x64):
+    got, args = computed(case), case.cast("float64")
+    forward, value = got["jacfwd"], got["value"]
+    tangents, (cotangent,) = floating(directions(args), case), directions([value], seed=4)
+    assert_close(got["jacrev"], forward, DERIVATIVE_RTOL["float64"])
+    applied = sum(np.tensordot(j, t, t.ndim) for j, t in zip(forward, tangents))
+    assert_close(got["jvp"], applied, DERIVATIVE_RTOL["float64"])
+    assert_close(got["vjp"], tuple(np.tensordot(cotangent, j, value.ndim) for j in forward), DERIVATIVE_RTOL["float64"])
+
+
+@pytest.mark.slow
+@over_cases
+def test_hessian_vector_products_in_all_four_compositions(case, x64):
+    args = case.cast("float64")
+    tangents, (weights,) = directions(args), directions([jax.eval_shape(case.fn, *args)], seed=5)
+
+    def scalar(*args):
+        return jnp.sum(case.fn(*args) * weights)
+
+    def along(*args):
+        return jax.jvp(scalar, args, tangents)[1]
+
+    def dot(gradient):
+        return sum(jnp.sum(g * t) for g, t in zip(gradient, floating(tangents, case)))
+
+    gradient = jax.grad(scalar, case.argnums)
+    products = [
+        jax.jit(lambda *a: jax.jvp(gradient, a, tangents)[1]),
+        jax.jit(jax.grad(along, case.argnums)),
+        jax.jit(jax.grad(lambda *a: dot(gradient(*a)), case.argnums)),
+    ]
+    first = products[0](*args)
+    for product in products[1:]:
+        assert_close(product(*args), first, DERIVATIVE_RTOL["float64"])
+    twice = jax.jit(lambda *a: jax.jvp(along, a, tangents)[1])(*args)
+    np.testing.assert_allclose(twice, dot(first), rtol=1e-9, atol=1e-12)
+
+
+@over_batched
+def test_vmap_with_all_in_axes(case, x64):
+    args, one = case.cast("float64"), jax.jit(case.fn)
+    for axes, got in zip(all_axes(args), computed(case)["vmap"]):
+        rows = [[a[0] if axis is None else a[i] for a, axis in zip(args, axes)] for i in range(len(args[0]))]
+        assert_close(got, np.stack([one(*row) for row in rows]), VALUE_RTOL["float64"])
+
+
+@over_batched
+def test_batch_is_a_vmap(case):
+    """Nothing flows from one example to another."""
+    got, first = computed(case), case.args[case.argnums[0]]
+    joint = got["jacfwd"][0]
+    value_ndim = joint.ndim - first.ndim
+    blocks = np.stack([np.take(np.take(joint, i, 0), i, value_ndim - 1) for i in range(len(first))])
+    assert_close(got["vmap of jacrev"], blocks, DERIVATIVE_RTOL["float64"])
+    assert_close(joint.sum(value_ndim), blocks, DERIVATIVE_RTOL["float64"])
+
+
+@over_batched
+def test_scan(case):
+    got = computed(case)
+    assert_close(got["scan"], got["value"], VALUE_RTOL["float64"])
+    assert_close(got["scan and remat"], [got["jacfwd"][0]] * 2, DERIVATIVE_RTOL["float64"])
+
+
+@over_cases
+def test_remat(case):
+    got = computed(case)
+    assert_close(got["remat"], [got["jacfwd"][0]] * 2, DERIVATIVE_RTOL["float64"])
+
+
+@over_cases
+def test_dtypes(case):
+    """Value and gradient in each dtype, against float64 at the same arguments."""
+
+    def value_and_gradient(args):
+        value, pullback = jax.vjp(case.fn, *args)
+        return value, floating(pullback(jnp.ones_like(value)), case)
+
+    dtypes = ("float32", "float16", "bfloat16")
+    every = [case.cast(dtype) for dtype in dtypes]
+    results = jax.jit(lambda every: [value_and_gradient(args) for args in every])(every)
+    value, jacobians = computed(case)["value"], computed(case)["jacfwd"]
+    gradient = [j.sum(tuple(range(value.ndim))) for j in jacobians]
+    scale = max(1.0, *(float(np.max(np.abs(g))) for g in gradient))
+    for dtype, args, (out, got) in zip(dtypes, every, results):
+        assert out.dtype == (jnp.float32 if case.is_loss else dtype)
+        assert_close(out, value, VALUE_RTOL["float32" if case.is_loss else dtype])
+        assert all(g.dtype == a.dtype for g, a in zip(got, floating(args, case)))
+        assert_close(got, gradient, DERIVATIVE_RTOL[dtype], scale=scale)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ON_A_MESH], ids=case_id)
+def test_batch_sharded_over_a_mesh(case):
+    """shard_map with its replication checks on, over the batch, in value and in both modes."""
+    size = len(case.args[0])
+    mesh = jax.make_mesh((size,), ("batch",), devices=jax.devices()[:size])
+    spec = jax.sharding.PartitionSpec("batch")
+    plain = case.cast("float32")
+    args = jax.device_put(plain, jax.sharding.NamedSharding(mesh, spec))
+
+    def all_at_once(*args):
+        def f(*variable):
+            every = list(args)
+            for i, x in zip(case.argnums, variable):
+                every[i] = x
+            return case.fn(*every)
+
+        variable = floating(args, case)
+        out, pullback = jax.vjp(f, *variable)
+        return out, jax.jvp(f, variable, tuple(jnp.cos(a) for a in variable))[1], pullback(jnp.cos(out))
+
+    value, *derivatives = jax.jit(shard_map(all_at_once, mesh=mesh, in_specs=spec, out_specs=spec))(*args)
+    wanted, *right = jax.jit(all_at_once)(*plain)
+    assert_close(value, wanted, VALUE_RTOL["float32"])
+    assert_close(
+        derivatives, right, DERIVATIVE_RTOL["float32"], scale=1.0
+    )  # third derivatives nearly cancel in the sum

@@ -1,0 +1,112 @@
+"""The fused linear head: digits, rounding, number of matrix products, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoftmax.linear_head import (
+    default_chunk_size,
+    linear_softmax_cross_entropy_loss,
+    predict_temp_bytes,
+)
+from tests.linear_head.test_cross_entropy import SLOW, N, arguments, assert_close, full, fused
+
+
+@pytest.mark.parametrize(
+    "chunk_size,std", [(4, 4.0), pytest.param(1, 1.0, marks=SLOW), pytest.param(100, 4.0, marks=SLOW)]
+)
+def test_float32_any_chunk_and_layout(chunk_size, std):
+    args, labels, _ = arguments(jnp.float32, std)
+    grad = lambda f: jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
+    value, wanted = grad(functools.partial(full, labels))(*args)
+    got = grad(functools.partial(fused, labels, chunk_size=chunk_size))(*args)
+    assert_close(got, (value, wanted), ulps=16)
+    x, weights, *rest = args
+    tied = functools.partial(fused, labels, chunk_size=chunk_size, vocab_axis=0)
+    value, (dx, dw, *others) = grad(tied)(x, weights.T, *rest)
+    assert_close((value, (dx, dw.T, *others)), got, ulps=16)
+
+
+def test_digits_of_a_sure_model():
+    """The label leads by 20: loss and gradient at the label are about 2e-9, not 0."""
+    x, weights, labels = jnp.ones((1, 1)), jnp.array([[20.0, 0.0]]), jnp.array([0])
+    value, gradient = jax.value_and_grad(linear_softmax_cross_entropy_loss, 2)(x, labels, weights)
+    exact = np.log1p(np.exp(-20.0))
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-exact, exact]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("std", [1.0, 4.0])
+def test_bfloat16(std):
+    """The gradient is as good as the exact one, rounded to bfloat16: accumulated in float32, rounded once."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (64, 32)).astype(jnp.bfloat16)
+    weights = (std * jax.random.normal(keys[1], (32, 301)) / 32**0.5).astype(jnp.bfloat16)
+    labels = jax.random.randint(keys[2], (64,), 0, 301)
+    loss = functools.partial(linear_softmax_cross_entropy_loss, chunk_size=24)
+    value, (dx, dw) = jax.jit(jax.value_and_grad(lambda x, w: loss(x, labels, w), (0, 1)))(x, weights)
+    assert value.dtype == jnp.float32 and dx.dtype == dw.dtype == jnp.bfloat16
+    f64 = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    z = f64(x) @ f64(weights)
+    p = np.exp(z - z.max(1, keepdims=True))
+    g = p / p.sum(1, keepdims=True) - np.eye(301)[np.asarray(labels)]
+    for got, wanted in ((dx, g @ f64(weights).T), (dw, f64(x).T @ g)):
+        rounded = f64(jnp.asarray(wanted, jnp.float32).astype(jnp.bfloat16))
+        assert np.linalg.norm(f64(got) - wanted) <= 1.001 * np.linalg.norm(rounded - wanted)
+
+
+def products(f, *args):
+    """Matrix products that the compiled program holds, those of its loops once each."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    return text.count(" dot(")
+
+
+def test_number_of_products():
+    (x, weights, _, _), labels, _ = arguments(jnp.float32)
+    f = lambda x, w: linear_softmax_cross_entropy_loss(x, labels, w, chunk_size=N)
+    assert products(f, x, weights) == 1
+    assert products(jax.value_and_grad(f), x, weights) == 2
+    assert products(jax.value_and_grad(f, 1), x, weights) == 2
+    assert products(jax.value_and_grad(f, (0, 1)), x, weights) == 3
+    assert products(lambda *a: jax.jvp(f, a, a), x, weights) == 3
+    none = lambda x, w: jnp.sum(linear_softmax_cross_entropy_loss(x, labels, w, chunk_size=N, reduction="none") ** 2)
+    assert products(jax.grad(none, (0, 1)), x, weights) == 4
+    hvp = lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, (x + 1, weights - 1))[1]
+    assert products(hvp, x, weights) == 7
+
+
+def temp(f, *args):
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+RELEASE = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+REUSES_BUFFERS = pytest.mark.skipif(RELEASE < (0, 10), reason="XLA keeps a second array of a chunk's logits")
+
+
+@REUSES_BUFFERS
+@pytest.mark.parametrize("vocab,chunk", [(4001, 32), (9000, 16)])
+def test_memory_is_as_predicted(vocab, chunk):
+    n, d = 512, 16
+    x, weights, labels = jnp.zeros((n, d)), jnp.zeros((d, vocab)), jnp.zeros(n, jnp.int32)
+    f = lambda x, w: 3 * linear_softmax_cross_entropy_loss(x, labels, w, chunk_size=chunk)
+    used = temp(jax.value_and_grad(f, (0, 1)), x, weights)
+    assert 0.75 <= predict_temp_bytes(n, d, vocab, chunk) / used <= 1.25
+    logits = 4 * n * vocab
+    assert temp(lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, a)[1], x, weights) <= logits / 4
+    assert default_chunk_size(2048, 512, 32768) * 32768 * 4 <= 64 << 20
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+def test_logits_lie_where_the_gradient_comes(axis, monkeypatch):
+    """No more tokens than features: beside the gradient there are slabs, not logits, in both layouts."""
+    monkeypatch.setattr("jaxsoftmax.linear_head.budget.SLAB_BYTES", 1 << 16)  # 256 columns of 64 features
+    n, d, vocab = 60, 64, 20000
+    x, weights, labels = jnp.zeros((n, d)), jnp.zeros((d, vocab) if axis else (vocab, d)), jnp.zeros(n, jnp.int32)
+    f = lambda x, w: linear_softmax_cross_entropy_loss(x, labels, w, vocab_axis=axis)
+    used = temp(jax.value_and_grad(f, (0, 1)), x, weights)
+    assert used <= n * vocab  # a quarter of the logits
+    assert 0.75 <= predict_temp_bytes(n, d, vocab) / used <= 1.25

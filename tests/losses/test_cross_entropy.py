@@ -1,0 +1,166 @@
+"""Softmax cross-entropy: accuracy, labels and masks, options against plain float64, residuals, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as js
+
+INF, NAN = np.inf, np.nan
+ce = js.softmax_cross_entropy_with_integer_labels
+
+
+def plain(logits, labels, *, label_smoothing=0.0, class_weights=None, ignore_index=None, z_loss=0.0, where=None):
+    """The definition, example by example, in float64 numpy."""
+    out = []
+    for i, (z, c) in enumerate(zip(np.asarray(logits, np.float64), labels)):
+        here = np.ones(len(z), bool) if where is None else where[i]
+        w = np.ones(len(z)) if class_weights is None else np.asarray(class_weights, np.float64)
+        lse = np.log(np.exp(z[here] - z[here].max()).sum()) + z[here].max()
+        nll = lse - z
+        loss = (1 - label_smoothing) * w[c] * nll[c] + label_smoothing / here.sum() * (w * nll)[here].sum()
+        out.append(0.0 if c == ignore_index else loss + z_loss * lse**2)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32"])
+@pytest.mark.parametrize("label", [-1, 4, -100, 255, 2**31 - 1, -(2**31)])
+def test_label_outside_the_range(label, dtype):
+    info = np.iinfo(dtype)
+    if not info.min <= label <= info.max:
+        pytest.skip("not a number of this dtype")
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
+    labels = jnp.asarray(np.array([label, 1], dtype))
+    for f in (ce, jax.jit(ce)):
+        loss, gradient = f(z, labels), jax.grad(lambda z: f(z, labels)[1])(z)
+        assert np.isnan(loss[0]) and np.isfinite(loss[1])
+        jacobian = np.asarray(jax.jacfwd(lambda z: f(z, labels))(z))
+        assert np.all(np.isnan(jacobian[0, 0])) and np.all(np.isfinite(jacobian[1, 1]))
+        np.testing.assert_allclose(gradient[1], jax.nn.softmax(z[1]) - np.eye(4)[1], rtol=1e-5, atol=1e-7)
+
+
+def test_special_logits():
+    for logits, label, loss, gradient in [
+        ([-INF, 0.0, 1.0], 0, INF, [-1.0, 0.26894143, 0.7310586]),
+        ([-INF, 0.0, 1.0], 2, 0.3132617, [0.0, 0.26894143, -0.26894143]),
+        ([INF, 0.0, -INF], 0, 0.0, [0.0, 0.0, 0.0]),
+        ([INF, 0.0, -INF], 1, INF, [1.0, -1.0, 0.0]),
+        ([INF, INF, 0.0], 0, NAN, [NAN] * 3),
+        ([-INF] * 3, 0, NAN, [NAN] * 3),
+        ([NAN, 0.0, 0.0], 1, NAN, [NAN] * 3),
+    ]:
+        z = jnp.array([logits, [0.0] * 3])
+        one_hot = jnp.asarray(np.eye(3, dtype=np.float32)[[label, 0]])
+        for f in (lambda z: ce(z, jnp.array([label, 0])), lambda z: js.softmax_cross_entropy(z, one_hot)):
+            np.testing.assert_allclose(f(z), [loss, np.log(3.0)], rtol=1e-6)
+            for d in (jax.jacrev, jax.jacfwd):
+                jacobian = d(f)(z)
+                np.testing.assert_allclose(jacobian[0, 0], gradient, rtol=1e-6)
+                np.testing.assert_allclose(jacobian[1, 1], [-2 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_soft_label_of_zero_on_an_excluded_class():
+    z, y = jnp.array([0.0, -INF, 1.0]), jnp.array([0.5, 0.0, 0.5])
+    loss = js.softmax_cross_entropy(z, y)
+    np.testing.assert_allclose(loss, js.softmax_cross_entropy(z[::2], y[::2]), rtol=1e-6)
+    dz, dy = jax.grad(js.softmax_cross_entropy, (0, 1))(z, y)
+    assert dz[1] == 0 and dy[1] == 0 and np.all(np.isfinite(dy))
+    assert js.softmax_cross_entropy(z, jnp.array([0.5, 0.1, 0.4])) == INF
+    assert js.safe_softmax_cross_entropy(z, y) == loss
+
+
+def test_masks():
+    z = jnp.array([[1.0, 2.0, NAN], [5.0, INF, -INF], [0.0, 1.0, 2.0]])
+    classes = np.array([[True, True, False], [False] * 3, [True] * 3])
+    examples = np.array([True, False, True])
+    labels, soft = jnp.array([0, 1, 2]), jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    want = [np.log1p(np.e), 0.0, ce(z[2], 2)]
+    with jax.debug_nans(True):
+        for f in (lambda z: ce(z, labels, where=classes), lambda z: js.softmax_cross_entropy(z, soft, where=classes)):
+            np.testing.assert_allclose(f(z), want, rtol=1e-6)
+            for d in (jax.jacfwd, jax.jacrev, jax.hessian):
+                derivative = np.asarray(d(f)(z))
+                assert np.all(derivative[1] == 0) and np.all(derivative[0, ..., 0, 2] == 0)
+        clean = z.at[0, 2].set(0.0)
+        np.testing.assert_allclose(ce(clean, labels, where=examples)[1:], want[1:], rtol=1e-6)
+        assert np.all(np.asarray(jax.jacrev(lambda z: ce(z, labels, where=examples))(clean))[1] == 0)
+    assert ce(z[0], 2, where=classes[0]) == INF  # a label on a masked class
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignore_index", [None, 1, -100])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_options_combine(x64, label_smoothing, weighted, ignore_index, z_loss, masked):
+    rng = np.random.default_rng(0)
+    z, labels = rng.normal(size=(5, 4)) * 3, np.array([0, 1, 3, 1, 2])
+    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "z_loss": z_loss}
+    options["class_weights"] = np.array([0.5, 1.0, 2.0, 1.5]) if weighted else None
+    if masked:
+        options["where"] = np.array([[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]], bool)
+    got = ce(z, labels, **options)
+    np.testing.assert_allclose(got, plain(z, labels, **options), rtol=1e-13)
+    # and the gradient, by central differences of the definition
+    step = 1e-6
+    numeric = np.zeros_like(z)
+    for index in np.ndindex(*z.shape):
+        shifted = [z.copy(), z.copy()]
+        shifted[0][index] += step
+        shifted[1][index] -= step
+        up, down = (plain(s, labels, **options).sum() for s in shifted)
+        numeric[index] = (up - down) / (2 * step)
+    gradient = jax.grad(lambda z: ce(z, labels, **options).sum())(jnp.asarray(z))
+    np.testing.assert_allclose(gradient, numeric, atol=1e-7)
+
+
+def test_ignored_example_may_hold_anything():
+    z, labels = jnp.array([[NAN, INF, 0.0], [0.0, 1.0, 2.0]]), jnp.array([-100, 1])
+    loss, gradient = jax.value_and_grad(lambda z: ce(z, labels, ignore_index=-100).sum())(z)
+    np.testing.assert_allclose(loss, ce(z[1], 1), rtol=1e-6)
+    assert np.all(np.asarray(gradient[0]) == 0)
+
+
+def test_axes(x64):
+    rng = np.random.default_rng(0)
+    z, labels = rng.normal(size=(3, 4, 5)), rng.integers(0, 4, (3, 5))
+    want = plain(np.moveaxis(z, 1, 2).reshape(-1, 4), labels.ravel()).reshape(3, 5)
+    np.testing.assert_allclose(ce(z, labels, axis=1), want, rtol=1e-13)
+    np.testing.assert_allclose(ce(z, labels, axis=-2), want, rtol=1e-13)
+    both = rng.integers(0, 20, 3)
+    np.testing.assert_allclose(ce(z, both, axis=(1, 2)), plain(z.reshape(3, 20), both), rtol=1e-13)
+    flipped = plain(np.moveaxis(z, 2, 1).reshape(3, 20), both)
+    np.testing.assert_allclose(ce(z, both, axis=(2, 1)), flipped, rtol=1e-13)
+    y = rng.uniform(size=z.shape)
+    np.testing.assert_allclose(js.softmax_cross_entropy(z, y, axis=None), -(y * jax.nn.log_softmax(z, None)).sum())
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, error, words",
+    [
+        ((np.ones((2, 3), int), np.zeros(2, int)), {}, TypeError, "logits must have a floating-point dtype, got int"),
+        ((np.ones((2, 3)), np.zeros(2)), {}, TypeError, "labels must have an integer dtype"),
+        ((np.ones((2, 3)), np.zeros(3, int)), {}, ValueError, r"labels has shape \(3,\)"),
+        ((np.ones((2, 3)), np.zeros(2, int)), {"axis": 2}, ValueError, "axis=2 is out of range"),
+        ((np.ones((2, 3)), np.zeros(2, int)), {"label_smoothing": 1.5}, ValueError, "label_smoothing must lie in"),
+        ((np.ones((2, 3)), np.zeros(2, int)), {"class_weights": np.ones(2)}, ValueError, "class_weights must have"),
+        ((np.ones((2, 3)), np.zeros(2, int)), {"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
+        ((np.ones((2, 3)), np.zeros(2, int)), {"where": np.ones(4, bool)}, ValueError, "where has shape"),
+        ((np.ones((2, 3)), np.zeros(2, int)), {"z_loss": "x"}, TypeError, "z_loss must be a real number"),
+    ],
+)
+def test_wrong_calls(args, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        ce(*args, **kwargs)
+
+
+def test_wrong_soft_calls():
+    with pytest.raises(TypeError, match="logits must have a floating-point dtype"):
+        js.softmax_cross_entropy(np.ones((2, 3), complex), np.ones((2, 3)))
+    with pytest.raises(TypeError, match="labels must be real"):
+        js.softmax_cross_entropy(np.ones((2, 3)), 1j * np.ones((2, 3)))
+    with pytest.raises(ValueError, match="labels has shape"):
+        js.softmax_cross_entropy(np.ones((2, 3)), np.ones(2))
+    with pytest.raises(ValueError, match=r"targets must have the shape of predictions, \(2,\), got \(3,\)"):
+        js.squared_error(np.ones(2), np.ones(3))

@@ -1,0 +1,222 @@
+"""Fenchel-Young losses against their definition in long double, against optax, and at every edge."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
+from jaxsoftmax.maps.entmax import entmax
+from tests.maps.test_entmax import EPS, reference, slopes
+
+Z = np.array([0.3, -0.2, 0.9, 0.17, -3.0])
+Y = np.array([0.1, 0.25, 0.3, 0.05, 0.3])
+
+
+def deformed(p, alpha):
+    """(p^β - 1)/β in long double, β = α - 1; 0 where p = 0."""
+    log_p, beta = np.log(np.where(p > 0, p, 1)), np.longdouble(alpha) - 1
+    return log_p if beta == 0 else np.expm1(beta * log_p) / beta
+
+
+def definition(z, y, alpha):
+    """(L, p): max_p (<p, z> + H(p)) - <y, z> - H(y), H(p) = Σ (p - p^α)/(α(α-1)), with z measured from its maximum.
+
+    Where Σy ≠ 1 (rounding, say), L is the Bregman divergence, which does not change when z is shifted.
+    """
+    z, y = np.asarray(z, np.longdouble) - np.max(z), np.asarray(y, np.longdouble)
+    p = reference(z, alpha)
+    gain = np.sum((p - y) * z + (y * deformed(y, alpha) - p * deformed(p, alpha)) / alpha)
+    return gain - (y.sum() - 1) * (1 / np.longdouble(alpha) + deformed(p.max(), alpha)), p
+
+
+def test_twins_in_optax():
+    rng = np.random.default_rng(1)
+    z, c = jnp.asarray(rng.normal(size=(4, 6)) * 2, jnp.float32), jnp.array([0, 5, 2, 2])
+    binary, signs = jnp.linspace(-3, 3, 14), jnp.array([0, 1] * 7)
+    y = jax.nn.softmax(jnp.asarray(rng.normal(size=(4, 6)), jnp.float32))
+    ours = [
+        multiclass_sparsemax_loss(z, c),
+        entmax_loss(z, c, 2.0),
+        sparsemax_loss(binary, signs),
+        sparsemax_loss(binary, signs == 1),
+        entmax_loss(z, c, 1.0),
+        entmax_loss(z, y, 1.0),
+    ]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        sparse, log_loss = optax.losses.multiclass_sparsemax_loss, optax.losses.softmax_cross_entropy
+        theirs = [sparse(z, c), sparse(z, c), *[optax.losses.sparsemax_loss(binary, signs)] * 2]
+        theirs += [optax.losses.softmax_cross_entropy_with_integer_labels(z, c)]
+        theirs += [log_loss(z, y) + jnp.sum(y * jnp.log(y), -1)]
+    for got, want in zip(ours, theirs):
+        np.testing.assert_allclose(got, want, rtol=8 * EPS, atol=8 * EPS)
+
+
+@pytest.mark.parametrize("alpha", [1.05, 1.5, 2.0, 2.6])
+def test_first_three_derivatives(alpha, x64):
+    """Along a line in (logits, soft labels, α), in both modes, against differences of the definition; H symmetric."""
+    v, u, step = np.array([0.2, -0.1, -0.3, 0.25, 0.1]), np.array([0.01, -0.05, 0.02, 0.04, -0.02]), 0.3
+    for chain in _chains(v, u, step):
+        want = slopes(lambda t: definition(Z + t * v, Y + t * u, alpha + t * step)[0])
+        np.testing.assert_allclose(chain(Z, Y, alpha), want, rtol=0, atol=1e-9)
+    full = _hessian()(Z, Y, alpha)
+    hessian = np.block([[np.asarray(b).reshape(n, -1) for b in row] for row, n in zip(full, (5, 5, 1))])
+    np.testing.assert_allclose(hessian, hessian.T, rtol=0, atol=1e-14)
+    jacobian = jax.jit(jax.jacfwd(entmax))(Z, alpha)
+    np.testing.assert_allclose(hessian[:5, :5], jacobian, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(hessian[:5, 5:10], -np.eye(5) + _escort(alpha)[:, None], rtol=0, atol=1e-14)
+
+
+@functools.cache
+def _hessian():
+    return jax.jit(jax.hessian(entmax_loss, (0, 1, 2)))
+
+
+@functools.cache
+def _chain(mode):
+    def along(f, point, direction):
+        if mode == "forward":
+            return jax.jvp(f, point, direction)[1]
+        return sum(jnp.vdot(g, t) for g, t in zip(jax.grad(f, (0, 1, 2))(*point), direction))
+
+    def derivatives(point, direction):
+        first = lambda *p: along(entmax_loss, p, direction)
+        second = lambda *p: along(first, p, direction)
+        return jnp.stack([first(*point), second(*point), along(second, point, direction)])
+
+    return jax.jit(derivatives)
+
+
+def _chains(*direction):
+    direction = tuple(jnp.asarray(d) for d in direction)
+    return [lambda *point, m=m: _chain(m)(tuple(map(jnp.asarray, point)), direction) for m in ("forward", "reverse")]
+
+
+def _escort(alpha):
+    p = reference(Z, alpha).astype(float)
+    q = np.where(p > 0, np.where(p > 0, p, 1) ** (2 - alpha), 0)
+    return q / q.sum()
+
+
+def test_labels_that_are_no_distribution(x64):
+    """Σy = s ≠ 1: the Bregman divergence goes on, with gradient p - y + (s - 1)π (sp - y at α = 1), never negative."""
+    f, h, d = jax.jit(jax.value_and_grad(entmax_loss, (0, 1, 2))), 1e-5, np.array([0.3, 0.2, -0.1, 0.4, 0.1])
+    for alpha in (1.0 + h, 1.5, 2.0):
+        loss, (in_logits, in_labels, in_alpha) = f(Z, 1.3 * Y, alpha)
+        np.testing.assert_allclose(in_logits, reference(Z, alpha).astype(float) - 1.3 * Y + 0.3 * _escort(alpha))
+        ahead, behind = (f(Z + t * d, 1.3 * Y + t * d[::-1], alpha + t)[0] for t in (h, -h))
+        np.testing.assert_allclose(
+            (ahead - behind) / (2 * h), in_logits @ d + in_labels @ d[::-1] + in_alpha, atol=1e-8
+        )
+        assert loss > 0
+    assert np.isnan(entmax_loss(Z, Y - 0.2, 1.5))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_special_values(alpha):
+    """A class excluded, off and on the label; one +inf, off and on it; no class left; NaN; labels that are no class."""
+    inf, nan = np.inf, np.nan
+    rows = [[-inf, 0, 1], [-inf, 0, 1], [inf, 0, 1], [inf, 0, 1], [-inf] * 3, [nan, 0, 1], *[[0.0, 1, 2]] * 5]
+    labels = [1, 0, 1, 0, 0, 0, -1, 3, -100, 2**31 - 1, 0]
+    z, c = np.float32(rows), np.int32(labels)
+    p = np.asarray(entmax(z, alpha))
+    f = jax.jit(lambda z: entmax_loss(z, c, alpha))
+    loss, g = f(z), jax.jit(jax.grad(lambda z: jnp.sum(f(z))))(z)
+    np.testing.assert_allclose(loss[0], entmax_loss(z[0, 1:], 0, alpha), rtol=4 * EPS)
+    assert np.all(loss[1:3] == inf) and loss[3] == 0 and np.isnan(loss[4:10]).all()
+    np.testing.assert_allclose(g[:4], p[:4] - np.eye(3)[c[:4]], atol=EPS)
+    assert np.isnan(g[4:10]).all() and g[0, 0] == 0
+    np.testing.assert_allclose(g[10], p[10] - [1, 0, 0], atol=EPS)
+    second = jax.jit(
+        lambda z: jax.jvp(jax.grad(lambda z: jnp.sum(f(z))), (z,), (jnp.ones_like(z).at[:, 2].set(3),))[1]
+    )(z)
+    assert np.isfinite(second[:4]).all() and np.isfinite(second[10]).all()
+    assert jnp.isnan(entmax_loss(z[-1], np.uint8(200), alpha)) and entmax_loss(jnp.zeros((0, 3)), c[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_masks(alpha):
+    """Of classes and of examples; NaN and inf behind the mask reach neither loss nor derivative of any order."""
+    nan = np.nan
+    z = np.float32([[0.3, nan, 0.9, 0.1], [nan, np.inf, 0, 1], [0.3, nan, 0.9, 0.1]])
+    mask = np.array([[True, False, True, True], [False] * 4, [True, False, True, True]])
+    c = np.array([2, 0, 1])
+    soft = np.float32([[0.5, nan, 0.2, 0.3], [nan] * 4, [0.5, 0.3, 0.1, 0.1]])
+    kept = np.array([0, 2, 3])
+    for labels, compressed in ((c, 1), (soft, soft[0, kept])):
+        f = lambda z, y=labels: entmax_loss(z, y, alpha, where=mask)
+        g = jax.grad(lambda z, f=f: jnp.sum(f(z)))
+        run = jax.jit(lambda z, f=f, g=g: (f(z), g(z), jax.jvp(g, (z,), (jnp.ones_like(z).at[:, 2].set(3),))[1]))
+        loss, gradient, second = run(z)
+        np.testing.assert_allclose(loss[0], entmax_loss(z[0, kept], compressed, alpha), rtol=4 * EPS)
+        assert loss[1] == 0 and loss[2] == np.inf
+        np.testing.assert_allclose(
+            gradient[0, kept], jax.grad(entmax_loss)(z[0, kept], compressed, alpha), atol=2 * EPS
+        )
+        assert np.all(gradient[~mask] == 0) and np.all(second[~mask] == 0)
+        assert np.isfinite(gradient).all() and np.isfinite(second).all()
+    examples = entmax_loss(jnp.ones((2, 3)).at[1].set(nan), jnp.array([0, 7]), alpha, where=np.array([True, False]))
+    np.testing.assert_allclose(examples, [entmax_loss(jnp.ones(3), 0, alpha), 0], rtol=4 * EPS)
+
+
+def test_axes_and_batches_of_alpha():
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4)), jnp.float32)
+    c = np.array([[0, 1, 2, 2], [1, 0, 0, 2]])
+    alpha = np.float32([[1.2], [2.4]])
+    got = entmax_loss(z, c, alpha, axis=1)
+    np.testing.assert_allclose(got, entmax_loss(jnp.moveaxis(z, 1, 2), c, alpha), rtol=4 * EPS)
+    np.testing.assert_allclose(got[1, 2], entmax_loss(z[1, :, 2], c[1, 2], alpha[1, 0]), rtol=4 * EPS)
+    merged = entmax_loss(z, np.array([3, 11]), axis=(1, 2))
+    np.testing.assert_allclose(merged, entmax_loss(z.reshape(2, 12), np.array([3, 11])), rtol=4 * EPS)
+    np.testing.assert_allclose(
+        jax.vmap(entmax_loss)(z[:, :, 0], c[:, 0]), entmax_loss(z[:, :, 0], c[:, 0]), rtol=4 * EPS
+    )
+
+
+def test_binary_loss(x64):
+    """Sparsemax of the two logits (z, 0), for every label in [0, 1]; both modes, every order; edges and infinities."""
+    z = np.array([-2.5, -1.0, -0.4, 0.0, 0.7, 1.0, 3.0])
+    for y in (0.0, 0.3, 1.0):
+        labels = np.full(7, y)
+        want = entmax_loss(np.stack([z, 0 * z], -1), np.stack([labels, 1 - labels], -1), 2.0)
+        np.testing.assert_allclose(sparsemax_loss(z, labels), want, rtol=0, atol=1e-15)
+        s = np.clip((z + 1) / 2, 0, 1)
+        for gradient in (jax.grad, jax.jacfwd):
+            got = jax.vmap(gradient(sparsemax_loss), (0, None))(z, y)
+            np.testing.assert_allclose(got, s - y, rtol=0, atol=1e-15)
+        curvature = jax.vmap(jax.hessian(sparsemax_loss), (0, None))(z, y)
+        np.testing.assert_array_equal(curvature, np.where(np.abs(z) < 1, 0.5, 0.0))
+    check_grads(jax.jit(sparsemax_loss), (np.array([0.3, -2.0, 0.7, 4.0]), np.array([0.3, 0.1, 0.9, 0.2])), order=2)
+    inf = np.inf
+    np.testing.assert_array_equal(
+        sparsemax_loss(np.array([inf, -inf, inf, -inf, np.nan, 0.0, 0.0]), np.array([1, 0, 0, 1, 1, 2, -1])),
+        [0, 0, inf, inf, np.nan, np.nan, np.nan],
+    )
+    np.testing.assert_array_equal(jax.grad(sparsemax_loss)(inf, 1), 0.0)
+    assert sparsemax_loss(jnp.zeros(2, jnp.float32), np.array([0, 1])).dtype == jnp.float32
+
+
+def test_wrong_calls_name_the_argument():
+    z, c = jnp.zeros((2, 3)), jnp.zeros(2, int)
+    for error, name, call in (
+        (TypeError, "logits", lambda: entmax_loss(jnp.zeros((2, 3), int), c)),
+        (TypeError, "logits", lambda: entmax_loss(jnp.zeros((2, 3), complex), c)),
+        (TypeError, "labels", lambda: entmax_loss(z, jnp.zeros(2, bool))),
+        (ValueError, "labels", lambda: entmax_loss(z, jnp.zeros(4, int))),
+        (ValueError, "labels", lambda: entmax_loss(z, jnp.zeros((2, 4)))),
+        (ValueError, "alpha", lambda: entmax_loss(z, c, 0.5)),
+        (ValueError, "axis", lambda: entmax_loss(z, c, axis=5)),
+        (TypeError, "where", lambda: entmax_loss(z, c, where=jnp.ones(3))),
+        (TypeError, "scores", lambda: multiclass_sparsemax_loss(jnp.zeros((2, 3), int), c)),
+        (TypeError, "labels", lambda: multiclass_sparsemax_loss(z, jnp.zeros((2, 3)))),
+        (ValueError, "labels", lambda: multiclass_sparsemax_loss(z, jnp.zeros(3, int))),
+        (TypeError, "logits", lambda: sparsemax_loss(jnp.zeros(2, int), c)),
+        (ValueError, "labels", lambda: sparsemax_loss(jnp.zeros(3), c)),
+        (TypeError, "labels", lambda: sparsemax_loss(jnp.zeros(2), jnp.zeros(2, complex))),
+    ):
+        with pytest.raises(error, match=name):
+            call()

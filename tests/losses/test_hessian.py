@@ -1,0 +1,254 @@
+"""The curvature operators of every head against dense autodiff, and what they promise beyond it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoftmax import losses
+from jaxsoftmax.losses.cross_entropy import natural_gradient_norm
+from jaxsoftmax.losses.hessian import logits_hessian, loss_fisher, loss_ggn
+from tests.registry import HEADS
+from tests.registry.samples import LABELS, MASK, B, K
+
+over_heads = pytest.mark.parametrize("head", [h for h in HEADS if h.hessian], ids=lambda head: head.name)
+CE = losses.softmax_cross_entropy_with_integer_labels
+CONCAVE = losses.softmax_entropy
+_rng = np.random.default_rng(5)
+Z, X, V = _rng.normal(size=(3, B, K)) * 1.5
+Y = _rng.dirichlet(np.ones(K), size=B)
+TRANSFORMS = ({}, {"logit_softcap": 2.0}, {"logit_temperature": 1.5}, {"logit_softcap": 2.0, "logit_temperature": 1.5})
+
+
+def arrays(*args) -> tuple:
+    return tuple(jnp.asarray(a) for a in args)
+
+
+def options_of(head) -> dict:
+    options = dict(head.options[-1])
+    return {**options, "where": jnp.asarray(MASK)} if head.has_where else options
+
+
+def dense(head, z, args, options, logit_softcap=None, logit_temperature=1.0):
+    """The Hessian of each example by autodiff, (B, K, K)."""
+
+    def example(z, mask, *args):
+        x = z if logit_softcap is None else losses.softcap_logits(z, logit_softcap)
+        where = {"where": mask} if "where" in options else {}
+        return jnp.sum(head.loss(x / logit_temperature, *args, **{**options, **where}))
+
+    return jax.jit(jax.vmap(jax.hessian(example)))(z, jnp.asarray(MASK), *args)
+
+
+@over_heads
+@pytest.mark.parametrize(
+    "transform",
+    [TRANSFORMS[0], *(pytest.param(t, marks=pytest.mark.slow) for t in TRANSFORMS[1:3]), TRANSFORMS[3]],
+    ids=lambda t: "+".join(t) or "plain",
+)
+def test_every_method_against_the_dense_hessian(head, transform, x64):
+    (z, v, *args), options = arrays(Z, V, *head.args), options_of(head)
+    want = np.asarray(dense(head, z, args, options, **transform))
+
+    @jax.jit
+    def methods(z, v):
+        h = logits_hessian(head.loss, z, *args, **options, **transform)
+        products = h.as_matrix(), h.mv(v), h @ v[0], h.diagonal(), h.trace(), h.quadratic_form(v)
+        return *products, h.solve(v, 20.0), h.logdet(20.0)
+
+    damped = want + 20.0 * np.eye(K)
+    expected = (
+        want,
+        np.einsum("bij,bj->bi", want, V),
+        want @ V[0],
+        np.einsum("bii->bi", want),
+        np.einsum("bii->b", want),
+        np.einsum("bi,bij,bj->b", V, want, V),
+        np.linalg.solve(damped, V[..., None])[..., 0],
+        np.linalg.slogdet(damped)[1],
+    )
+    for got, right in zip(methods(z, v), expected):
+        np.testing.assert_allclose(got, right, rtol=1e-12, atol=1e-13)
+    operator = logits_hessian(head.loss, z, *args, **options, **transform)
+    np.testing.assert_array_equal(operator.is_psd(), np.linalg.eigvalsh(want).min(-1) > -1e-13)
+    assert operator.shape == (B, K, K)
+
+
+@over_heads
+@pytest.mark.parametrize("transform", TRANSFORMS[::3], ids=lambda t: "+".join(t) or "plain")
+def test_gauss_newton_is_a_square(head, transform, x64):
+    """L Lᵀ = G, L and Lᵀ transposes of each other; G is the Hessian where that is convex and nothing caps it."""
+    (z, v, *args), options = arrays(Z, V, *head.args), options_of(head)
+    g = loss_ggn(head.loss, z, *args, **options, **transform)
+    matrix = np.asarray(g.as_matrix())
+    np.testing.assert_allclose(g.mv(v), np.einsum("bij,bj->bi", matrix, V), atol=1e-13)
+    if head.loss is CONCAVE:
+        assert not np.any(g.is_psd())
+        return
+    assert np.all(g.is_psd()) and np.all(np.linalg.eigvalsh(matrix) > -1e-14)
+    columns = g.factor_rmv(v)
+    np.testing.assert_allclose(g.factor_mv(columns), g.mv(v), rtol=1e-12, atol=1e-14)
+    u = jnp.asarray(np.random.default_rng(2).normal(size=columns.shape))
+    np.testing.assert_allclose(jnp.sum(g.factor_mv(u) * v, -1), jnp.sum(u * columns, -1), rtol=1e-12, atol=1e-14)
+    if not transform and head.loss not in NOT_CONVEX:
+        np.testing.assert_allclose(matrix, logits_hessian(head.loss, z, *args, **options).as_matrix(), atol=1e-14)
+
+
+NOT_CONVEX = (
+    CE,  # z-loss, whose curvature lse J is left out
+    losses.focal_loss_with_integer_labels,
+    losses.poly_loss_cross_entropy,
+    losses.brier_loss,
+    losses.jensen_shannon_divergence,
+    losses.sigmoid_focal_loss,
+)
+
+
+def test_gauss_newton_in_closed_form(x64):
+    """(Σy) J for poly, f′J for focal, J² for Brier, J diag(φ″) J for Jensen-Shannon, (s) J + 2ζ ppᵀ for z-loss."""
+    z, x, y, labels = arrays(Z, X, Y, LABELS)
+    p, q = jax.nn.softmax(z), jax.nn.softmax(x)
+    J = jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(p)
+    pc = np.asarray(p)[np.arange(B), LABELS]
+    slope = (1 - pc) ** 0.5 - 0.5 * (1 - pc) ** -0.5 * pc * np.log(pc)
+    second = jax.vmap(jnp.diag)(0.5 / p - 0.5 / (p + q))
+    spread = jax.vmap(jnp.diag)(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z))
+    outer = np.einsum("bi,bj->bij", p, p)
+    for operator, want in (
+        (loss_ggn(losses.poly_loss_cross_entropy, z, 2 * y), 2 * J),
+        (loss_ggn(losses.focal_loss_with_integer_labels, z, labels, gamma=0.5), slope[:, None, None] * J),
+        (loss_ggn(losses.brier_loss, z, y), J @ J),
+        (loss_ggn(losses.jensen_shannon_divergence, z, x), J @ second @ J),
+        (loss_ggn(losses.sigmoid_focal_loss, z, y, gamma=0.0), spread),
+        (loss_ggn(CE, z, labels, z_loss=0.3), J + 0.6 * outer),
+        (loss_fisher(CE, z, labels, z_loss=0.3, class_weights=jnp.arange(1.0, 5.0)), (LABELS + 1.0)[:, None, None] * J),
+        (loss_ggn(CE, z, labels, logit_softcap=2.0), capped(z, 2.0)),
+    ):
+        np.testing.assert_allclose(operator.as_matrix(), want, rtol=1e-12, atol=1e-14)
+
+
+def capped(z, cap):
+    p, t = jax.nn.softmax(cap * jnp.tanh(z / cap)), 1 / jnp.cosh(z / cap) ** 2
+    return jax.vmap(lambda p, t: jnp.diag(t * p * t) - jnp.outer(t * p, t * p))(p, t)
+
+
+LIKELIHOODS = {
+    "categorical": (CE, (LABELS,), {}),
+    "one-hot": (losses.softmax_cross_entropy, (Y,), {}),
+    "distillation": (losses.softmax_kl_divergence, (X,), {"temperature": 1.5}),
+    "logistic": (losses.sigmoid_binary_cross_entropy, (Y,), {}),
+    "normal": (losses.l2_loss, (X,), {}),
+    "narrow normal": (losses.sum_squared_error, (X,), {}),
+    "capped": (CE, (LABELS,), {"logit_softcap": 2.0}),
+}
+
+
+@pytest.mark.parametrize("case", LIKELIHOODS)
+def test_fisher_is_the_covariance_of_the_gradient_at_sampled_targets(case, key, x64):
+    loss, args, options = LIKELIHOODS[case]
+    cap = options.get("logit_softcap")
+    arguments = {name: value for name, value in options.items() if name != "logit_softcap"}
+    z, count = jnp.asarray(Z), 20000
+    fisher = loss_fisher(loss, z, *arrays(*args), **options)
+    targets = fisher.sample_targets(key, (count,))
+    assert targets.shape == (count, *args[0].shape) or targets.shape == (count, B, K)
+
+    def gradient(t):
+        x = (lambda z: z) if cap is None else lambda z: losses.softcap_logits(z, cap)
+        return jax.grad(lambda z: jnp.sum(loss(x(z), t, **arguments)))(z)
+
+    g = np.asarray(jax.jit(jax.vmap(gradient))(targets))
+    products = g[:, :, :, None] * g[:, :, None, :]
+    error = products.std(0) / np.sqrt(count)
+    want = np.asarray(fisher.as_matrix())
+    if case in ("logistic", "normal", "narrow normal"):  # targets of the elements are independent
+        want = want + np.einsum("bi,bj->bij", g.mean(0), g.mean(0)) * (1 - np.eye(K))
+    assert np.all(abs(products.mean(0) - want) <= 5 * error + 1e-12)
+    assert np.all(abs(g.mean(0)) <= 5 * g.std(0) / np.sqrt(count) + 1e-12)
+
+
+def test_mask_is_respected_by_sampled_targets(key):
+    fisher = loss_fisher(CE, jnp.asarray(Z), jnp.asarray(LABELS), where=jnp.asarray(MASK))
+    drawn = np.asarray(fisher.sample_targets(key, (2000,)))
+    for i, mask in enumerate(MASK):
+        assert set(np.unique(drawn[:, i])) == set(np.flatnonzero(mask))
+
+
+def test_psd_exactly_where_the_formula_sheet_says(x64):
+    """f′J + f″ggᵀ is positive semidefinite iff f′ + f″(1 - p_c)/p_c ≥ 0, across the border."""
+    gaps = jnp.linspace(-6, 6, 101)
+    z = jnp.stack([gaps, jnp.zeros(101), jnp.full(101, -0.7)], -1)
+    labels = jnp.zeros(101, int)
+    pc = np.asarray(jax.nn.softmax(z)[:, 0])
+    u, L = 1 - pc, -np.log(pc)
+    for gamma in (0.5, 2.0, 5.0):
+        first = u**gamma + gamma * u ** (gamma - 1) * pc * L
+        second = 2 * gamma * u ** (gamma - 1) * pc + gamma * (gamma - 1) * u ** (gamma - 2) * pc**2 * L
+        second -= gamma * u ** (gamma - 1) * pc * L
+        want = first + second * u / pc >= 0
+        assert want.any() and not want.all()
+        operator = logits_hessian(losses.focal_loss_with_integer_labels, z, labels, gamma=gamma)
+        np.testing.assert_array_equal(operator.is_psd(), want)
+        v = jnp.asarray(np.random.default_rng(0).normal(size=z.shape))
+        square = np.asarray(operator.factor_mv(operator.factor_rmv(v)))
+        np.testing.assert_allclose(square[want], np.asarray(operator.mv(v))[want], rtol=1e-9, atol=1e-12)
+        assert np.all(np.isnan(square[~want]))
+
+
+def test_natural_gradient_norm(x64):
+    z, labels = arrays(Z, LABELS)
+    g = np.asarray(jax.nn.softmax(z)) - np.eye(K)[LABELS]
+    J = np.asarray(loss_fisher(CE, z, labels).as_matrix())
+    want = [g[i] @ np.linalg.pinv(J[i]) @ g[i] for i in range(B)]
+    np.testing.assert_allclose(natural_gradient_norm(z, labels), want, rtol=1e-12)
+    np.testing.assert_allclose(natural_gradient_norm(z, labels), np.expm1(CE(z, labels)), rtol=1e-15)
+
+
+def test_operators_pass_through_transformations(x64):
+    z, labels, v = arrays(Z, LABELS, V)
+
+    def product(z, label, v):
+        return logits_hessian(losses.focal_loss_with_integer_labels, z, label).mv(v)
+
+    batched = product(z, labels, v)
+    np.testing.assert_allclose(jax.vmap(product)(z, labels, v), batched, rtol=1e-14)
+    np.testing.assert_allclose(jax.jit(product)(z, labels, v), batched, rtol=1e-14)
+    third = jax.jvp(lambda z: product(z, labels, v), (z,), (v,))[1]
+    loss = functools.partial(losses.focal_loss_with_integer_labels, labels=labels)
+    twice = jax.jvp(jax.grad(lambda z: jnp.sum(loss(z))), (z,), (v,))
+    np.testing.assert_allclose(twice[1], batched, rtol=1e-12, atol=1e-15)
+    want = jax.jvp(lambda z: jax.jvp(jax.grad(lambda z: jnp.sum(loss(z))), (z,), (v,))[1], (z,), (v,))[1]
+    np.testing.assert_allclose(third, want, rtol=1e-10, atol=1e-14)
+    operator = jax.jit(lambda z: loss_fisher(CE, z, labels))(z)
+    assert jax.tree.structure(operator) == jax.tree.structure(loss_fisher(CE, z, labels))
+
+
+def test_partial_carries_options(x64):
+    z, labels = arrays(Z, LABELS)
+    smooth = functools.partial(CE, z_loss=0.5)
+    want = logits_hessian(CE, z, labels, z_loss=0.5).as_matrix()
+    np.testing.assert_array_equal(logits_hessian(smooth, z, labels).as_matrix(), want)
+
+
+def test_wrong_calls_are_named():
+    z, labels = jnp.asarray(Z, "float32"), jnp.asarray(LABELS)
+    with pytest.raises(TypeError, match=r"loss must be a head .*\(brier_loss, .*sum_squared_error\).*got mean"):
+        logits_hessian(jnp.mean, z)
+    with pytest.raises(TypeError, match="got 3"):
+        loss_ggn(3, z)
+    with pytest.raises(TypeError, match="loss must be a likelihood .* got brier_loss"):
+        loss_fisher(losses.brier_loss, z, z)
+    with pytest.raises(ValueError, match="axis must be the last"):
+        logits_hessian(CE, z.T, labels, axis=0)
+    with pytest.raises(TypeError, match="logits must have a floating-point dtype"):
+        logits_hessian(CE, labels, labels)
+    with pytest.raises(ValueError, match="scalar"):
+        logits_hessian(losses.l2_loss, jnp.float32(1.0))
+    with pytest.raises(ValueError, match="logit_softcap must be positive"):
+        logits_hessian(CE, z, labels, logit_softcap=0.0)
+    with pytest.raises(TypeError, match="capped logits has no factor"):
+        logits_hessian(CE, z, labels, logit_softcap=2.0).factor_mv(z)
+    with pytest.raises(TypeError, match="labels"):
+        logits_hessian(CE, z, z)

@@ -1,0 +1,226 @@
+"""α-entmax against an independent reference in long double: values, derivatives in x and α, special values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoftmax.maps.entmax import entmax, entmax15, entmax_jacobian_product, sparsemax
+
+EPS = float(np.finfo(np.float32).eps)
+Z = np.array([0.3, -0.2, 0.9, 0.17, -3.0])
+
+
+def reference(z, alpha):
+    """p in long double, by bisection on c = ln_β(max p); also for α slightly below 1."""
+    z, beta = np.asarray(z, np.longdouble), np.longdouble(alpha) - 1
+    d = z - z.max()
+
+    def p_of(c):
+        if beta == 0:
+            return np.exp(c + d)
+        with np.errstate(divide="ignore"):
+            return np.exp(np.log1p(np.maximum(beta * (c + d), -1)) / beta)
+
+    low, high = (
+        -np.log(np.longdouble(d.size)) if beta <= 0 else np.expm1(-beta * np.log(np.longdouble(d.size))) / beta,
+        0,
+    )
+    low -= 1
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if p_of(middle).sum() > 1 else (middle, high)
+    return p_of(high)
+
+
+def slopes(curve, steps=4e-3):
+    """The first three derivatives of `curve` at 0, in long double, by differences of high order."""
+    k = np.arange(-6, 7)
+    samples = np.array([curve(np.longdouble(steps) * i) for i in k])
+    # The weights that are exact on polynomials of degree 12.
+    inverse = np.linalg.inv(np.vander(k.astype(float), increasing=True)).astype(np.longdouble)
+    vander = np.vander(k.astype(np.longdouble), increasing=True)
+    inverse = inverse @ (2 * np.eye(13, dtype=np.longdouble) - vander @ inverse)  # one step of refinement
+    return [(m * (inverse @ samples)[i] / np.longdouble(steps) ** i).astype(float) for i, m in ((1, 1), (2, 2), (3, 6))]
+
+
+def on_support(p, power):
+    return np.where(p > 0, np.where(p > 0, p, 1) ** np.longdouble(power), 0)
+
+
+def test_python_number_and_array_agree():
+    """1.5 and 2.0 have code of their own, chosen by a Python or numpy number; it is that of entmax15 and sparsemax."""
+    z = jnp.asarray(Z, jnp.float32)
+    for alpha, own in ((1.5, entmax15), (2, sparsemax), (np.float64(2.0), sparsemax)):
+        np.testing.assert_array_equal(entmax(z, alpha), own(z))
+        np.testing.assert_allclose(entmax(z, jnp.float32(alpha)), own(z), rtol=0, atol=2 * EPS)
+    assert sparsemax(jnp.array([2.0, 1.0])).tolist() == [1.0, 0.0]
+    np.testing.assert_array_equal(sparsemax(jnp.array([0.25, 0.0])), [0.625, 0.375])
+
+
+def closed_forms(alpha):
+    """J = diag(q) - qqᵀ/Σq and D²p[u, v] = r∘ũṽ - q<r, ũṽ>/Σq with r = (2-α) p^(3-2α), at Z."""
+    p = reference(Z, alpha)
+    q, r = on_support(p, 2 - alpha), (2 - alpha) * on_support(p, 3 - 2 * np.longdouble(alpha))
+    centred = np.eye(5) - (q / q.sum())[:, None]  # row u: the unit vector minus its mean under π
+    product = centred.T[:, :, None] * centred.T[:, None, :]  # [class, u, v]
+    second = r[:, None, None] * product - q[:, None, None] * np.tensordot(r, product, 1) / q.sum()
+    return p, (np.diag(q) - np.outer(q, q) / q.sum()).astype(float), second.astype(float)
+
+
+@pytest.mark.parametrize("function", [sparsemax, entmax15, entmax])
+def test_jacobian_and_second_derivative(function, x64):
+    """In both modes, with exact zeros outside the support."""
+    derivatives = [jax.jit(jax.jacrev(function)), jax.jit(jax.jacfwd(jax.jacrev(function)))]
+    if function is not entmax15:
+        derivatives += [jax.jit(jax.jacfwd(function)), jax.jit(jax.jacrev(jax.jacfwd(function)))]
+    for alpha in {sparsemax: [2.0], entmax15: [1.5], entmax: [1.0, 1.3, 1.5, 2.0, 2.5]}[function]:
+        p, *forms = closed_forms(alpha)
+        for derivative, form in zip(derivatives, 2 * forms):
+            got = np.asarray(derivative(Z, alpha) if function is entmax else derivative(Z))
+            np.testing.assert_allclose(got, form, rtol=0, atol=1e-14 * abs(form).max())
+            assert np.all(got[p == 0] == 0) and np.all(got[:, p == 0] == 0)
+
+
+def test_order_three_in_both_modes(x64):
+    """Along a line in (x, α), through α = 1 and 2 too, against differences of the reference."""
+    v, w, step = np.array([0.2, -0.1, -0.3, 0.25, 0.1]), np.array([0.7, -1.0, 0.4, 1.1, -0.2]), 0.3
+    value = lambda z, a: jnp.dot(w, entmax(z, a))
+    forward = lambda f: lambda z, a: jax.jvp(f, (z, a), (v, step))[1]
+    reverse = lambda f: lambda z, a: sum(jnp.vdot(g, t) for g, t in zip(jax.grad(f, (0, 1))(z, a), (v, step)))
+    chains = [
+        (m, n(m), k(n(m))) for k, n, m in ((forward, forward, forward(value)), (reverse, reverse, reverse(value)))
+    ]
+    chains = [jax.jit(lambda z, a, c=c: jnp.stack([f(z, a) for f in c])) for c in chains]
+    for alpha in (1.0, 1 + 1e-9, 1.4, 2.0, 2.7):
+        want = slopes(lambda t, a=alpha: reference(Z + t * v, a + t * step) @ w)
+        for chain in chains:
+            np.testing.assert_allclose(chain(Z, alpha), want, rtol=0, atol=1e-9)
+
+
+def test_derivative_in_alpha_is_continuous_through_softmax_and_sparsemax(x64):
+    slope = jax.jit(jax.jacfwd(entmax, 1))
+    for alpha in (1.0, 1 + 1e-14, 1 + 1e-9, 1 + 1e-5, 1.003, 1.3, 2 - 1e-9, 2.0, 2 + 1e-9, 2.6):
+        want = slopes(lambda t, a=alpha: reference(Z, a + t))[0]
+        np.testing.assert_allclose(slope(Z, alpha), want, rtol=0, atol=1e-13)
+    p, logp = jax.nn.softmax(Z), jax.nn.log_softmax(Z)  # Correia et al. 2019: ½ (p <p, log²p> - p log²p) at α = 1
+    np.testing.assert_allclose(slope(Z, 1.0), (p * jnp.dot(p, logp**2) - p * logp**2) / 2, atol=1e-15)
+
+
+def test_jacobian_product_from_probabilities():
+    """q = p^(2-α) stays 0 where p is 0, also for α > 2."""
+    p, v = np.float32([0.5, 0.0, 0.3, 0.2]), np.float32([1.0, 5.0, -2.0, 0.5])
+    for alpha in (1.0, 2.0, 3.5):
+        q = on_support(p, 2 - alpha)
+        got = entmax_jacobian_product(jnp.asarray(v), jnp.asarray(p), jnp.full(1, alpha), 0)
+        np.testing.assert_allclose(got, (q * (v - q @ v / q.sum())).astype(float), rtol=0, atol=4 * EPS * q.max())
+
+
+def test_alpha_broadcasts_over_the_batch(x64):
+    """A scalar, an array that broadcasts against the leading axes, vmap, and the gradient in each."""
+    z = np.random.default_rng(3).normal(size=(2, 3, 4))
+    alpha = np.array([[1.0], [2.3]])  # (2, 1) against (2, 3): one row on each solver
+    want = np.array([[reference(row, a) for row in rows] for rows, a in zip(z, alpha[:, 0])], float)
+    np.testing.assert_allclose(entmax(z, alpha), want, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(jax.jit(jax.vmap(entmax))(z, alpha[:, 0]), want, rtol=0, atol=1e-15)
+    moved = entmax(z.transpose(2, 0, 1), alpha, axis=0)
+    np.testing.assert_allclose(moved, want.transpose(2, 0, 1), rtol=0, atol=1e-15)
+    w = np.arange(24.0).reshape(2, 3, 4)
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(w * entmax(z, a))))(alpha)
+    for i in range(2):
+        slope = slopes(lambda t, i=i: sum(w[i, j] @ reference(z[i, j], alpha[i, 0] + t) for j in range(3)))[0]
+        np.testing.assert_allclose(gradient[i], [slope], rtol=1e-11)
+
+
+def test_axes():
+    z = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 4)), jnp.float32)
+    np.testing.assert_allclose(sparsemax(jnp.moveaxis(z, 2, 0), axis=-3), jnp.moveaxis(sparsemax(z), 2, 0), atol=EPS)
+    merged = sparsemax(z.reshape(2, 12)).reshape(2, 3, 4)
+    np.testing.assert_allclose(sparsemax(z, axis=(1, -1)), merged, atol=EPS)
+    np.testing.assert_allclose(entmax(z, np.float32([1.5, 1.2]), axis=(2, 1))[0], entmax15(z[0], None), atol=2 * EPS)
+    np.testing.assert_allclose(entmax15(z, axis=None), entmax15(z.ravel()).reshape(z.shape), atol=EPS)
+
+
+@pytest.mark.parametrize("function", [sparsemax, entmax])
+def test_mask_is_the_compressed_problem(function):
+    """Whatever stands behind the mask; derivatives 0 there, and no NaN at second order; an empty slice is all 0."""
+    kept, mask = np.array([0, 2, 3]), np.array([[True, False, True, True, False], [False] * 5])
+    z = jnp.asarray([[0.3, np.nan, 0.9, 0.17, np.inf], [np.nan, 0, 1, np.inf, -np.inf]], jnp.float32)
+    g, v = jnp.asarray([[0.3, 1, -2, 0.7, 1]] * 2, jnp.float32), jnp.ones((2, 5)).at[0, 2].set(3.0)
+    masked, plain = (orders(functools.partial(function, where=w)) for w in (mask, None))
+    for alpha in (1.0, 1.5, 3.0) if function is entmax else ((),):
+        args = () if alpha == () else (jnp.float32(alpha),)
+        want = plain(z[0, kept], g[0, kept], v[0, kept], *args)
+        for got, wanted, tolerance in zip(masked(z, g, v, *args), want, (2, 8, 40)):
+            np.testing.assert_allclose(got[0, kept], wanted, rtol=0, atol=tolerance * EPS)
+            assert np.all(np.asarray(got)[~mask] == 0)
+
+
+def orders(function):
+    """Jitted (x, g, v, *α) -> value, VJP with g, and the derivative of that along v."""
+
+    def apply(x, g, v, *alpha):
+        pull = lambda x: jax.vjp(lambda x: function(x, *alpha), x)[1](g)[0]
+        return function(x, *alpha), *jax.jvp(pull, (x,), (v,))
+
+    return jax.jit(apply)
+
+
+@pytest.mark.parametrize("function", [sparsemax, entmax])
+def test_special_values(function):
+    """-inf is an absent class; one +inf the one-hot limit; several, or nothing but -inf, or NaN: NaN in that slice."""
+    inf, nan = np.inf, np.nan
+    z = np.float32([[-inf, 0.5, 1, 0], [inf, 0, 1, 2], [inf, inf, 0, 1], [-inf] * 4, [nan, 0, 1, 2], [0, 1, 2, 3]])
+    g = np.float32(np.arange(24).reshape(6, 4))
+    derivatives = orders(function)
+    for alpha in (1.0, 1.5, 3.0) if function is entmax else ((),):
+        args = () if alpha == () else (jnp.float32(alpha),)
+        p = np.asarray(function(z, *args))
+        np.testing.assert_allclose(p[0], [0, *function(z[0, 1:], *args)], rtol=0, atol=EPS)
+        np.testing.assert_allclose(p[5], function(z[5], *args), rtol=0, atol=EPS)
+        assert p[1].tolist() == [1, 0, 0, 0]
+        for got in derivatives(z, g, g**2, *args):
+            assert np.isnan(got[2:5]).all() and np.isfinite(got[jnp.array([0, 1, 5])]).all() and got[0, 0] == 0
+        for got in derivatives(z, g, g**2, *args)[1:]:
+            assert np.all(got[1] == 0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 3.0])
+def test_one_class_and_none(alpha):
+    assert entmax(np.float32([[-3.0]]), alpha).tolist() == [[1.0]]
+    assert entmax(jnp.zeros((2, 0)), alpha).shape == (2, 0) and entmax(jnp.zeros((0, 2)), alpha).shape == (0, 2)
+
+
+def test_traced_alpha_out_of_range_is_nan():
+    for alpha in (0.999, np.nan, np.inf, -1.0):
+        assert np.isnan(jax.jit(entmax)(jnp.arange(3.0), jnp.float32(alpha))).all()
+
+
+def test_transformations_compose():
+    z = jnp.asarray(np.random.default_rng(6).normal(size=(3, 6)), jnp.float32)
+    f = lambda z, a: jnp.sum(entmax(z, a) ** 2, -1)
+    want = jax.jit(jax.vmap(jax.grad(f), (0, None)))(z, 2.4)
+    carried = jax.jit(lambda z, a: jax.lax.scan(lambda a, row: (a, jax.grad(jax.checkpoint(f))(row, a)), a, z)[1])
+    np.testing.assert_allclose(carried(z, 2.4), want, atol=4 * EPS)
+
+
+def test_wrong_calls_name_the_argument():
+    z = jnp.zeros((2, 3))
+    for error, name, call in (
+        (ValueError, "alpha", lambda: entmax(z, 0.9)),
+        (ValueError, "alpha", lambda: entmax(z, jnp.array([1.5, jnp.nan]))),
+        (ValueError, "alpha", lambda: entmax(z, jnp.inf)),
+        (ValueError, "alpha", lambda: entmax(z, jnp.full(3, 1.5))),
+        (ValueError, "alpha", lambda: jax.jit(lambda z: entmax(z, 0.5))(z)),
+        (TypeError, "alpha", lambda: entmax(z, 1.5j)),
+        (TypeError, "alpha", lambda: entmax(z, "1.5")),
+        (TypeError, "x", lambda: sparsemax(jnp.zeros(3, complex))),
+        (ValueError, "axis", lambda: entmax15(z, axis=2)),
+        (TypeError, "axis", lambda: entmax15(z, axis=0.5)),
+        (TypeError, "where", lambda: sparsemax(z, where=jnp.ones(3))),
+        (ValueError, "where", lambda: sparsemax(z, where=jnp.ones(2, bool))),
+    ):
+        with pytest.raises(error, match=name):
+            call()

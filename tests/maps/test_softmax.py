@@ -1,0 +1,135 @@
+"""softmax, log_softmax and logsumexp: accuracy, special values, masks, residuals, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as js
+
+INF, NAN = np.inf, np.nan
+
+
+SPECIAL = [
+    # logits, softmax, log_softmax, logsumexp
+    ([-INF, 0.0, 0.0], [0, 0.5, 0.5], [-INF, -np.log(2), -np.log(2)], np.log(2)),
+    ([INF, 0.0, -INF], [1, 0, 0], [0, -INF, -INF], INF),
+    ([INF, INF, 0.0], [NAN] * 3, [NAN] * 3, INF),
+    ([-INF, -INF, -INF], [NAN] * 3, [NAN] * 3, -INF),
+    ([NAN, 0.0, 1.0], [NAN] * 3, [NAN] * 3, NAN),
+    ([3e38, -3e38, 0.0], [1, 0, 0], [0, -INF, -3e38], 3e38),
+]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("logits, p, logp, lse", SPECIAL)
+def test_special_values(wrap, logits, p, logp, lse):
+    z = jnp.array([logits, [0.0, 0.0, 0.0]])  # the second slice must stay untouched
+    for f, want, plain in (
+        (js.softmax, p, [1 / 3] * 3),
+        (js.log_softmax, logp, [-np.log(3)] * 3),
+        (lambda z: js.logsumexp(z, -1), lse, np.log(3)),
+    ):
+        np.testing.assert_allclose(wrap(f)(z), np.array([want, plain], np.float32), rtol=3e-7)
+
+
+def test_an_excluded_class_has_no_derivative():
+    z = jnp.array([1.0, -INF, 0.0])
+    for f in (js.softmax, lambda z: js.log_softmax(z)[::2], js.logsumexp):
+        for differentiate in (jax.jacfwd, jax.jacrev):
+            assert np.all(np.asarray(differentiate(f)(z))[..., 1] == 0)
+        second = np.asarray(jax.hessian(f)(z))
+        assert np.all(second[..., 1, :] == 0) and not np.any(np.isnan(second))
+
+
+@pytest.mark.parametrize("behind", [0.0, NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+def test_masked_equals_compressed(name, behind):
+    """Where a class is masked, everything is as if it were not there, whatever stands behind the mask."""
+    kept = np.array([True, False, True, True, False])
+    small = np.array([0.3, -1.0, 2.0], np.float32)
+    z = np.full(5, behind, np.float32)
+    z[kept] = small
+    absent = 0.0 if name == "softmax" else -INF
+    f, z = getattr(js, name), jnp.asarray(z)
+    with jax.debug_nans(True):
+        got = np.asarray(f(z, where=kept))
+        grads = [np.asarray(d(lambda z: f(z, where=kept))(z)) for d in (jax.jacfwd, jax.jacrev)]
+        hessian = np.asarray(jax.hessian(lambda z: f(z, where=kept))(z))
+    want, jacobian = np.asarray(f(jnp.asarray(small))), np.asarray(jax.jacrev(f)(jnp.asarray(small)))
+    if name != "logsumexp":
+        assert np.all(got[~kept] == absent)
+        got, grads, hessian = got[kept], [g[kept] for g in grads], hessian[kept]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for g in grads:
+        np.testing.assert_allclose(g[..., kept], jacobian, rtol=1e-5, atol=1e-7)
+        assert np.all(g[..., ~kept] == 0)
+    assert np.all(hessian[..., ~kept, :] == 0) and np.all(hessian[..., ~kept] == 0)
+    want = jax.hessian(f)(jnp.asarray(small))
+    np.testing.assert_allclose(hessian[..., kept, :][..., kept], want, rtol=1e-5, atol=1e-6)
+
+
+def test_fully_masked_slice():
+    z, mask = jnp.full((2, 3), NAN).at[1].set(0.0), np.array([[False] * 3, [True] * 3])
+    with jax.debug_nans(True):
+        assert np.all(np.asarray(js.softmax(z, where=mask))[0] == 0)
+        assert np.all(np.asarray(js.log_softmax(z, where=mask))[0] == -INF)
+        assert js.logsumexp(z, 1, where=mask)[0] == -INF
+        for d in (jax.jacfwd, jax.jacrev, jax.hessian):
+            assert np.all(np.asarray(d(lambda z: js.softmax(z, where=mask))(z))[0] == 0)
+
+
+def test_axes_and_shapes():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
+    for axis in (1, -1, (2, 0), None):
+        np.testing.assert_allclose(js.softmax(z, axis=axis), jax.nn.softmax(z, axis=axis), rtol=2e-6)
+        np.testing.assert_allclose(js.log_softmax(z, axis=axis), jax.nn.log_softmax(z, axis=axis), rtol=2e-6)
+        for keepdims in (False, True):
+            np.testing.assert_allclose(
+                js.logsumexp(z, axis, keepdims=keepdims), jax.nn.logsumexp(z, axis, keepdims=keepdims), rtol=2e-6
+            )
+    assert js.softmax(jnp.zeros((3, 0))).shape == (3, 0) and js.softmax(jnp.zeros((0, 3))).shape == (0, 3)
+    assert np.all(np.asarray(js.logsumexp(jnp.zeros((2, 0)), 1)) == -INF)
+    assert js.softmax(jnp.float32(3.0), axis=None) == 1.0
+    assert js.softmax([1, 2]).dtype == js.log_softmax(np.arange(3)).dtype == jnp.float32
+
+
+def test_logsumexp_with_factors(x64):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 5)), rng.normal(size=(3, 5))
+    b[0, 2] = 0.0
+    value, sign = js.logsumexp(a, 1, b=b, return_sign=True)
+    total = (b * np.exp(a)).sum(1)
+    np.testing.assert_allclose(sign * np.exp(value), total, rtol=1e-13)
+    np.testing.assert_array_equal(np.isnan(js.logsumexp(a, 1, b=b)), total < 0)
+    gradient = jax.grad(lambda a, b: js.logsumexp(a, 1, b=b, return_sign=True)[0].sum(), (0, 1))(a, b)
+    np.testing.assert_allclose(gradient[0], b * np.exp(a) / total[:, None], rtol=1e-12)
+    np.testing.assert_allclose(gradient[1], np.exp(a) / total[:, None], rtol=1e-12)
+    assert js.logsumexp(jnp.array([800.0, 1.0]), b=jnp.array([0.0, 1.0])) == 1.0
+
+
+def test_the_rule_runs():
+    """The jaxpr holds the custom rule, under jit and vmap too."""
+    for f in (js.softmax, js.log_softmax, lambda z: js.logsumexp(z, -1)):
+        assert "custom_jvp_call" in str(jax.make_jaxpr(jax.vmap(f))(jnp.ones((2, 3))))
+        assert "custom_vjp_call" in str(jax.make_jaxpr(jax.vmap(f))(jnp.ones((2, 3))))
+
+
+@pytest.mark.parametrize("f", [js.softmax, js.log_softmax, js.logsumexp])
+@pytest.mark.parametrize(
+    "args, kwargs, error, words",
+    [
+        ((1j * np.ones(3),), {}, TypeError, "real"),
+        (("abc",), {}, TypeError, "array"),
+        ((np.ones(3),), {"axis": 1}, ValueError, "axis=1 is out of range for 1 axes"),
+        ((np.ones(3),), {"axis": 0.5}, TypeError, "axis must be an integer, got 0.5"),
+        ((np.ones((2, 3)),), {"axis": (1, -1)}, ValueError, "names an axis twice"),
+        ((np.ones(3),), {"where": np.ones(3)}, TypeError, "where must be boolean, got dtype float"),
+        ((np.ones(3),), {"where": np.ones(2, bool)}, ValueError, r"where has shape \(2,\).*\(3,\)"),
+    ],
+)
+def test_wrong_calls(f, args, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        f(*args, **kwargs)
+    with pytest.raises(ValueError, match="needs an array with at least one axis"):
+        f(np.float32(1.0), axis=-1)

@@ -1,0 +1,316 @@
+"""`python -m tests.mutants [NAME...]`: breaks the package in known ways, one at a time, and prints which test notices.
+
+Each mutant is a change of one line in a temporary copy of the repository; the tests that ought to notice, of those that
+`pytest` runs by default, stop at the first failure. An exit status of 1 says that a mutant survived, or does not apply.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One breakage: `old` occurs once in the file of the package and becomes `new`; `tests` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def applied(self, root: Path = ROOT) -> str:
+        """The text of the broken file."""
+        text = (root / "jaxsoftmax" / self.file).read_text(encoding="utf-8")
+        if (found := text.count(self.old)) != 1:
+            raise ValueError(f"mutant {self.name!r}: {self.old!r} occurs {found} times in {self.file}, not once")
+        return text.replace(self.old, self.new)
+
+
+LOSSES, TRANSFORMS = "tests/contract/test_losses.py", "tests/contract/test_transformations.py"
+SPECIAL, LINEAR = "tests/contract/test_special_values.py", "tests/linear_head/test_cross_entropy.py"
+EXACT = "tests/contract/test_accuracy_optimized.py -k float32"
+
+MUTANTS = [
+    Mutant(
+        "softmax: sign of the Jacobian",
+        "maps/softmax.py",
+        "return jacobian_product(g, p, axis), None, None",
+        "return -jacobian_product(g, p, axis), None, None",
+        "tests/contract/test_three_way.py -k softmax",
+    ),
+    Mutant(
+        "log_softmax: wrong axis",
+        "maps/softmax.py",
+        "rest = num.class_sum(is_not_top_log(logp) * g, axis)",
+        "rest = num.class_sum(is_not_top_log(logp) * g, 0)",
+        f"{TRANSFORMS} -k log_softmax",
+    ),
+    Mutant(
+        "log_softmax: log1p becomes log",
+        "maps/softmax.py",
+        "* far - jnp.log1p(num.one_infinity(s, m, 0))",
+        "* far - jnp.log(1 + num.one_infinity(s, m, 0))",
+        "tests/maps/test_softmax_optimized.py",
+    ),
+    Mutant(
+        "softmax: mask forgotten in the result",
+        "maps/softmax.py",
+        "return out if mask is None else jnp.where(mask, out, absent)",
+        "return out",
+        "tests/maps/test_softmax.py -k masked",
+    ),
+    Mutant(
+        "log_softmax: keeps its logits as well for the backward pass",
+        "maps/softmax.py",
+        "return logp, logp\n\n\ndef _log_softmax_bwd(axis, logp, g):\n",
+        "return logp, (logp, z)\n\n\ndef _log_softmax_bwd(axis, both, g):\n    logp, g = both[0], g + 0 * both[1]\n",
+        "tests/maps/test_softmax_optimized.py -k residuals",
+    ),
+    Mutant(
+        "products: mean with the top class counted twice",
+        "_core/centring.py",
+        "mean = num.class_sum(below_half(p) * w, axis) / total",
+        "mean = num.class_sum(p * w, axis) / total + 1e-6 * num.class_sum(is_top(p) * v, axis)",
+        "tests/contract/test_three_way.py",
+    ),
+    Mutant(
+        "sums over the classes: top class not left out",
+        "_core/class_axis.py",
+        "return jnp.where(total < 2, class_sum(e - jnp.floor(e), axis), total - 1)",
+        "return total - 1",
+        "tests/maps/test_softmax_optimized.py",
+    ),
+    Mutant(
+        "labels: off by one",
+        "losses/cross_entropy.py",
+        "return jnp.where(num.class_index(z, axis) == label, -rest,",
+        "return jnp.where(num.class_index(z, axis) == label + 1, -rest,",
+        f"{LOSSES} -k combination",
+    ),
+    Mutant(
+        "labels: -1 counts from the end",
+        "_core/class_axis.py",
+        "valid = (labels >= 0) & (labels < num_classes)",
+        "valid = (labels >= -num_classes) & (labels < num_classes)",
+        f"{SPECIAL} -k integer_labels",
+    ),
+    Mutant(
+        "cross-entropy: class weight dropped",
+        "losses/cross_entropy.py",
+        "loss = loss * num.take_class(jnp.broadcast_to(weights, z.shape), labels, axis)",
+        "loss = loss * 1",
+        f"{LOSSES} -k combination",
+    ),
+    Mutant(
+        "cross-entropy: smoothing spread over masked classes too",
+        "losses/cross_entropy.py",
+        "count = num.class_sum(exists.astype(loss.dtype), axis)",
+        "count = num.class_sum(jnp.ones_like(wide), axis)",
+        f"{LOSSES} -k compressed",
+    ),
+    Mutant(
+        "cross-entropy: z-loss without its square",
+        "losses/cross_entropy.py",
+        "* logsumexp_of(wide, axis) ** 2",
+        "* logsumexp_of(wide, axis)",
+        f"{LOSSES} -k combination",
+    ),
+    Mutant(
+        "cross-entropy: lse - z_label",
+        "losses/cross_entropy.py",
+        "return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)",
+        "return jnp.log(total) - gap",
+        "tests/losses/test_cross_entropy_optimized.py",
+    ),
+    Mutant(
+        "soft labels: mass of 1 assumed",
+        "losses/cross_entropy.py",
+        "mass = num.class_sum(y, axis)",
+        "mass = jnp.ones_like(num.class_sum(y, axis))",
+        "tests/contract/test_three_way.py -k soft",
+    ),
+    Mutant(
+        "soft labels: p - y where p is near 1",
+        "losses/cross_entropy.py",
+        "return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)",
+        "return mass * p - y",
+        f"{EXACT} and softmax_cross_entropy",
+    ),
+    Mutant(
+        "focal: a slope too many",
+        "losses/focal.py",
+        "return jnp.exp(-gamma * softplus(s)) * softplus(-s)",
+        "return jnp.exp(-(gamma + 1) * softplus(s)) * softplus(-s)",
+        f"{LOSSES} -k combination",
+    ),
+    Mutant(
+        "KL: temperature not applied to the target",
+        "losses/divergences_of_logits.py",
+        "/ temperature, num.present(z, mask, (axis,)) / temperature",
+        "/ temperature, num.present(z, mask, (axis,))",
+        f"{LOSSES} -k combination",
+    ),
+    Mutant(
+        "KL: gradient in the target with the wrong sign",
+        "losses/divergences_of_logits.py",
+        "return ct * difference(x, z, sums, axis), -ct * jacobian_product(",
+        "return ct * difference(x, z, sums, axis), ct * jacobian_product(",
+        f"{TRANSFORMS} -k 'softmax_kl and (dtypes or jacrev)'",
+    ),
+    Mutant(
+        "logistic: positive weight missing in the gradient",
+        "losses/binary.py",
+        "dx = (1 - y) * sigmoid(x) - weight * y * sigmoid(-x)",
+        "dx = (1 - y) * sigmoid(x) - y * sigmoid(-x)",
+        f"{LOSSES} -k combination",
+    ),
+    Mutant(
+        "entmax: exponent of the escort distribution",
+        "maps/entmax.py",
+        "q = support_power(p, 2 - alpha)",
+        "q = support_power(p, alpha - 1)",
+        "tests/maps/test_entmax.py -k jacobian",
+    ),
+    Mutant(
+        "entmax: bound of alpha",
+        "maps/entmax.py",
+        "if not np.all((known >= 1) & (known < np.inf)):",
+        "if not np.all((known > 0) & (known < np.inf)):",
+        "tests/contract/test_wrong_calls.py -k entmax",
+    ),
+    Mutant(
+        "half precision: summed in half precision",
+        "_core/dtypes.py",
+        "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else",
+        "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 16 else",
+        "tests/contract/test_losses_optimized.py",
+    ),
+    Mutant(
+        "custom_vjp: missing psum",
+        "autodiff.py",
+        "return jax.lax.psum(cotangent, extra) if extra else cotangent",
+        "return cotangent",
+        "tests/test_autodiff.py -k 'every_device or mesh or collectives'",
+    ),
+    Mutant(
+        "custom_vjp: what bwd derives is kept beside the residuals",
+        "autodiff.py",
+        "        @functools.partial(jax.checkpoint, prevent_cse=False)\n",
+        "",
+        "tests/test_autodiff_optimized.py",
+    ),
+    Mutant(
+        "damped solve: weight of the mean left out",
+        "operators/diagonal_low_rank.py",
+        "b = self._kappa + num.class_sum(",
+        "b = 0 * self._kappa + num.class_sum(",
+        "tests/losses/test_hessian.py -k every_method",
+    ),
+    Mutant(
+        "factor: square root of the excess",
+        "operators/diagonal_low_rank.py",
+        "/ (1 + jnp.sqrt(1 - square)))",
+        "/ (1 + jnp.sqrt(1 + square)))",
+        "tests/losses/test_hessian.py -k 'square or psd'",
+    ),
+    Mutant(
+        "per-example norms: bias forgotten",
+        "network/per_example.py",
+        "(0 if layer.b is None else 1))",
+        "0)",
+        "tests/network/test_flow.py -k per_example",
+    ),
+    Mutant(
+        "backpropagation: sum in place of the mean",
+        "network/backpropagation.py",
+        "return pullback(jnp.ones_like(losses) / losses.size)[0]",
+        "return pullback(jnp.ones_like(losses))[0]",
+        "tests/network/test_backpropagation.py -k plain",
+    ),
+    Mutant(
+        "linear head: class weight dropped from the gradient",
+        "linear_head/label_rule.py",
+        "scale = a * jnp.squeeze(sums.weight / total, axis)",
+        "scale = a * jnp.squeeze(1 / total, axis)",
+        f"{LINEAR} -k equals_full_logits",
+    ),
+    Mutant(
+        "linear head: class weight dropped from the Hessian",
+        "linear_head/label_rule.py",
+        "scale, arrays = (sums.weight / sums.total)[:, 0],",
+        "scale, arrays = (1 / sums.total)[:, 0],",
+        f"{LINEAR} -k equals_full_logits",
+    ),
+    Mutant(
+        "linear head: mean over all tokens",
+        "linear_head/call.py",
+        "total = jnp.sum(counted)",
+        "total = jnp.sum(jnp.ones_like(counted))",
+        f"{LINEAR} -k 'equals_full_logits or nothing_counted'",
+    ),
+]
+
+
+def copy_to(folder: Path) -> None:
+    for name in ("jaxsoftmax", "tests", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("conftest.py", "pyproject.toml", "README.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder)
+
+
+def who_notices(mutant: Mutant, folder: Path) -> str:
+    """The first test that fails on the broken package; empty if all pass."""
+    path = folder / "jaxsoftmax" / mutant.file
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(mutant.applied(folder), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {} if "_optimized" in mutant.tests else QUICK
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
+    arguments = [part.strip("'") for part in re.findall(r"'[^']*'|\S+", mutant.tests)]
+    try:
+        done = subprocess.run(
+            [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    if done.returncode == 0:
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or found is None:
+        raise RuntimeError(f"mutant {mutant.name!r}: pytest {mutant.tests} did not run:\n{done.stdout}{done.stderr}")
+    return found[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name; all without one")
+    names = parser.parse_args().names
+    chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+    noticed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy_to(Path(folder))
+        for mutant in chosen:
+            begin = time.perf_counter()
+            try:
+                found = who_notices(mutant, Path(folder))
+                noticed += found != ""
+            except ValueError as error:
+                found = f"does not apply: {error}"
+            print(f"{mutant.name:58} {time.perf_counter() - begin:5.0f} s  {found or 'SURVIVED'}", flush=True)
+    print(f"{noticed} of {len(chosen)} noticed")
+    return int(noticed < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
