@@ -1,0 +1,157 @@
+"""README.md and the pages of docs/ are executed and compared with the package, so that nothing in them can drift."""
+
+import ast
+import doctest
+import importlib.util
+import inspect
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import jaxsoftmax
+from jaxsoftmax import losses
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+}
+README = PAGES["README.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def fenced_blocks(text: str, language: str) -> list[tuple[int, str]]:
+    """(line number of the fence, content) of every ```language block."""
+    fences = re.finditer(rf"^```{language}[^\S\n]*\n(.*?)^```[^\S\n]*$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, fence.start()) + 1, fence[1]) for fence in fences]
+
+
+def run_block(source: str, line: int, namespace: dict, page: str = "README.md") -> None:
+    """Execute one block; one with prompts is a doctest and must print what it shows."""
+    if ">>> " in source:
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        example = doctest.DocTestParser().get_doctest(source, {}, page, page, line)
+        example.globs = namespace
+        doctest.DebugRunner(optionflags=flags).run(example, clear_globs=False)
+    else:
+        exec(compile("\n" * line + source, page, "exec"), namespace)
+
+
+def imported(source: str) -> set[str]:
+    """Top-level packages that a block imports."""
+    code = re.sub(r"^(>>> |\.\.\. )", "", source, flags=re.MULTILINE) if ">>> " in source else source
+    found = set()
+    for node in ast.walk(ast.parse(code)) if ">>> " not in source else ():
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {str(name).split(".")[0] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """In the order of the page, in one namespace; a block of a neighbour that is not installed is left out."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for line, source in fenced_blocks(PAGES[page], "python"):
+        if all(importlib.util.find_spec(name) for name in imported(source) & NEIGHBOURS):
+            run_block(source, line, namespace, page)
+
+
+NEIGHBOURS = {"lineax", "matfree", "flax", "equinox"}
+
+
+def test_the_page_of_digits_shows_what_is_measured():
+    """docs/digits.py prints the table; a digit more or less is rounding of another version."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    digits = importlib.import_module("digits")
+    numbers = lambda text: [int(n) for line in text.splitlines()[2:] for n in re.findall(r"(?<=\| )\d(?= \|)", line)]
+    shown = re.search(r"^\|  \| library.*?(?=\n\n)", PAGES["docs/exact_losses.md"], re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    pairs = list(zip(numbers(shown[0]), numbers(digits.table()), strict=True))
+    assert len(pairs) == 60 and all(abs(a - b) <= 1 for a, b in pairs)
+
+
+def test_every_public_name_is_in_the_reference():
+    """api_pages finds each name of each `__all__`, and has a page for it."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    api_pages = importlib.import_module("api_pages")
+    found = api_pages.public_objects()
+    assert {f"jaxsoftmax.{name}" for name in jaxsoftmax.__all__ if not inspect.ismodule(getattr(jaxsoftmax, name))} <= {
+        *found
+    }
+    assert {"jaxsoftmax.autodiff.custom_vjp", "jaxsoftmax.network.backprop", "jaxsoftmax.curvature.hvp"} <= {*found}
+    assert {api_pages.room(path, thing) for path, thing in found.items()} >= {*api_pages.ROOMS}
+
+
+def test_docstrings_become_markdown():
+    sys.path.insert(0, str(ROOT / "docs"))
+    text = importlib.import_module("api_pages").markdown(
+        "One line.\n\n    p = q\n\nArgs:\n  x: an array\n    of numbers.\n  *rest: more.\n\nReturns:\n  It.\n\n"
+        "Example:\n  >>> 1\n  1\n\nReference: docs/mathematics.md, sections 1 and 2; https://example.org/a."
+    )
+    assert "- **x**: an array\n  of numbers.\n- **\\*rest**: more." in text
+    assert "**Example**\n\n```pycon\n>>> 1\n1\n```\n" in text and "\n    p = q\n" in text
+    assert text.endswith("**Reference** [mathematics, sections 1 and 2](../mathematics.md); <https://example.org/a>.")
+
+
+def test_a_wrong_block_is_caught():
+    (line, source), *rest = fenced_blocks("text\n```python\nx = 1\n```\n```bash\nls\n```\n", "python")
+    assert (line, source, rest) == (2, "x = 1\n", [])
+    namespace = {}
+    run_block(source, line, namespace)
+    run_block(">>> x + 1\n2\n", line, namespace)
+    with pytest.raises(doctest.DocTestFailure):
+        run_block(">>> x + 1\n3\n", line, namespace)
+    with pytest.raises(NameError):
+        run_block("y", line, namespace)
+
+
+def test_the_two_commands_are_there():
+    lines = [line for _, block in fenced_blocks(README, "bash") for line in block.splitlines()]
+    assert lines.count('pip install ".[examples]" && python examples/train_digits.py') == 1
+    assert lines.count('pip install ".[test]" && pytest') == 1
+
+
+def test_the_table_of_heads_is_the_one_of_the_package():
+    (table,) = re.findall(r"^\| head \|.*?(?=\n\n)", str(losses.__doc__), re.MULTILINE | re.DOTALL)
+    assert len(table.splitlines()) > 15 and table in PAGES["docs/exact_losses.md"]
+
+
+def version(text: str) -> tuple[int, ...]:
+    """Three numbers: 3.11 and 3.11.0 are the same version."""
+    return (*map(int, text.split(".")), 0, 0)[:3]
+
+
+def stated_versions(text: str, name: str) -> list[tuple[int, ...]]:
+    """Every version that follows `name`, also in a list: "JAX 0.6.0 and 0.12.0", "Python >= 3.11"."""
+    number = r"\d+(?:\.\d+)+"
+    found = re.finditer(rf"\b{name}\W{{0,6}}({number}(?:(?:,| and| to|,? or)? {number})*)", text, re.IGNORECASE)
+    return [version(v) for match in found for v in re.findall(number, match[1])]
+
+
+LOWEST = {
+    "Python": re.fullmatch(r">=([\d.]+)", PROJECT["requires-python"])[1],
+    "JAX": next(m[1] for d in PROJECT["dependencies"] if (m := re.fullmatch(r"jax>=([\d.]+)", d))),
+}
+
+
+@pytest.mark.parametrize("name", LOWEST)
+def test_lowest_versions_agree_with_pyproject(name):
+    """The lowest version README names is the one pyproject asks for; it names the newest tested ones besides."""
+    stated = stated_versions(README, name)
+    assert stated, f"README.md does not say which {name} it needs"
+    assert min(stated) == version(LOWEST[name])
+
+
+def test_own_version_agrees_with_pyproject():
+    assert set(stated_versions(README, "jaxsoftmax")) <= {version(PROJECT["version"])}
+
+
+def test_stated_versions_are_found():
+    text = "Python ≥ 3.11; tested on JAX 0.6.0 and 0.12.0, `jax>=0.6`, Python 3.11, 3.13. A JAX user: 0.5 is a number."
+    assert stated_versions(text, "Python") == [(3, 11, 0), (3, 11, 0), (3, 13, 0)]
+    assert stated_versions(text, "JAX") == [(0, 6, 0), (0, 12, 0), (0, 6, 0)]
