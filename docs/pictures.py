@@ -1,4 +1,4 @@
-"""`python docs/pictures.py [NAME...]`: the pictures of these pages, drawn from what the package computes, into docs/pictures/.
+"""`python docs/pictures.py [NAME...]`: the pictures of these pages, drawn from what the package computes.
 
 Names: digits, memory, jacobian, spectrum, training. All of them take some minutes, the training picture most of that.
 """
