@@ -44,31 +44,31 @@ def rounded_one(p: Array, axis: num.Axis) -> Array:
     return jnp.where(total == 0, 1.0, total)
 
 
-AXIS = -1  # the class axis of every vector here
+AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
 
 
-def complement(p: Array) -> Array:
+def complement(p: Array, axis: num.Axis = AXIS) -> Array:
     """1 - p, where p > 1/2 as the sum of the others."""
-    return jnp.where(p > 0.5, num.class_sum(below_half(p), AXIS), 1 - p)
+    return jnp.where(p > 0.5, num.class_sum(below_half(p), axis), 1 - p)
 
 
-def about_centred(v: Array, p: Array) -> Array:
+def about_centred(v: Array, p: Array, axis: num.Axis = AXIS) -> Array:
     """Pv = v - <p,v>, measured from v at the top class: to a few eps of |v|."""
-    v = v - num.class_sum(is_top(p) * v, AXIS)
-    return v - num.class_sum(below_half(p) * v, AXIS)
+    v = v - num.class_sum(is_top(p) * v, axis)
+    return v - num.class_sum(below_half(p) * v, axis)
 
 
-def centred(v: Array, p: Array) -> Array:
+def centred(v: Array, p: Array, axis: num.Axis = AXIS) -> Array:
     """Pv = v - <p,v>, measured again from what rounding left: to a few eps of |Pv|."""
-    v = about_centred(v, p)
-    return v - num.class_sum(p * v, AXIS)
+    v = about_centred(v, p, axis)
+    return v - num.class_sum(p * v, axis)
 
 
-def centred_transpose(y: Array, p: Array) -> Array:
+def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS) -> Array:
     """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
-    top = num.class_sum(is_top(p) * y, AXIS)
-    others = num.class_sum((1 - is_top(p)) * y, AXIS)
-    not_top, rest = 1 - is_top(p), num.class_sum(below_half(p), AXIS)
+    top = num.class_sum(is_top(p) * y, axis)
+    others = num.class_sum((1 - is_top(p)) * y, axis)
+    not_top, rest = 1 - is_top(p), num.class_sum(below_half(p), axis)
     return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
 
 

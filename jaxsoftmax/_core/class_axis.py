@@ -34,7 +34,8 @@ class ClassAxis:
 
     def without(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape` without the class axis."""
-        return tuple(n for i, n in enumerate(shape) if i not in self.positions)
+        positions = {i % len(shape) for i in self.positions}
+        return tuple(n for i, n in enumerate(shape) if i not in positions)
 
 
 Axis = ClassAxis | int  # an integer where the classes are one whole axis
@@ -116,7 +117,7 @@ def _shift_negated(z: Array, m: Array) -> Array:
 def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
     """0, 1, … along the class axis, of the shape of `like`."""
     (position,), first = positions(axis), first_class(like, axis)
-    index = lax.broadcasted_iota(dtype, like.shape, position)
+    index = lax.broadcasted_iota(dtype, like.shape, position % like.ndim)
     return index if isinstance(first, int) else index + first.astype(dtype)
 
 

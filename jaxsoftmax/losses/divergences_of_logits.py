@@ -156,19 +156,18 @@ class Sums(NamedTuple):
 def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 
-    log(total_x / total_z) is log1p(Σ q (exp(d) - 1)), d = (x - max x) - (z - max z), which keeps its digits for
-    near-equal logits; where d > 1, q exp(d) is written as p total_x / total_z, which cannot overflow.
+    log(total_x / total_z) is log1p(Σ e (exp(d) - 1) / total_z) with e = exp(z - max z), d = (x - max x) - (z - max z),
+    which keeps its digits for near-equal logits; where d > 1, e exp(d) is exp(x - max x), which cannot overflow.
     """
     x, z = lax.stop_gradient((x, z))
     top_x, top_z = num.class_max(x, axis), num.class_max(z, axis)
-    total_x, total_z = (
-        num.one_infinity(num.class_sum(jnp.exp(num.shift(a, m)), axis), m, 1) for a, m in ((x, top_x), (z, top_z))
-    )
+    one = jnp.ones_like(top_x)
+    e_x, e_z, d = classes(x, z, Sums(top_x, one, top_z, one, jnp.zeros_like(one)))
+    total_x = num.one_infinity(num.class_sum(e_x, axis), top_x, 1)
+    total_z = num.one_infinity(num.class_sum(e_z, axis), top_z, 1)
+    excess = num.class_sum(jnp.where(d < 1, e_z * jnp.expm1(d), e_x - e_z), axis) / total_z
     plain = jnp.log(total_x) - jnp.log(total_z)
-    sums = Sums(top_x, total_x, top_z, total_z, jnp.zeros_like(plain))
-    p, q, d = classes(x, z, sums)
-    excess = num.class_sum(jnp.where(d < 1, q * jnp.expm1(d), p * jnp.exp(plain) - q), axis)
-    return sums._replace(ratio=jnp.where(jnp.abs(plain) < 1, jnp.log1p(excess), plain))
+    return Sums(top_x, total_x, top_z, total_z, jnp.where(jnp.abs(plain) < 1, jnp.log1p(excess), plain))
 
 
 def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:

@@ -18,10 +18,10 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import centred, complement, jacobian_product, rounded_one
 from jaxsoftmax._core.plumbing import compiled
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.maps.softmax import softmax
+from jaxsoftmax.maps.softmax import AxisName, softmax
 
 
-def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
+def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisName = None) -> Array:
     """Pushforward of softmax from its output: J t = p∘(t - <p,t>); O(K).
 
     Args:
@@ -29,6 +29,8 @@ def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
       p: probabilities, the output of softmax. Floating; that they sum to 1 is taken for granted, not checked: off the
         simplex, and for derivatives in `p` across it, the result is defined up to multiples of p.
       axis: the class axis.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: the arguments and the result are this device's block.
 
     Returns:
       Tangent of the probabilities, of the shape of `p` and the common dtype, to a few eps of |J||t|. Differentiable
@@ -46,16 +48,18 @@ def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
 
     Reference: docs/mathematics.md, sections 2 and 5.
     """
-    return _product("t", t, p, axis)
+    return _product(p, {"t": t}, axis, axis_name)
 
 
-def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
+def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisName = None) -> Array:
     """Pullback of softmax from its output: Jᵀg = p∘(g - <p,g>), the same product as the pushforward; O(K).
 
     Args:
       g: cotangent of the probabilities, of the shape of `p`.
       p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: the arguments and the result are this device's block.
 
     Returns:
       Cotangent of the logits, as in `softmax_jvp`.
@@ -72,7 +76,7 @@ def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
 
     Reference: docs/mathematics.md, sections 2 and 5.
     """
-    return _product("g", g, p, axis)
+    return _product(p, {"g": g}, axis, axis_name)
 
 
 def softmax_jacobian(x: ArrayLike) -> Array:
@@ -130,7 +134,9 @@ def softmax_hessian(x: ArrayLike) -> Array:
     return _dense_hessian(_logits(x))
 
 
-def softmax_second_derivative(u: ArrayLike, v: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
+def softmax_second_derivative(
+    u: ArrayLike, v: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisName = None
+) -> Array:
     """D²σ[u, v] = p∘(ũṽ - E[ũṽ]) with ũ = u - <p,u>: the Hessian of softmax between two tangents; O(K).
 
     Args:
@@ -138,6 +144,8 @@ def softmax_second_derivative(u: ArrayLike, v: ArrayLike, p: ArrayLike, axis: in
       v: another one.
       p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: the arguments and the result are this device's block.
 
     Returns:
       The second directional derivative of the probabilities, of the shape of `p` and the common dtype.
@@ -154,10 +162,12 @@ def softmax_second_derivative(u: ArrayLike, v: ArrayLike, p: ArrayLike, axis: in
 
     Reference: docs/mathematics.md, section 2.
     """
-    return _higher(p, {"u": u, "v": v}, axis)
+    return _higher(p, {"u": u, "v": v}, axis, axis_name)
 
 
-def softmax_third_derivative(u: ArrayLike, v: ArrayLike, w: ArrayLike, p: ArrayLike, axis: int = -1) -> Array:
+def softmax_third_derivative(
+    u: ArrayLike, v: ArrayLike, w: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisName = None
+) -> Array:
     """D³σ[u, v, w] = p∘(ũṽw̃ - E[ũṽw̃] - ũE[ṽw̃] - ṽE[ũw̃] - w̃E[ũṽ]) with ũ = u - <p,u>; O(K).
 
     Args:
@@ -166,6 +176,8 @@ def softmax_third_derivative(u: ArrayLike, v: ArrayLike, w: ArrayLike, p: ArrayL
       w: and a third.
       p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
+        consecutive blocks: the arguments and the result are this device's block.
 
     Returns:
       The third directional derivative of the probabilities, of the shape of `p` and the common dtype.
@@ -182,46 +194,43 @@ def softmax_third_derivative(u: ArrayLike, v: ArrayLike, w: ArrayLike, p: ArrayL
 
     Reference: docs/mathematics.md, section 2.
     """
-    return _higher(p, {"u": u, "v": v, "w": w}, axis)
+    return _higher(p, {"u": u, "v": v, "w": w}, axis, axis_name)
 
 
-def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> tuple[Array, list[Array], int]:
+def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int, axis_name: AxisName) -> tuple:
     """Checked arguments of a product, and the axis counted from the front."""
     p = checks.as_loss_float("p", p)
     arrays = [checks.as_float(name, v) for name, v in tangents.items()]
     for name, v in zip(tangents, arrays):
         checks.same_shape(name, v, "p", p.shape)
-    return p, arrays, checks.axis_index(axis, p.ndim)
+    return num.ClassAxis((checks.axis_index(axis, p.ndim),), checks.mesh_axes(axis_name)), p, *arrays
 
 
-def _product(name: str, v: ArrayLike, p: ArrayLike, axis: int) -> Array:
-    p, (v,), axis = _probs_and(p, {name: v}, axis)
-    return _jacobian_product(v, p, axis)
+def _product(*arguments) -> Array:
+    return _jacobian_product(*_probs_and(*arguments))
 
 
-def _higher(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int) -> Array:
-    p, vectors, axis = _probs_and(p, tangents, axis)
-    out = _derivative(*(jnp.moveaxis(x, axis, -1) for x in (p, *vectors)))
-    return jnp.moveaxis(out, -1, axis)
+def _higher(*arguments) -> Array:
+    return _derivative(*_probs_and(*arguments))
 
 
-@functools.partial(jax.jit, static_argnames="axis", inline=True)
-def _jacobian_product(v: Array, p: Array, axis: int) -> Array:
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _jacobian_product(axis: num.ClassAxis, p: Array, v: Array) -> Array:
     wide_v, wide_p = dtypes.widen(v, p)
     return jacobian_product(wide_v, wide_p, axis, rounded_one(wide_p, axis)).astype(dtypes.common_dtype(v, p))
 
 
-@compiled
-def _derivative(p: Array, *tangents: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _derivative(axis: num.ClassAxis, p: Array, *tangents: Array) -> Array:
     """The second or third derivative, p∘(y - <p,y>) with y the product of the centred tangents, less what is shared."""
     dtype = dtypes.common_dtype(p, *tangents)
     p, *vectors = dtypes.widen(p, *tangents)
-    u, v, *rest = (centred(t, p) for t in vectors)
+    u, v, *rest = (centred(t, p, axis) for t in vectors)
     if not rest:
-        return jacobian_product(u * v, p, -1).astype(dtype)
+        return jacobian_product(u * v, p, axis).astype(dtype)
     (w,) = rest
-    shared = sum(a * num.class_sum(p * b * c, -1) for a, b, c in ((u, v, w), (v, u, w), (w, u, v)))
-    return (jacobian_product(u * v * w, p, -1) - p * shared).astype(dtype)
+    shared = sum(a * num.class_sum(p * b * c, axis) for a, b, c in ((u, v, w), (v, u, w), (w, u, v)))
+    return (jacobian_product(u * v * w, p, axis) - p * shared).astype(dtype)
 
 
 @compiled

@@ -11,12 +11,12 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.centring import AXIS
+from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.plumbing import compiled
 
 
@@ -44,6 +44,7 @@ class SymmetricOperator:
     __array_ufunc__ = None  # `numpy_array @ A` asks A, as `jax_array @ A` does
 
     likelihood: Likelihood | None
+    axis: num.ClassAxis
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ class SymmetricOperator:
     @compiled
     def trace(self) -> Array:
         """Sum of the diagonal; O(K)."""
-        return jnp.sum(self.diagonal(), AXIS)
+        return num.class_sum(self.diagonal(), self.axis)[..., 0]
 
     def solve(self, v: ArrayLike, damping: ArrayLike) -> Array:
         """(A + damping·I)⁻¹ v for v (..., K); O(K).
@@ -130,7 +131,7 @@ class SymmetricOperator:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws from N(0, A), shape (*shape, ..., K), differentiable in A: L ξ; O(K) each. Errors as in `factor_mv`."""
-        return self.factor_mv(self._normal(key, shape, self._factor_width))
+        return self.factor_mv(self._normal(key, shape, self._factor_width - self.shape[-1]))
 
     def sample_targets(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Targets drawn from the model, as the loss takes them, with `shape` in front of their shape.
@@ -140,6 +141,7 @@ class SymmetricOperator:
         """
         if self.likelihood is None:
             raise TypeError("sample_targets needs the Fisher matrix of a likelihood: see loss_fisher")
+        self._whole("sample_targets")
         key, shape = checks.key("key", key), checks.sizes("shape", shape)
         return self.likelihood.draw(key, self.likelihood.logits, shape)
 
@@ -242,9 +244,24 @@ class SymmetricOperator:
         weight = checks.broadcast("weight", checks.as_float("weight", weight), self.shape[:-2])
         return weight.astype(self.dtype)[..., None]
 
-    def _normal(self, key: Array, shape: tuple[int, ...], size: int) -> Array:
+    def _normal(self, key: Array, shape: tuple[int, ...], extra: int = 0) -> Array:
+        """Standard normal numbers (*shape, ..., K + extra); the extra ones are the same on every device."""
         key, shape = checks.key("key", key), checks.sizes("shape", shape)
-        return jax.random.normal(key, (*shape, *self.shape[:-2], size), self.dtype)
+        batch, size = (*shape, *self.shape[:-2]), self.shape[-1]
+        if not self.axis.mesh_axes:
+            return jax.random.normal(key, (*batch, size + extra), self.dtype)
+        own, shared = jax.random.split(key)
+        own = jax.random.fold_in(own, lax.axis_index(self.axis.mesh_axes))
+        draws = (jax.random.normal(k, (*batch, n), self.dtype) for k, n in ((own, size), (shared, extra)))
+        return jnp.concatenate(list(draws), -1)
+
+    def _whole(self, method: str) -> None:
+        """Raise where the classes are split."""
+        if names := self.axis.mesh_axes:
+            raise TypeError(
+                f"{method} needs all classes, and they are split over {names}: build the operator of the whole logits, "
+                f"jax.lax.all_gather(x, {names}, axis=-1, tiled=True), or work on global arrays outside jax.shard_map"
+            )
 
 
 def lead(x: Array, axes: int) -> Array:

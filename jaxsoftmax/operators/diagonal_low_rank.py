@@ -32,7 +32,7 @@ from jaxsoftmax.operators.base import Likelihood, SymmetricOperator, lead
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "centre", "mean_weight", "slope", "extra", "likelihood"],
-    meta_fields=[],
+    meta_fields=["axis"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiagonalPlusLowRank(SymmetricOperator):
@@ -47,6 +47,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
       slope: t, shape (..., K), or None for 1.
       extra: e, shape (..., K), or None for 0.
       likelihood: the model whose Fisher matrix A is, or None.
+      axis: the last; with mesh axes inside `jax.shard_map`, where every vector is this device's block.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +68,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     slope: Array | None = None
     extra: Array | None = None
     likelihood: Likelihood | None = None
+    axis: num.ClassAxis = AXIS
 
     @property
     def _reference(self) -> Array:
@@ -105,13 +107,14 @@ class DiagonalPlusLowRank(SymmetricOperator):
         out = self.weights
         if self.centre is not None:
             p, top = self.centre, is_top(self.centre)
-            rest = num.class_sum((1 - top) * out, AXIS)
-            others = jnp.where(p > 0.5, rest, num.class_sum(top * out, AXIS) + rest - out)  # Σ_{k≠i} d_k
-            out = out * complement(p) ** 2 + p**2 * (others + self._kappa)
+            rest = num.class_sum((1 - top) * out, self.axis)
+            others = jnp.where(p > 0.5, rest, num.class_sum(top * out, self.axis) + rest - out)  # Σ_{k≠i} d_k
+            out = out * complement(p, self.axis) ** 2 + p**2 * (others + self._kappa)
         return self._t**2 * out + self._e
 
     @compiled
     def frobenius_norm(self) -> Array:
+        self._whole("frobenius_norm")
         # The diagonal, the row and column of the heaviest class, and the rest.
         w, m = self._off_diagonal()
         weight = jnp.sum(_dot(w, m) * w, -1)
@@ -126,6 +129,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     @compiled
     def as_matrix(self) -> Array:
+        self._whole("as_matrix")
         w, m = self._off_diagonal()
         out = _dot(_dot(w, m), jnp.swapaxes(w, -1, -2))
         eye = lead(jnp.eye(self.shape[-1], dtype=bool), out.ndim - 2)
@@ -141,8 +145,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
             w = jnp.zeros_like(self.weights)[..., None]
             return w, jnp.zeros_like(w[..., :1, :])
         p, d, top = self.centre, self.weights, is_top(self.centre)
-        f = jnp.where(p > 0.5, d * complement(p), d)
-        rest, of_top = num.class_sum((1 - top) * d, AXIS) + self._kappa, num.class_sum(top * d, AXIS)
+        f = jnp.where(p > 0.5, d * complement(p, self.axis), d)
+        rest, of_top = num.class_sum((1 - top) * d, self.axis) + self._kappa, num.class_sum(top * d, self.axis)
         w = self._t[..., None] * jnp.stack([(1 - top) * p, f, p], -1)
         zero, minus = jnp.zeros_like(rest), -jnp.ones_like(rest)
         rows = [of_top, zero, zero], [zero, zero, minus], [zero, minus, rest]
@@ -154,10 +158,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         """(Pᵀ diag(d) P + κ ppᵀ) u."""
         if self.centre is None:
             return self.weights * u
-        out = centred_transpose(self.weights * about_centred(u, self.centre), self.centre)
+        out = centred_transpose(self.weights * about_centred(u, self.centre, self.axis), self.centre, self.axis)
         if self.mean_weight is None:
             return out
-        return out + self.centre * (self.mean_weight * num.class_sum(self.centre * u, AXIS))
+        return out + self.centre * (self.mean_weight * num.class_sum(self.centre * u, self.axis))
 
     @compiled
     def _mv(self, v: Array) -> Array:
@@ -167,10 +171,11 @@ class DiagonalPlusLowRank(SymmetricOperator):
     @compiled
     def _quadratic_form(self, v: Array) -> Array:
         u = v if self.slope is None else self.slope * v
-        out = jnp.sum(self.weights * (u if self.centre is None else centred(u, self.centre)) ** 2, -1)
+        deviation = u if self.centre is None else centred(u, self.centre, self.axis)
+        out = num.class_sum(self.weights * deviation**2, self.axis)[..., 0]
         if self.mean_weight is not None and self.centre is not None:
-            out = out + (self.mean_weight * num.class_sum(self.centre * u, AXIS) ** 2)[..., 0]
-        return out if self.extra is None else out + jnp.sum(self.extra * v**2, -1)
+            out = out + (self.mean_weight * num.class_sum(self.centre * u, self.axis) ** 2)[..., 0]
+        return out if self.extra is None else out + num.class_sum(self.extra * v**2, self.axis)[..., 0]
 
     # Solutions. With ε = e + λ and W = 1/(t²d + ε), (A + λI) x = v reads x = W∘(v + t∘(d m + p n)) for the two numbers
     # m = <p,tx> and n = Σ d∘(tx - m) - κ m. The mean of tx under p and the sum over d, with Σp = 1, give
@@ -183,10 +188,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         w = 1 / (t * t * self.weights + e)
         assert self.centre is not None
         p = self.centre
-        absent = jnp.where(num.class_sum(p, AXIS) == 0, 1, 0).astype(p.dtype)
-        a = absent + num.class_sum(p * (e * w), AXIS)
-        b = self._kappa + num.class_sum(self.weights * (e * w), AXIS)
-        return w, a, b, num.class_sum((p * t) ** 2 * w, AXIS)
+        absent = jnp.where(num.class_sum(p, self.axis) == 0, 1, 0).astype(p.dtype)
+        a = absent + num.class_sum(p * (e * w), self.axis)
+        b = self._kappa + num.class_sum(self.weights * (e * w), self.axis)
+        return w, a, b, num.class_sum((p * t) ** 2 * w, self.axis)
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
@@ -199,11 +204,11 @@ class DiagonalPlusLowRank(SymmetricOperator):
         heavy = t * t * d > e
         head = jnp.where(heavy, 1, 0).astype(t.dtype)
         u = v / jnp.where(heavy, t, 1)
-        mean = num.class_sum(head * u, AXIS) / jnp.maximum(num.class_sum(head, AXIS), 1)
+        mean = num.class_sum(head * u, self.axis) / jnp.maximum(num.class_sum(head, self.axis), 1)
         terms = jnp.where(heavy, -(e * w) * (u - mean), t * d * w * (v - t * mean))
         of_d, of_p = (
-            mean * num.class_sum(t * t * d * w, AXIS) + num.class_sum(terms, AXIS),
-            num.class_sum(p * t * w * v, AXIS),
+            mean * num.class_sum(t * t * d * w, self.axis) + num.class_sum(terms, self.axis),
+            num.class_sum(p * t * w * v, self.axis),
         )
         det = a * a + b * c
         m, n = (a * of_p + c * of_d) / det, (a * of_d - b * of_p) / det
@@ -212,11 +217,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
     @compiled
     def _logdet(self, damping: Array) -> Array:
         factors = self._t**2 * self.weights + self._e + damping
+        logs = num.class_sum(jnp.log(jnp.abs(factors)), self.axis)
+        negative = num.class_sum(jnp.where(factors < 0, 1, 0), self.axis)
         if self.centre is not None:
             _, a, b, c = self._means(damping)
-            factors = jnp.concatenate([factors, jnp.broadcast_to(a * a + b * c, (*factors.shape[:-1], 1))], -1)
-        sign = jax.lax.stop_gradient(jnp.prod(jnp.sign(factors), -1))
-        return jnp.sum(jnp.log(jnp.abs(factors)), -1) + jnp.log(sign)
+            last = a * a + b * c
+            logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
+        return jnp.where(negative % 2 == 1, jnp.nan, logs)[..., 0]
 
     # Definiteness and factor. With d = |d| - 2|d_c| u_c, Pᵀ diag(d) P = L (I - bbᵀ) Lᵀ, where L = Pᵀ diag(√|d|) and
     # Lb = √(2|d_c|) Pᵀu_c. The shortest such b decides: it is positive semidefinite iff |b| ≤ 1, and then
@@ -226,18 +233,18 @@ class DiagonalPlusLowRank(SymmetricOperator):
     def is_psd(self) -> Array:
         # d may have one negative entry, d_c, if d_c Σ_{k≠c} p_k²/d_k + p_c² ≥ 0.
         if self.centre is None:
-            return jnp.all(self._t**2 * self.weights + self._e >= 0, -1)
+            return ~num.class_any(~(self._t**2 * self.weights + self._e >= 0), self.axis)[..., 0]
         if self.extra is None:
-            negative = jnp.sum(self.weights < 0, -1)
-            centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)[..., 0]
-            return centred_psd & (self._kappa >= 0)[..., 0]
+            negative = num.class_sum(jnp.where(self.weights < 0, 1, 0), self.axis)
+            centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)
+            return (centred_psd & (self._kappa >= 0))[..., 0]
         # [[D, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of D ⊕ -[[-b, -a], [-a, c]] and of A ⊕ -C⁻¹ (Sylvester),
         # D = diag(t²d + e) shifted by as much as rounding may have taken from it.
         diagonal = self._t**2 * self.weights + self._e
-        slack = 16 * jnp.finfo(self.dtype).eps * jnp.max(jnp.abs(diagonal), -1, keepdims=True)
+        slack = 16 * jnp.finfo(self.dtype).eps * num.class_max(jnp.abs(diagonal), self.axis)
         slack = jnp.maximum(slack, jnp.finfo(self.dtype).tiny)
         w, a, b, c = self._means(slack)
-        negative = jnp.sum(w < 0, -1, keepdims=True)
+        negative = num.class_sum(jnp.where(w < 0, 1, 0), self.axis)
         return jnp.where(a * a + b * c >= 0, negative == 0, (negative == 1) & (c < 0))[..., 0]
 
     def _excess(self) -> tuple[Array, Array]:
@@ -246,13 +253,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
         b = jnp.where(d < 0, math.sqrt(2), 0).astype(d.dtype)
         if self.centre is not None:
             null = self.centre / jnp.maximum(root(jnp.abs(d)), math.sqrt(jnp.finfo(d.dtype).tiny))  # L null = 0
-            square = num.class_sum(null * null, AXIS)
-            b = b - null * (num.class_sum(null * b, AXIS) / jnp.where(square == 0, 1, square))
-        return b, num.class_sum(b * b, AXIS)
+            square = num.class_sum(null * null, self.axis)
+            b = b - null * (num.class_sum(null * b, self.axis) / jnp.where(square == 0, 1, square))
+        return b, num.class_sum(b * b, self.axis)
 
     def _contract(self, u: Array) -> Array:
         b, square = self._excess()
-        return u - b * (num.class_sum(b * u, AXIS) / (1 + jnp.sqrt(1 - square)))
+        return u - b * (num.class_sum(b * u, self.axis) / (1 + jnp.sqrt(1 - square)))
 
     @property
     def _factor_width(self) -> int:
@@ -265,7 +272,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         if self.centre is None:
             return jnp.sqrt(self._t**2 * self.weights + self._e) * u
         size = self.shape[-1]
-        out = centred_transpose(root(jnp.abs(self.weights)) * self._contract(u[..., :size]), self.centre)
+        out = centred_transpose(root(jnp.abs(self.weights)) * self._contract(u[..., :size]), self.centre, self.axis)
         if self.mean_weight is not None:
             out = out + self.centre * (jnp.sqrt(self.mean_weight) * u[..., size:])
         return out if self.slope is None else self.slope * out
@@ -275,10 +282,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         if self.centre is None:
             return jnp.sqrt(self._t**2 * self.weights + self._e) * v
         u = v if self.slope is None else self.slope * v
-        out = self._contract(root(jnp.abs(self.weights)) * centred(u, self.centre))
+        out = self._contract(root(jnp.abs(self.weights)) * centred(u, self.centre, self.axis))
         if self.mean_weight is None:
             return out
-        return jnp.concatenate([out, jnp.sqrt(self.mean_weight) * num.class_sum(self.centre * u, AXIS)], -1)
+        return jnp.concatenate([out, jnp.sqrt(self.mean_weight) * num.class_sum(self.centre * u, self.axis)], -1)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -33,13 +33,13 @@ from jaxsoftmax._core.centring import (
 from jaxsoftmax._core.plumbing import compiled
 from jaxsoftmax.maps.derivatives import dense_jacobian
 from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
-from jaxsoftmax.maps.softmax import softmax
+from jaxsoftmax.maps.softmax import AxisName, softmax
 from jaxsoftmax.operators import spectrum
 from jaxsoftmax.operators.base import Likelihood, SymmetricOperator
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale", "likelihood"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale", "likelihood"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class SoftmaxJacobian(SymmetricOperator):
     """J = s (diag(π) - ππᵀ), the Jacobian of softmax or α-entmax; build it with `from_logits` or `from_probs`.
@@ -56,6 +56,7 @@ class SoftmaxJacobian(SymmetricOperator):
       probs: π, shape (..., K).
       scale: s, shape (..., 1).
       likelihood: the model whose Fisher matrix this is, or None.
+      axis: the last; with mesh axes inside `jax.shard_map`, where every vector is this device's block.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -74,15 +75,20 @@ class SoftmaxJacobian(SymmetricOperator):
     probs: Array
     scale: Array
     likelihood: Likelihood | None = None
+    axis: num.ClassAxis = AXIS
 
     @classmethod
-    def from_logits(cls, x: ArrayLike, where: ArrayLike | None = None, alpha: ArrayLike = 1.0) -> "SoftmaxJacobian":
+    def from_logits(
+        cls, x: ArrayLike, where: ArrayLike | None = None, alpha: ArrayLike = 1.0, *, axis_name: AxisName = None
+    ) -> "SoftmaxJacobian":
         """J at the logits x; O(K).
 
         Args:
           x: real logits (..., K).
           where: boolean mask that broadcasts to `x`; False marks an absent class.
           alpha: 1 for softmax, else the α of `entmax`, as it takes it.
+          axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split, in
+            equal consecutive blocks: every vector, those of the methods included, is this device's block.
 
         Raises:
           TypeError: if `x` or `alpha` is complex or `where` is not boolean.
@@ -92,17 +98,17 @@ class SoftmaxJacobian(SymmetricOperator):
         _check_classes("x", x)
         (z,) = dtypes.widen(x)
         if _is_one(alpha):
-            p = softmax(z, where=where)
-            return cls(p, jnp.ones_like(p[..., :1]))
-        return cls._of_order(entmax(z, alpha, where=where), alpha)
+            return cls._of_probs(softmax(z, where=where, axis_name=axis_name), alpha, axis_name)
+        return cls._of_probs(entmax(z, alpha, where=where, axis_name=axis_name), alpha, axis_name)
 
     @classmethod
-    def from_probs(cls, p: ArrayLike, alpha: ArrayLike = 1.0) -> "SoftmaxJacobian":
+    def from_probs(cls, p: ArrayLike, alpha: ArrayLike = 1.0, *, axis_name: AxisName = None) -> "SoftmaxJacobian":
         """J where the map's output is p; O(K).
 
         Args:
           p: probabilities (..., K), floating, each slice with sum 1 (to the square root of its dtype's eps), or all 0.
           alpha: 1 if `p` comes from softmax, else the α of the entmax that it comes from.
+          axis_name: as in `from_logits`.
 
         Raises:
           TypeError: if `p` is not floating or `alpha` is complex.
@@ -113,16 +119,18 @@ class SoftmaxJacobian(SymmetricOperator):
         _check_classes("p", p)
         _check_simplex(p)
         (p,) = dtypes.widen(p)
-        p = jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p)
-        return cls(p, jnp.ones_like(p[..., :1])) if _is_one(alpha) else cls._of_order(p, alpha)
+        return cls._of_probs(jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p), alpha, axis_name)
 
     @classmethod
-    def _of_order(cls, p: Array, alpha: ArrayLike) -> "SoftmaxJacobian":
-        order = order_of(p, *as_order(alpha, p.shape, num.ClassAxis((p.ndim - 1,))), p.ndim - 1)
+    def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> "SoftmaxJacobian":
+        axis = num.ClassAxis((-1,), checks.mesh_axes(axis_name))
+        if _is_one(alpha):
+            return cls(p, jnp.ones_like(num.class_max(lax.stop_gradient(p), axis)), axis=axis)
+        order = order_of(p, *as_order(alpha, p.shape, axis), axis)
         q = support_power(p, 2 - order)
-        s = num.class_sum(q, AXIS)
+        s = num.class_sum(q, axis)
         s = jnp.where(s == 0, 1, s)
-        return cls(q / s, s)
+        return cls(q / s, s, axis=axis)
 
     @property
     def _reference(self) -> Array:
@@ -136,38 +144,40 @@ class SoftmaxJacobian(SymmetricOperator):
         return dataclasses.replace(self, scale=self._weight(weight) * self.scale)
 
     def transformed(self, slope: Array, extra: Array | None = None) -> DiagonalPlusLowRank:
-        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, None, slope, extra, self.likelihood)
+        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, None, slope, extra, self.likelihood, self.axis)
 
     def is_psd(self) -> Array:
-        return (self.scale >= 0)[..., 0] | jnp.all(self.probs * (1 - self.probs) == 0, AXIS)
+        return ((self.scale >= 0) | ~num.class_any(self.probs * (1 - self.probs) != 0, self.axis))[..., 0]
 
     # The matrix.
 
     @compiled
     def as_matrix(self) -> Array:
+        self._whole("as_matrix")
         return self.scale[..., None] * dense_jacobian(self.probs)
 
     @compiled
     def diagonal(self) -> Array:
         """J_ii = s π(1 - π), shape (..., K); O(K)."""
-        return self.scale * self.probs * complement(self.probs)
+        return self.scale * self.probs * complement(self.probs, self.axis)
 
     @compiled
     def frobenius_norm(self) -> Array:
         """√(Σ J_ij²), shape (...); O(K). J_ii and, off the diagonal, the top class apart from the rest."""
         p, top = self.probs, is_top(self.probs)
-        diagonal = p * complement(p)
-        unit = jax.lax.stop_gradient(num.class_max(diagonal, AXIS))
+        diagonal = p * complement(p, self.axis)
+        unit = num.class_max(lax.stop_gradient(diagonal), self.axis)
         unit = jnp.where(unit == 0, 1, unit)
         below = below_half(p)
         relative = below / unit  # squares of probabilities would underflow
-        squares = num.class_sum(below**2, AXIS)
-        rest = (diagonal / unit) ** 2 + relative**2 * (2 * num.class_sum(top * p, AXIS) ** 2 + squares - below**2)
-        return (self.scale * unit * root(num.class_sum(rest, AXIS)))[..., 0]
+        squares = num.class_sum(below**2, self.axis)
+        rest = (diagonal / unit) ** 2 + relative**2 * (2 * num.class_sum(top * p, self.axis) ** 2 + squares - below**2)
+        return (self.scale * unit * root(num.class_sum(rest, self.axis)))[..., 0]
 
     @compiled
     def spectral_norm(self) -> Array:
         """The largest eigenvalue, shape (...), at most s/2; O(K), about 6 passes."""
+        self._whole("spectral_norm")
         return self.scale[..., 0] * spectrum.largest_eigenvalue(self.probs)
 
     @compiled
@@ -176,6 +186,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
         The derivative of an eigenvalue shared by n classes of equal probability is the mean over its eigenspace.
         """
+        self._whole("eigvalsh")
         return self.scale * spectrum.eigenvalues(self.probs)
 
     @compiled
@@ -184,13 +195,15 @@ class SoftmaxJacobian(SymmetricOperator):
 
         The eigenvectors of a multiple eigenvalue are one basis of many, with derivative 0.
         """
+        self._whole("eigh")
         values, vectors = spectrum.eigenpairs(self.probs)
         return self.scale * values, vectors
 
     @compiled
     def rank(self) -> Array:
         """Number of classes with positive probability, less one; int32, shape (...); O(K)."""
-        return jnp.maximum(jnp.sum((self.probs > 0) & (self.scale != 0), AXIS) - 1, 0).astype(jnp.int32)
+        support = jnp.where((self.probs > 0) & (self.scale != 0), 1, 0)
+        return jnp.maximum(num.class_sum(support, self.axis) - 1, 0)[..., 0].astype(jnp.int32)
 
     @compiled
     def null_space(self) -> DiagonalPlusLowRank:
@@ -199,18 +212,18 @@ class SoftmaxJacobian(SymmetricOperator):
         The null space is spanned by 1 on the support and by every class of probability 0.
         """
         support, number = self._support
-        return DiagonalPlusLowRank(jnp.zeros_like(support), support / number, number, None, 1 - support)
+        return DiagonalPlusLowRank(jnp.zeros_like(support), support / number, number, None, 1 - support, axis=self.axis)
 
     # Products.
 
     @compiled
     def _mv(self, v: Array) -> Array:
-        return self.scale * jacobian_product(v, self.probs, AXIS, rounded_one(self.probs, AXIS))
+        return self.scale * jacobian_product(v, self.probs, self.axis, rounded_one(self.probs, self.axis))
 
     @compiled
     def _quadratic_form(self, v: Array) -> Array:
         # s Var_π(v): a sum of positive terms
-        return (self.scale * num.class_sum(self.probs * centred(v, self.probs) ** 2, AXIS))[..., 0]
+        return (self.scale * num.class_sum(self.probs * centred(v, self.probs, self.axis) ** 2, self.axis))[..., 0]
 
     def pinv_mv(self, v: ArrayLike) -> Array:
         """J⁺v = C D⁻¹ C v on the support, C the centring there; 0 off it; v (..., K); O(K)."""
@@ -225,7 +238,7 @@ class SoftmaxJacobian(SymmetricOperator):
     def _support(self) -> tuple[Array, Array]:
         """1 on the support and 0 off it, and the number of classes there, at least 1."""
         support = jnp.where((self.probs > 0) & (self.scale != 0), 1, 0).astype(self.dtype)
-        return support, jnp.maximum(num.class_sum(support, AXIS), 1)
+        return support, jnp.maximum(num.class_sum(support, self.axis), 1)
 
     @property
     def _on_support(self) -> Array:
@@ -235,14 +248,14 @@ class SoftmaxJacobian(SymmetricOperator):
     def _centre(self, v: Array) -> Array:
         """C v: v less its mean over the support, 0 off it."""
         support, number = self._support
-        return support * (v - num.class_sum(support * v, AXIS) / number)
+        return support * (v - num.class_sum(support * v, self.axis) / number)
 
     @compiled
     def pseudo_logdet(self) -> Array:
         """Logarithm of the product of the nonzero eigenvalues, log(n Π_support π) + (n - 1) log s; O(K). 0 if J = 0."""
         _, number = self._support
         logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
-        return (logs + num.class_sum(jnp.log(self._on_support), AXIS))[..., 0]
+        return (logs + num.class_sum(jnp.log(self._on_support), self.axis))[..., 0]
 
     # With w = 1/(sπ + λ), (J + λI)⁻¹ = diag(w) + s (π∘w)(π∘w)ᵀ/(λ Σπ∘w): no negative term.
 
@@ -253,38 +266,40 @@ class SoftmaxJacobian(SymmetricOperator):
         # The (d∘w)-weighted mean of v, over λ. Classes with d > λ have d∘w = 1 - λw, so what their common mean leaves
         # of it is -Σ w∘(v - mean), without 1/λ: a v that sums to 0 there is solved for as accurately as by J⁺.
         head = jnp.where(d > damping, 1, 0).astype(p.dtype)
-        mean = num.class_sum(head * v, AXIS) / jnp.maximum(num.class_sum(head, AXIS), 1)
-        total = num.class_sum(p * w, AXIS)
+        mean = num.class_sum(head * v, self.axis) / jnp.maximum(num.class_sum(head, self.axis), 1)
+        total = num.class_sum(p * w, self.axis)
         terms = jnp.where(d > damping, -w, d * w / damping) * (v - mean)
-        rest = num.class_sum(terms, AXIS) / jnp.where(total == 0, 1, total)
+        rest = num.class_sum(terms, self.axis) / jnp.where(total == 0, 1, total)
         return w * (v + p * (self.scale * mean / damping + rest))
 
     @compiled
     def _logdet(self, damping: Array) -> Array:
         # log λ + Σ_{i≠m} log(sπ_i + λ) + log1p(Σ sπ_i (π_m - π_i)/(sπ_i + λ)), m the class of the largest π
         p, d = self.probs, self.scale * self.probs
-        largest = num.class_max(p, AXIS)
+        # (the same for every constant in the place of π_m, so that only a π_m > 1/2 needs a derivative)
         top, logs = is_top(p), _log_sum(d, damping)
-        without_top = num.class_sum((1 - top) * logs, AXIS)
+        largest = num.class_max(lax.stop_gradient(p), self.axis)
+        largest = jnp.where(largest > 0.5, num.class_sum(top * p, self.axis), largest)
+        without_top = num.class_sum((1 - top) * logs, self.axis)
         others = jnp.where(
-            largest > 0.5, without_top, num.class_sum(logs, AXIS) - _log_sum(self.scale * largest, damping)
+            largest > 0.5, without_top, num.class_sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
         )
-        spread = num.class_sum(d * (largest - p) / (d + damping), AXIS)
+        spread = num.class_sum(d * (largest - p) / (d + damping), self.axis)
         return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
 
     # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
 
     @compiled
     def _factor_mv(self, u: Array) -> Array:
-        return root(self.scale) * centred_transpose(root(self.probs) * u, self.probs)
+        return root(self.scale) * centred_transpose(root(self.probs) * u, self.probs, self.axis)
 
     @compiled
     def _factor_rmv(self, v: Array) -> Array:
-        return root(self.scale) * root(self.probs) * centred(v, self.probs)
+        return root(self.scale) * root(self.probs) * centred(v, self.probs, self.axis)
 
     def sample_pinv(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
         """Draws from N(0, J⁺), shape (*shape, ..., K), differentiable in p: C(ξ/√π)/√s; O(K) each."""
-        operator, noise = self._with("noise", self._normal(key, shape, self.shape[-1]))
+        operator, noise = self._with("noise", self._normal(key, shape))
         return operator._centre(noise / root(operator._on_support)) / root(operator.scale)
 
     def sample_inverse(self, key: Array, damping: ArrayLike, shape: tuple[int, ...] = ()) -> Array:
@@ -292,7 +307,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
         Differentiable in p and in `damping`, which is as in `solve`.
         """
-        noise = self._normal(key, shape, self.shape[-1] + 1)
+        noise = self._normal(key, shape, 1)
         damping = self._damping(damping, "sample_pinv", noise.ndim)
         operator, noise = self._with("noise", noise, self.shape[-1] + 1)
         return operator._whiten(noise, damping)
@@ -300,7 +315,7 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def _whiten(self, noise: Array, damping: Array) -> Array:
         p, w = self.probs, 1 / (self.scale * self.probs + damping)
-        total = num.class_sum(p * w, AXIS)
+        total = num.class_sum(p * w, self.axis)
         common = p * w * noise[..., -1:] * root(self.scale / (damping * jnp.where(total == 0, 1, total)))
         return jnp.sqrt(w) * noise[..., :-1] + common
 
@@ -326,7 +341,7 @@ def _check_simplex(p: Array) -> None:
         return
     if bool(jnp.any(p < 0)):
         raise ValueError(f"p must not be negative, got {jnp.min(p)}")
-    total = np.asarray(jnp.sum(p, AXIS, dtype=dtypes.compute_dtype(p.dtype)))
+    total = np.asarray(jnp.sum(p, -1, dtype=dtypes.compute_dtype(p.dtype)))
     wrong = (np.abs(total - 1) > math.sqrt(jnp.finfo(p.dtype).eps)) & (total != 0)
     if np.any(wrong):
         raise ValueError(f"p must sum to 1 along its last axis, got a sum of {total[wrong].flat[0]}")
