@@ -1,6 +1,6 @@
 """`python docs/pictures.py [NAME...]`: the pictures of these pages, drawn from what the package computes.
 
-Names: digits, memory, jacobian, spectrum, training. All of them take some minutes, the training picture most of that.
+Names: digits, memory, jacobian, spectrum, training. They go to docs/pictures/; all take some minutes, training most.
 """
 
 import sys
@@ -89,7 +89,7 @@ def draw_training() -> Figure:
 
     figure, axes = new_axes(xlabel="step", ylabel="loss per token", xscale="log")
     for head, style in (("full", "-"), ("fused", "--")):
-        losses = example.main(["--head", head, "--steps", "200"])
+        losses = example.main(["--head", head, "--steps", "100"])
         axes.plot(np.arange(1, len(losses) + 1), losses, style, label=f"{head} head")
     axes.legend()
     return figure
