@@ -1,5 +1,8 @@
 """Softmax, its Jacobian and the losses built on it, with every derivative in closed form."""
 
+import importlib
+from types import ModuleType
+
 from jaxsoftmax.linear_head import (
     TokenStatistics,
     linear_softmax_cross_entropy_loss,
@@ -104,3 +107,24 @@ __all__ = [
     "visualize_spectrum",
     "weighted_mean",
 ]
+
+# Chapters that are not needed for the names above: attributes of the package, imported when first asked for.
+_CHAPTERS = {
+    "curvature": "curvature",
+    "estimators": "estimators",
+    "laplace": "laplace",
+    "matrix_calculus": "matrix_calculus",
+    "network": "network",
+    "second_order": "second_order",
+    "training": "training",
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _CHAPTERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{_CHAPTERS[name]}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CHAPTERS})

@@ -79,6 +79,19 @@ print(json.dumps([before, state(), "matplotlib" in sys.modules], default=repr))
     assert not plotting
 
 
+def test_chapters_are_attributes():
+    """Of the package right after its import, and no library that they alone need is paid for before."""
+    chapters = "autodiff curvature estimators laplace linear_head losses matrix_calculus network plotting second_order"
+    before, found, listed, missing = python(f"""
+import json, jaxsoftmax
+before = [name for name in ("optax", "matplotlib") if name in sys.modules]
+names = {[*chapters.split(), "training", "verify"]}
+found = [type(getattr(jaxsoftmax, name)).__name__ for name in names]
+print(json.dumps([before, found, sorted(set(names) - set(dir(jaxsoftmax))), hasattr(jaxsoftmax, "no_such_chapter")]))
+""")
+    assert (before, set(found), listed, missing) == ([], {"module"}, [], False)
+
+
 def test_import_is_quick():
     """At most 0.15 s on top of `import jax, optax`: processor time, which other load changes little; median of 3."""
     code = "import time, jax, optax; t = time.process_time(); import jaxsoftmax; print(time.process_time() - t)"

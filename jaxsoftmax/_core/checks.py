@@ -32,6 +32,12 @@ def as_float(name: str, x: ArrayLike) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
+def as_inexact(name: str, x: ArrayLike) -> Array:
+    """As `as_float`, but complex numbers pass."""
+    x = as_array(name, x)
+    return x if jnp.issubdtype(x.dtype, jnp.complexfloating) else as_float(name, x)
+
+
 def as_loss_float(name: str, x: ArrayLike) -> Array:
     """Argument of a loss: floating point, nothing else."""
     x = as_array(name, x)
@@ -58,23 +64,32 @@ def as_mask(name: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array
     return broadcast(name, where, shape)
 
 
-def as_loss_mask(name: str, where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array | None:
-    """The mask of a loss, broadcast to `shape`: over classes, or, with `axes` left out, over examples."""
+def as_loss_mask(
+    name: str, where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...], of_classes: bool = False
+) -> Array | None:
+    """The mask of a loss, broadcast to `shape`, whether it is of classes or, without `axes`, of examples.
+
+    A mask that could be either is of examples, as optax takes it in the cross-entropies; with `of_classes` of classes,
+    as it takes it in the divergences of probabilities.
+    """
     if where is None:
         return None
-    where = as_array(name, where)
-    if where.ndim == len(shape) - len(axes) and where.ndim != len(shape):
-        where = jnp.expand_dims(where, axes)
+    where, examples = as_array(name, where), tuple(n for i, n in enumerate(shape) if i not in axes)
+    if not _fits(where.shape, shape) or where.shape == examples and not of_classes:
+        if not _fits(where.shape, examples):
+            raise ValueError(f"{name} has shape {where.shape}, which broadcasts neither to {shape} nor to {examples}")
+        where = jnp.expand_dims(jnp.broadcast_to(where, examples), axes)
     return as_mask(name, where, shape)
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of `shape` broadcasts to `target`."""
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
 
 
 def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
     """`x` broadcast to `shape`, or a ValueError that names it."""
-    try:
-        fits = np.broadcast_shapes(x.shape, shape) == tuple(shape)
-    except ValueError:
-        fits = False
-    if not fits:
+    if not _fits(x.shape, shape):
         raise ValueError(f"{name} has shape {x.shape}, which does not broadcast to {tuple(shape)}")
     return x if x.shape == tuple(shape) else jnp.broadcast_to(x, shape)
 
@@ -82,7 +97,7 @@ def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
 def common_shape(name: str, x: Array, other: str, y: Array) -> tuple[int, ...]:
     """The shape that both broadcast to."""
     try:
-        return np.broadcast_shapes(x.shape, y.shape)
+        return jnp.broadcast_shapes(x.shape, y.shape)
     except ValueError:
         raise ValueError(f"{name} has shape {x.shape} and {other} has shape {y.shape}: they do not broadcast") from None
 

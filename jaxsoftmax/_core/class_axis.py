@@ -98,6 +98,11 @@ def shift(z: Array, m: Array) -> Array:
     return jnp.minimum(z, limit) + (-jnp.clip(m, -limit, limit))
 
 
+def below(z: Array, m: Array) -> Array:
+    """As `shift`, for logarithms: beside +inf everything finite is -inf, not just very small."""
+    return shift(z, m) * jnp.where(m == jnp.inf, dtypes.largest(z.dtype), jnp.ones_like(m))
+
+
 def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m.
 
@@ -138,22 +143,29 @@ def class_argmax(z: Array, m: Array, axis: Axis) -> Array:
 
 def other_classes(like: Array, index: Array, axis: Axis) -> Array:
     """1 at every class but `index`, 0 there."""
-    dtype = like.dtype if num_classes(like, axis) < 2**24 else jnp.int32  # float32 holds no larger index exactly
+    size = num_classes(like, axis)  # symbolic under jax.export, or larger than float32 holds an index exactly:
+    dtype = like.dtype if isinstance(size, int) and size < 2**24 else jnp.int32
     distance = jnp.abs(class_index(like, axis, dtype) - index.astype(dtype))
     return jnp.minimum(distance, 1).astype(like.dtype)
+
+
+def undefined(at: Array, x: Array) -> Array:
+    """x, with NaN at `at`: computed there alone, since a NaN that is only a constant stops jax.debug_nans as well."""
+    infinite = jnp.where(at, jnp.inf, 0.0).astype(x.dtype)
+    return jnp.where(at, infinite - infinite, x)
 
 
 def take_class(x: Array, index: Array, axis: Axis) -> Array:
     """x at class `index` (class axis of length 1); NaN where there is no such class."""
     total = num_classes(x, axis)
     if total == 0:
-        return jnp.full(index.shape, jnp.nan, x.dtype)
+        return undefined(jnp.ones(index.shape, bool), jnp.zeros(index.shape, x.dtype))
     (position,), local = positions(axis), index - first_class(x, axis)
     size = x.shape[position]
     found = jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
     if names := _mesh_axes(axis):  # the one device that has the class adds it to the others' 0
         found = lax.psum(jnp.where((local >= 0) & (local < size), found, 0.0), names)
-    return jnp.where((index >= 0) & (index < total), found, jnp.nan)
+    return undefined((index < 0) | (index >= total), found)
 
 
 def class_labels(labels: Array, num_classes: int) -> Array:
@@ -164,9 +176,17 @@ def class_labels(labels: Array, num_classes: int) -> Array:
     return jnp.where(valid, labels, 0).astype(jnp.int32) - jnp.where(valid, 0, 1).astype(jnp.int32)
 
 
+def labels_equal(labels: Array, index: int) -> Array:
+    """labels == index as integers, also where the labels' dtype holds no such number."""
+    limits = jnp.iinfo(labels.dtype)
+    if not int(limits.min) <= index <= int(limits.max):
+        return jnp.zeros(labels.shape, bool)
+    return labels == jnp.asarray(index, labels.dtype)
+
+
 def one_infinity(total: Array, m: Array, single: int) -> Array:
     """`total`, or NaN where softmax has no limit: every logit is -inf, or `total` tells of more than one +inf."""
-    return jnp.where((m == -jnp.inf) | (m == jnp.inf) & (total > single), jnp.nan, total)
+    return undefined((m == -jnp.inf) | (m == jnp.inf) & (total > single), total)
 
 
 def present(z: Array, mask: Array | None, axis: Axis) -> Array:

@@ -51,8 +51,9 @@ def softmax_cross_entropy_with_integer_labels(
       labels: integers, of the shape of `logits` without `axis`. A label outside [0, K), -1 included, makes loss and
         gradient of its own example NaN.
       axis: class axis, or a tuple of axes flattened into one, in the given order.
-      where: boolean mask of the shape of `logits` (False: the class is absent) or of `labels` (False: the example is
-        absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+      where: boolean mask of the shape of `labels` (False: the example is absent), else one that broadcasts to
+        `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
+        has loss +inf.
       label_smoothing: ε in [0, 1], spread evenly over the classes that are present.
       class_weights: weights of shape (K,), as in torch.nn.functional.cross_entropy.
       ignore_index: label of examples to leave out; loss 0, gradient 0.
@@ -95,8 +96,8 @@ def softmax_cross_entropy(
       labels: real weights of the classes, of a shape that broadcasts to that of `logits`; they need not sum to 1. A
         label of 0 contributes 0, whatever the logit.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
-        (False: the example is absent, with loss 0 and gradient 0).
+      where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
+        one that broadcasts to `logits` (False: the class is absent, its label too).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -160,7 +161,7 @@ def _integer_arguments(
         num_classes = math.prod(logits.shape[i] for i in axes.positions)
         checks.same_shape("class_weights", class_weights, "the class axis", (num_classes,))
     if ignore_index is not None:
-        ignored = labels == jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
+        ignored = num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
         mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
     smooth, penalty = (None if _is_zero(option) else option for option in (label_smoothing, z_loss))
@@ -228,8 +229,7 @@ def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Ar
 
 def label_gap(z: Array, label: Array, m: Array, axis: num.Axis) -> Array:
     """z_label - m; NaN for a label that is no class."""
-    at_label = num.take_class(z, label, axis)
-    return jnp.where(at_label == jnp.inf, 0.0, at_label - m)
+    return num.below(num.take_class(z, label, axis), m)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
@@ -274,8 +274,8 @@ label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
 def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
-    surprise = jnp.log1p(num.one_infinity(s, m, 0)) - jnp.where(z == jnp.inf, 0.0, z - m)
-    return num.class_sum(jnp.where(y == 0, 0.0 * s, y * surprise), axis)
+    surprise = jnp.log1p(num.one_infinity(s, m, 0)) - num.below(z, m)
+    return num.class_sum(y * jnp.where(y == 0, s, surprise), axis)
 
 
 def _soft_label_loss_fwd(z, y, axis):

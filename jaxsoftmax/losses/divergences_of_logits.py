@@ -47,8 +47,8 @@ def softmax_kl_divergence(
       logits: floating-point logits of the model; `axis` counts the classes.
       target_logits: floating-point logits of the target, of a shape that broadcasts to that of `logits`.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent from both) or of the result (False: the
-        example is absent, with loss 0 and gradient 0).
+      where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
+        one that broadcasts to `logits` (False: the class is absent from both).
       temperature: T > 0, which divides both.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
@@ -90,8 +90,8 @@ def jensen_shannon_divergence(
       logits: floating-point logits of the model; `axis` counts the classes.
       target_logits: floating-point logits of the target, of a shape that broadcasts to that of `logits`.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent from both) or of the result (False: the
-        example is absent, with loss 0 and gradient 0).
+      where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
+        one that broadcasts to `logits` (False: the class is absent from both).
       temperature: T > 0, which divides both.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
@@ -165,7 +165,7 @@ def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     e_x, e_z, d = classes(x, z, Sums(top_x, one, top_z, one, jnp.zeros_like(one)))
     total_x = num.one_infinity(num.class_sum(e_x, axis), top_x, 1)
     total_z = num.one_infinity(num.class_sum(e_z, axis), top_z, 1)
-    excess = num.class_sum(jnp.where(d < 1, e_z * jnp.expm1(d), e_x - e_z), axis) / total_z
+    excess = num.class_sum(jnp.where(d < 1, e_z * jnp.expm1(jnp.minimum(d, 1)), e_x - e_z), axis) / total_z
     plain = jnp.log(total_x) - jnp.log(total_z)
     return Sums(top_x, total_x, top_z, total_z, jnp.where(jnp.abs(plain) < 1, jnp.log1p(excess), plain))
 

@@ -36,8 +36,8 @@ def kl_divergence(
       log_predictions: log-probabilities log q, floating point; `axis` counts the classes.
       targets: probabilities t, of a shape that broadcasts to that of `log_predictions`.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
-        example is absent).
+      where: boolean mask that broadcasts to `log_predictions` (False: the class is absent), else to the result
+        (False: the example is absent).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -74,8 +74,8 @@ def kl_divergence_with_log_targets(
       log_predictions: log-probabilities log q, floating point; `axis` counts the classes.
       log_targets: log-probabilities log t, of a shape that broadcasts to that of `log_predictions`.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
-        example is absent).
+      where: boolean mask that broadcasts to `log_predictions` (False: the class is absent), else to the result
+        (False: the example is absent).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -114,8 +114,8 @@ def generalized_kl_divergence(
       log_predictions: logarithms log q, floating point; `axis` counts the classes.
       targets: numbers t ≥ 0, of a shape that broadcasts to that of `log_predictions`.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `log_predictions` (False: the class is absent) or of the result (False: the
-        example is absent).
+      where: boolean mask that broadcasts to `log_predictions` (False: the class is absent), else to the result
+        (False: the example is absent).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -150,7 +150,7 @@ def _arguments(log_predictions, targets, name, axis, axis_name, where) -> tuple:
     axes = num.class_axis(axis, log_predictions.ndim, axis_name)
     targets = checks.as_real(name, targets, dtypes.compute_dtype(log_predictions.dtype))
     targets = checks.broadcast(name, targets, log_predictions.shape)
-    mask = checks.as_loss_mask("where", where, log_predictions.shape, axes.positions)
+    mask = checks.as_loss_mask("where", where, log_predictions.shape, axes.positions, of_classes=True)
     return log_predictions, targets, mask, axes
 
 

@@ -58,8 +58,9 @@ def entmax_loss(
         -1 included, or a negative entry of y makes loss and gradient of its own example NaN.
       alpha: α ≥ 1, a number or an array that broadcasts to the shape of the result.
       axis: class axis, or a tuple of axes flattened into one, in the given order.
-      where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
-        is absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+      where: boolean mask of the shape of the result (False: the example is absent), else one that broadcasts to
+        `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
+        has loss +inf.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
 
@@ -172,7 +173,7 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
         y = one_hot(labels, z, axis)
     else:
         (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
-        y = jnp.where(y < 0, jnp.nan, y)
+        y = num.undefined(y < 0, y)
     z = num.present(z, mask, axis)
     alpha = order_of(z, alpha, exact, axis)
     p = entmax_of(z, alpha, exact, axis)
@@ -190,7 +191,7 @@ def one_hot(labels: Array, like: Array, axis: num.Axis) -> Array:
     """e_label along the class axis; NaN throughout for a label that is no class."""
     index = jnp.expand_dims(num.class_labels(labels, num.num_classes(like, axis)), num.positions(axis))
     y = 1 - num.other_classes(like, index, axis)
-    return jnp.where(index < 0, jnp.nan, y)
+    return num.undefined(index < 0, y)
 
 
 # Rules. z, y, p and α are floating arrays of at least float32; the class axis of α and of the loss has length 1.
@@ -251,7 +252,7 @@ def dual(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
     m, u = num.class_max(z, axis), num.class_max(p, axis)
     rest = jnp.where(u > 0.5, num.class_sum(below_half(p), axis), 0.0)
     top = deformed_log(jnp.where(u > 0.5, log1p_negative(-rest), log_support(u)), alpha - 1)
-    return top + jnp.where(z == m, 0.0, z - m)
+    return top + num.below(z, m)
 
 
 def _dual_fwd(z, alpha, p, axis):
@@ -271,7 +272,7 @@ dual.defvjp(_dual_fwd, _dual_bwd)
 @functools.partial(jax.jit, inline=True)
 def _binary_loss(logits: Array, labels: Array) -> Array:
     z, y = dtypes.widen(logits, labels)
-    return _binary(z, typed_like(z, jnp.where((y >= 0) & (y <= 1), y, jnp.nan)))
+    return _binary(z, typed_like(z, num.undefined((y < 0) | (y > 1), y)))
 
 
 @custom_vjp
@@ -328,5 +329,5 @@ def _binary_curvature(logits, labels) -> Curvature:
     loss = sparsemax_loss(logits, labels)
     z = jnp.broadcast_to(checks.as_loss_float("logits", logits), loss.shape)
     diagonal = jnp.where(jnp.abs(z) < 1, 0.5, jnp.zeros_like(loss))
-    hessian = DiagonalPlusLowRank(jnp.where(jnp.isnan(loss), jnp.nan, diagonal))
+    hessian = DiagonalPlusLowRank(num.undefined(jnp.isnan(loss), diagonal))
     return Curvature(hessian, hessian)

@@ -34,8 +34,8 @@ def softmax_entropy(
     Args:
       logits: floating-point logits; `axis` counts the classes.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent) or of the result (False: the example
-        is absent, with entropy 0 and gradient 0).
+      where: boolean mask of the shape of the result (False: the example is absent, with entropy 0 and gradient 0),
+        else one that broadcasts to `logits` (False: the class is absent).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -72,8 +72,8 @@ def brier_loss(
       logits: floating-point logits; `axis` counts the classes.
       labels: distributions over the classes, of a shape that broadcasts to that of `logits`; one-hot for a class.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
-        (False: the example is absent, with loss 0 and gradient 0).
+      where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
+        one that broadcasts to `logits` (False: the class is absent, its label too).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 

@@ -46,8 +46,9 @@ def focal_loss_with_integer_labels(
         gradient of its own example NaN.
       gamma: exponent γ ≥ 0, whole or not; 0 gives the cross-entropy.
       axis: class axis, or a tuple of axes flattened into one, in the given order.
-      where: boolean mask of the shape of `logits` (False: the class is absent) or of `labels` (False: the example is
-        absent). An absent example has loss 0 and gradient 0; a label on an absent class has loss +inf.
+      where: boolean mask of the shape of `labels` (False: the example is absent), else one that broadcasts to
+        `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
+        has loss +inf.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
 
@@ -88,8 +89,8 @@ def poly_loss_cross_entropy(
       labels: real weights of the classes, of a shape that broadcasts to that of `logits`.
       epsilon: coefficient ε of the first power of 1 - p; 0 gives the cross-entropy.
       axis: class axis, a tuple of axes, or None for all.
-      where: boolean mask of the shape of `logits` (False: the class is absent, its label too) or of the result
-        (False: the example is absent, with loss 0 and gradient 0).
+      where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
+        one that broadcasts to `logits` (False: the class is absent, its label too).
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 

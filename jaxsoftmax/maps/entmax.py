@@ -290,7 +290,7 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array
     d = bounded(num.shift(z, m))
     infinite = num.class_sum((z == jnp.inf).astype(z.dtype), axis)
     valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (infinite < 2)
-    start = jnp.where(valid, 1.0, jnp.nan).astype(z.dtype)
+    start = num.undefined(~valid, jnp.ones(valid.shape, z.dtype))
     p = _from_top(d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
         above = alpha > 2
@@ -299,7 +299,7 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array
             lambda: jnp.where(above, _from_bottom(z, start, jnp.maximum(alpha, 2.0) - 1, axis), p),
             lambda: p,
         )
-    return jnp.where(valid, p, jnp.nan)
+    return num.undefined(~valid, p)
 
 
 def _from_top(d: Array, start: Array, beta: Array, exact: float | None, axis: num.Axis) -> Array:

@@ -111,9 +111,9 @@ def logsumexp(
     """log |Σ_k b_k exp(a_k)|, with b = 1 where it is not given.
 
     Args:
-      a: real array of any shape. Integers are promoted to the default float dtype.
+      a: array of any shape, real or complex. Integers are promoted to the default float dtype.
       axis: axis or axes summed over; None for all.
-      b: factors that broadcast against `a`, of any sign.
+      b: factors that broadcast against `a`, of any sign, real or complex. A factor 0 takes its term out.
       keepdims: keep the summed axes with length 1.
       return_sign: also return the sign of the sum. Without it, the logarithm of a negative sum is NaN.
       where: boolean mask that broadcasts to `a`; where it is False the term is absent.
@@ -123,10 +123,11 @@ def logsumexp(
 
     Returns:
       The logarithm, of the shape of `a` without `axis`, in the common floating dtype of `a` and `b`; -inf over no
-      term. With `return_sign`, a pair of it and the sign (-1, 0 or 1) in the same dtype.
+      term. With `return_sign`, a pair of it and the sign (-1, 0 or 1) in the same dtype. If `a` or `b` is complex, the
+      principal value of log Σ; with `return_sign`, its real part, and the phase of the sum as the sign.
 
     Raises:
-      TypeError: if `a` or `b` is complex, `where` is not boolean or `axis` is not made of integers.
+      TypeError: if `where` is not boolean or `axis` is not made of integers.
       ValueError: if `axis` is out of range, or `b` or `where` does not broadcast to `a`.
 
     Example:
@@ -136,16 +137,20 @@ def logsumexp(
 
     Reference: docs/mathematics.md, section 5; `jax.scipy.special.logsumexp`.
     """
-    a = checks.as_float("a", a)
+    a = checks.as_inexact("a", a)
     if b is not None:
-        b = checks.as_float("b", b)
+        b = checks.as_inexact("b", b)
         shape = checks.common_shape("a", a, "b", b)
         a, b = jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
-    axes = num.class_axis(axis, a.ndim, axis_name)
-    out, sign = _reduce(a, b, checks.as_mask("where", where, a.shape), axes, keepdims)
+    mask, axes = checks.as_mask("where", where, a.shape), num.class_axis(axis, a.ndim, axis_name)
+    if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
+        if axes.mesh_axes:
+            raise TypeError("a and b must be real where axis_name splits the terms over a mesh")
+        return _complex_logsumexp(a, b, mask, axes, keepdims, return_sign)
+    out, sign = _reduce(a, b, mask, axes, keepdims)
     if return_sign:
         return out, sign
-    return out if b is None else jnp.where(sign < 0, jnp.nan, out)
+    return out if b is None else num.undefined(sign < 0, out)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
@@ -162,11 +167,13 @@ def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, 
     """logsumexp and its sign over the given axes."""
     dtype = a.dtype if b is None else dtypes.common_dtype(a, b)
     z = num.present(a.astype(dtypes.compute_dtype(dtype)), mask, axes)
+    b = b if b is None or mask is None else jnp.where(mask, b, 1.0)
     (z, b), axis = num.one_axis(axes, z, b)
     if b is None:
         out = logsumexp_of(z, axis)
         sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0.0, 1.0))
     else:
+        z = jnp.where((b == 0) & jnp.isnan(z), -jnp.inf, z)
         out, sign = _signed_logsumexp(z, b.astype(z.dtype), axis)
     out, sign = (jnp.squeeze(r, axis.positions) for r in (out, sign))
     if mask is not None:
@@ -175,6 +182,20 @@ def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, 
     if keepdims:
         out, sign = (jnp.expand_dims(r, axes.positions) for r in (out, sign))
     return out.astype(dtype), sign.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "keepdims", "return_sign"), inline=True)
+def _complex_logsumexp(a: Array, b: Array | None, mask: Array | None, axes, keepdims: bool, return_sign: bool):
+    """JAX's own, with nothing from behind the mask in value or derivative."""
+    positions = axes.positions
+    a, b = num.present(a, mask, axes), b if b is None or mask is None else jnp.where(mask, b, 1)
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.logsumexp(a, positions, b=b, keepdims=keepdims, return_sign=return_sign)
+    if mask is None:
+        return out
+    some = jnp.any(mask, positions, keepdims=keepdims)
+    absent = (-jnp.inf, 0.0) if return_sign else -jnp.inf
+    return jax.tree.map(lambda x, y: jnp.where(some, x, y), out, absent)
 
 
 # Rules. Below, z is a floating array of at least float32, and `axis` counts from the front.
@@ -214,8 +235,7 @@ def softmax_of(z: Array, axis: num.Axis) -> Array:
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
 def log_softmax_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
-    far = jnp.where(m == jnp.inf, 4.0, jnp.ones_like(m))  # beside +inf everything finite is -inf, not just very small
-    return num.shift(z, m) * far - jnp.log1p(num.one_infinity(s, m, 0))
+    return num.below(z, m) - jnp.log1p(num.one_infinity(s, m, 0))
 
 
 def _log_softmax_fwd(z, axis):
@@ -254,8 +274,9 @@ logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
 def _signed_logsumexp(a: Array, b: Array, axis: num.Axis) -> tuple[Array, Array]:
-    m = num.class_max(jnp.where(b == 0, -jnp.inf, a), axis)
-    total = num.class_sum(jnp.where(b == 0, 0.0, b * jnp.exp(num.shift(a, m))), axis)
+    a = jnp.where(b == 0, -jnp.inf, a)
+    m = num.class_max(a, axis)
+    total = num.class_sum(b * jnp.exp(num.shift(a, m)), axis)
     return m + jnp.log(jnp.abs(total)), jnp.sign(total)
 
 
@@ -266,7 +287,9 @@ def _signed_logsumexp_fwd(a, b, axis):
 
 def _signed_logsumexp_bwd(axis, residuals, cotangents):
     a, b, out, sign = residuals
-    weight = num.shared_cotangent(cotangents[0], axis) * sign * jnp.exp(a - out)  # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j)
+    # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j), finite so that the product with b_k = 0 is 0.
+    ratio = jnp.exp(jnp.minimum(num.shift(a, out), 0.99 * math.log(dtypes.largest(a.dtype))))
+    weight = num.shared_cotangent(cotangents[0], axis) * sign * ratio
     return weight * b, weight
 
 

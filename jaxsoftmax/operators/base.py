@@ -219,7 +219,7 @@ class SymmetricOperator:
             raise ValueError(f"{name} must have {size} entries along its last axis, got shape {v.shape}")
         batch = self._reference.shape[:-1]
         try:
-            np.broadcast_shapes(v.shape[:-1], batch)
+            jnp.broadcast_shapes(v.shape[:-1], batch)
         except ValueError:
             raise ValueError(f"{name} has batch axes {v.shape[:-1]}, the operator {batch}: not broadcastable") from None
         v, _ = dtypes.widen(v, self._reference)

@@ -65,7 +65,8 @@ def _roots(p: Array, lower: Array, upper: Array) -> tuple[Array, Array]:
     fixed, lower, upper = lax.stop_gradient((p, lower, upper))
     # An interval that reaches down to 0 holds no root: one without width stands in for it.
     lower, upper = jnp.where(lower == 0, 1, lower), jnp.where(lower == 0, 1, upper)
-    o, x = lax.map(lambda ends: _locate(fixed, *ends), (lower, upper), batch_size=max(1, BLOCK // p.size))
+    at_once = max(1, BLOCK // p.size) if isinstance(p.size, int) else None  # symbolic under jax.export: one by one
+    o, x = lax.map(lambda ends: _locate(fixed, *ends), (lower, upper), batch_size=at_once)
     return o, _offset(p, o, x)
 
 

@@ -96,7 +96,7 @@ def of_head(head) -> dict:
 CALLS = {
     js.softmax: {"x": (Z, MAP), **on_classes},
     js.log_softmax: {"x": (Z, MAP), **on_classes},
-    js.logsumexp: {"a": (Z, MAP), "b": (V, (*NOT_NUMBERS[:3], COMPLEX, SHAPELESS)), **on_classes},
+    js.logsumexp: {"a": (Z, NOT_NUMBERS), "b": (V, (*NOT_NUMBERS[:3], SHAPELESS)), **on_classes},
     js.sparsemax: {"x": (Z, MAP), **on_classes},
     js.entmax15: {"x": (Z, MAP), **on_classes},
     js.entmax: {"x": (Z, MAP), "alpha": (1.5, (*ALPHA, float("inf"))), **on_classes},

@@ -1,0 +1,149 @@
+"""Right where other projects had public reports of a fault. A case stands for a kind, over all functions it touches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsoftmax as js
+from jaxsoftmax._core import class_axis as num
+from tests.helpers import CASES, case_id
+from tests.loss_heads import HEADS, Z
+from tests.loss_heads import MASK as KEPT
+
+INF, NAN = np.inf, np.nan
+ce = js.softmax_cross_entropy_with_integer_labels
+
+
+# logsumexp with factors b.
+
+
+def lse(a, b, **options):
+    return js.logsumexp(jnp.asarray(a), b=jnp.asarray(b), **options)
+
+
+W = np.exp(85.0) * 1e-37
+
+
+@pytest.mark.parametrize(
+    "a, b, value, da, db",
+    [
+        ([100.0, 0.0], [0.0, 1.0], 0.0, [0, 1], None),  # a term of factor 0, however large
+        ([1.0, 2.0], [1.0, 0.0], 1.0, [1, 0], [1, np.e]),
+        ([1.0, NAN], [1.0, 0.0], 1.0, [1, 0], None),
+        ([1.0, INF], [1.0, 0.0], 1.0, [1, 0], None),
+        ([INF, 2.0], [1.0, 1.0], INF, [1, 0], None),
+        ([85.0, 0.0], [1e-37, 1.0], np.log1p(W), [W / (1 + W), 1 / (1 + W)], [1e37 * W / (1 + W), 1 / (1 + W)]),
+        ([0.0, 0.0], [0.0, 0.0], -INF, [0, 0], None),
+    ],
+)
+def test_factors(a, b, value, da, db):
+    gradients = jax.jit(lambda a, b: (jax.grad(lse, (0, 1))(a, b), jax.jacfwd(lse)(a, b), jax.hessian(lse)(a, b)))
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    (by_a, by_b), forward, second = gradients(a, b)
+    np.testing.assert_allclose(lse(a, b), value, rtol=1e-5)
+    np.testing.assert_allclose(by_a, da, rtol=2e-5)
+    np.testing.assert_allclose(forward, da, rtol=2e-5)
+    np.testing.assert_allclose(second, np.diag(da) - np.outer(da, da), atol=1e-5)
+    if db is not None:
+        np.testing.assert_allclose(by_b, db, rtol=2e-5)
+
+
+def test_factors_behind_a_mask():
+    a, b, here = jnp.array([1.0, NAN]), jnp.array([2.0, NAN]), jnp.array([True, False])
+    value, (da, db) = jax.value_and_grad(lse, (0, 1))(a, b, where=here)
+    np.testing.assert_allclose(value, 1 + np.log(2), rtol=1e-6)
+    np.testing.assert_allclose([da, db], [[1, 0], [0.5, 0]])
+    assert lse(a, b, where=~here & here) == -INF
+
+
+def test_complex_terms_and_factors():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3)) for _ in range(2))
+    here = np.array([[True, False, True], [False] * 3])
+    a[~here] = NAN
+    for terms, factors in ((a, b), (a, b.real), (a.real, b), (a, None)):
+        total = np.sum(np.where(here, np.exp(terms) * (1 if factors is None else factors), 0), -1)
+        narrow = [
+            x if x is None else jnp.asarray(x, "complex64" if np.iscomplexobj(x) else "float32")
+            for x in (terms, factors)
+        ]
+        f = lambda a, b, **options: js.logsumexp(a, -1, b=b, where=jnp.asarray(here), **options)
+        np.testing.assert_allclose(jnp.exp(f(*narrow)), total, rtol=1e-5)
+        size, phase = f(*narrow, return_sign=True)
+        np.testing.assert_allclose(phase * jnp.exp(size).astype("complex64"), total, rtol=1e-5)
+        real = lambda a: jnp.sum(jnp.where(jnp.asarray(here.any(-1)), f(a, narrow[1], return_sign=True)[0], 0.0))
+        gradient = np.asarray(jax.grad(real)(narrow[0]))
+        assert np.all(gradient[~here] == 0) and np.all(np.isfinite(gradient[here]))
+
+
+# No NaN on the way to a finite result: jax.debug_nans(True) must not stop there, op by op or compiled.
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_debug_nans(case, order):
+    args = case.cast("float32")
+    derivative = jax.value_and_grad(lambda *a: jnp.sum(case.fn(*a)), tuple(range(len(args))))
+    with jax.debug_nans(True), jax.disable_jit():
+        if order == 1:
+            derivative(*args)
+        else:
+            jax.jvp(derivative, args, tuple(jnp.cos(a) for a in args))
+
+
+# `where`: of classes if it broadcasts to the logits, of examples if it has their shape. Where both hold, optax decides.
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head.has_where], ids=lambda head: head.name)
+def test_masks_of_classes_and_of_examples(head):
+    z = jnp.asarray(np.stack([Z, -Z]), "float32")
+    args = [jnp.asarray(np.stack([a, a]), "float32" if a.ndim == 2 else "int32") for a in head.args]
+    classes = jnp.asarray(KEPT)  # (T, V) on (B, T, V)
+    examples = jnp.array([[True, False, True], [False, True, True]])
+    masks = [classes[0], classes, jnp.ones((2, 1, 1), bool), examples, examples[0]]
+    loss = lambda where: head.loss(z, *args, where=where)
+    spelled = [jnp.broadcast_to(mask, z.shape) for mask in [*masks[:3], examples[..., None], examples[0, :, None]]]
+    got = [*map(loss, masks)]  # not in one jit: all are one compiled function
+    np.testing.assert_array_equal(got, [*map(loss, spelled)])
+    assert np.all(np.asarray(got[3])[~np.asarray(examples)] == 0)
+    with pytest.raises(ValueError, match=r"where has shape \(5,\), .*\(2, 3, 4\).*\(2, 3\)"):
+        loss(jnp.ones(5, bool))
+
+
+def test_masks_that_could_be_either_as_in_optax():
+    z = jnp.array([[1.0, -2.0, 0.5], [0.3, 0.1, -1.0], [2.0, 1.0, 0.0]])
+    where, y, q = jnp.array([True, True, False]), jax.nn.softmax(-z), jax.nn.log_softmax(z)
+    for name, *arguments in (
+        ("softmax_cross_entropy", z, y),
+        ("softmax_cross_entropy_with_integer_labels", z, jnp.array([0, 1, 0])),
+        ("kl_divergence", q, y),
+        ("kl_divergence_with_log_targets", q, jnp.log(y)),
+    ):
+        theirs = getattr(optax.losses, name)(*arguments, where=where)
+        np.testing.assert_allclose(getattr(js, name)(*arguments, where=where), theirs, rtol=1e-5, atol=1e-7)
+    assert js.brier_loss(z, y, where=where)[2] == 0
+
+
+# Labels of narrow types are compared as integers.
+
+
+@pytest.mark.parametrize("dtype", ["uint4", "int4", "uint8", "int8", "uint16", "uint32", "int32"])
+def test_labels_of_narrow_types(dtype):
+    low, high = int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+    numbers = [low, 0, 3, high]
+    labels = jnp.asarray(np.array(numbers), dtype)
+    for index in (-1, -100, 15, 156, 255, high + 1, low, high):
+        np.testing.assert_array_equal(num.labels_equal(labels, index), np.array(numbers) == index)
+    for num_classes in (3, 16, 300, 70000):
+        kept = [n if 0 <= n < num_classes else -1 for n in numbers]
+        np.testing.assert_array_equal(num.class_labels(labels, num_classes), kept)
+
+
+def test_ignored_labels_of_narrow_types():
+    z = jnp.zeros((1, 300))
+    np.testing.assert_allclose(ce(z, jnp.array([7], "uint8"), ignore_index=-100), np.log(300.0), rtol=1e-6)
+    np.testing.assert_allclose(ce(z, jnp.array([156], "uint8"), ignore_index=-100), np.log(300.0), rtol=1e-6)
+    np.testing.assert_allclose(ce(z, jnp.array([15], "uint4"), ignore_index=-1), np.log(300.0), rtol=1e-6)
+    assert ce(z, jnp.array([15], "uint4"), ignore_index=15) == 0
