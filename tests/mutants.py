@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,6 @@ class Mutant:
 
 LOSSES, TRANSFORMS = "tests/contract/test_losses.py", "tests/contract/test_transformations.py"
 SPECIAL, LINEAR = "tests/contract/test_special_values.py", "tests/linear_head/test_cross_entropy.py"
-EXACT = "tests/contract/test_accuracy_optimized.py -k float32"
 
 MUTANTS = [
     Mutant(
@@ -59,8 +59,8 @@ MUTANTS = [
     Mutant(
         "log_softmax: log1p becomes log",
         "maps/softmax.py",
-        "* far - jnp.log1p(num.one_infinity(s, m, 0))",
-        "* far - jnp.log(1 + num.one_infinity(s, m, 0))",
+        "- jnp.log1p(num.one_infinity(s, m, 0))",
+        "- jnp.log(1 + num.one_infinity(s, m, 0))",
         "tests/maps/test_softmax_optimized.py",
     ),
     Mutant(
@@ -145,7 +145,7 @@ MUTANTS = [
         "losses/cross_entropy.py",
         "return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)",
         "return mass * p - y",
-        f"{EXACT} and softmax_cross_entropy",
+        "tests/contract/test_accuracy_optimized.py -k 'float32 and softmax_cross_entropy'",
     ),
     Mutant(
         "focal: a slope too many",
@@ -270,10 +270,15 @@ def who_notices(mutant: Mutant, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {} if "_optimized" in mutant.tests else QUICK
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
-    arguments = [part.strip("'") for part in re.findall(r"'[^']*'|\S+", mutant.tests)]
+    command += shlex.split(mutant.tests)
     try:
         done = subprocess.run(
-            [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [*command, *shlex.split(mutant.tests)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     finally:
         path.write_text(whole, encoding="utf-8")

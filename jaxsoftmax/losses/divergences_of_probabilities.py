@@ -248,6 +248,6 @@ def _no_curvature(log_predictions: Array, *_) -> Curvature:
 
 @curvature_of(generalized_kl_divergence)
 def _generalized_kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
-    log_predictions, _, mask = on_last_axis(*_arguments(log_predictions, targets, "targets", axis, where))
+    log_predictions, _, mask = on_last_axis(*_arguments(log_predictions, targets, "targets", axis, None, where))
     hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask))
     return Curvature(hessian, hessian)

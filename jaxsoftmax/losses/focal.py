@@ -248,8 +248,11 @@ def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None) -> Curvatur
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[*(f.name for f in dataclasses.fields(DiagonalPlusLowRank)), "first", "second", "label", "missed"],
-    meta_fields=[],
+    data_fields=[
+        *(f.name for f in dataclasses.fields(DiagonalPlusLowRank) if f.name != "axis"),
+        *("first", "second", "label", "missed"),
+    ],
+    meta_fields=["axis"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class FunctionOfLoss(DiagonalPlusLowRank):

@@ -15,6 +15,12 @@ from tests.registry.samples import MASK, B, K, Z
 over_heads = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
 over_masked = pytest.mark.parametrize("head", [h for h in HEADS if h.has_where], ids=lambda head: head.name)
 CLASS_HEADS = [h for h in HEADS if h.has_where and not h.logarithms]
+MASKED_WITH_OPTIONS = [
+    pytest.param(h, n, id=f"{h.name}-{'+'.join(h.options[n]) or 'plain'}")
+    for h in HEADS
+    if h.has_where
+    for n in dict.fromkeys((1 % len(h.options), len(h.options) - 1))
+]
 
 
 def cast(arrays, dtype) -> tuple:
@@ -95,25 +101,21 @@ def test_any_axis(head, x64):
     np.testing.assert_allclose(head.loss(whole[0], *whole[1:], axis=None, **options), want[0], rtol=1e-14)
 
 
-@over_masked
-def test_masked_classes_leave_the_compressed_problem(head, x64):
-    options = dict(head.options[1 % len(head.options)])
+@pytest.mark.parametrize("head, which", MASKED_WITH_OPTIONS)
+def test_masked_classes_leave_the_compressed_problem(head, which, x64):
+    """Whatever stands behind the mask, with one option and with all of them."""
+    options = head.options[which]
     junk = np.array([np.nan, np.inf, -np.inf, 1e30]).reshape(-1, 1, 1)
     mask = np.broadcast_to(MASK, (len(junk), B, K))
     z = np.where(MASK, Z, junk)
     args = [np.broadcast_to(a, (len(junk), B)) if a.ndim == 1 else np.where(MASK, a, junk) for a in head.args]
     value, reverse = value_and_gradient(head, jnp.asarray(z), cast(args, None), where=jnp.asarray(mask), **options)
     forward = pushed_gradient(head, jnp.asarray(z), cast(args, None), where=jnp.asarray(mask), **options)
-    for i, kept in enumerate(MASK):
-        rest = [a[i : i + 1, kept] if a.ndim == 2 else np.array([np.sum(kept[: a[i]])]) for a in head.args]
-        value_of_rest, gradient_of_rest = head.expected(Z[i : i + 1, kept], *rest, **options)
-        gradient = np.zeros(K)
-        gradient[kept] = gradient_of_rest[0]
-        right = np.full(len(junk), value_of_rest[0].astype(float))
-        np.testing.assert_allclose(value[:, i], right, rtol=1e-13, atol=1e-15)
-        for got in (reverse, forward):
-            np.testing.assert_allclose(got[:, i], np.tile(gradient, (len(junk), 1)), rtol=1e-12, atol=1e-15)
-            assert np.all(np.asarray(got)[:, i][:, ~kept] == 0)
+    right, gradient = (x.astype(float) for x in head.expected_of_rest(Z, MASK, *head.args, **options))
+    np.testing.assert_allclose(value, np.stack([right] * len(junk)), rtol=1e-13, atol=1e-15)
+    for got in (reverse, forward):
+        np.testing.assert_allclose(got, np.stack([gradient] * len(junk)), rtol=1e-12, atol=1e-15)
+        assert np.all(np.asarray(got)[~mask] == 0)
 
 
 @over_masked

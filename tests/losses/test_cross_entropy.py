@@ -88,33 +88,6 @@ def test_masks():
     assert ce(z[0], 2, where=classes[0]) == INF  # a label on a masked class
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("ignore_index", [None, 1, -100])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("masked", [False, True])
-def test_options_combine(x64, label_smoothing, weighted, ignore_index, z_loss, masked):
-    rng = np.random.default_rng(0)
-    z, labels = rng.normal(size=(5, 4)) * 3, np.array([0, 1, 3, 1, 2])
-    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "z_loss": z_loss}
-    options["class_weights"] = np.array([0.5, 1.0, 2.0, 1.5]) if weighted else None
-    if masked:
-        options["where"] = np.array([[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]], bool)
-    got = ce(z, labels, **options)
-    np.testing.assert_allclose(got, plain(z, labels, **options), rtol=1e-13)
-    # and the gradient, by central differences of the definition
-    step = 1e-6
-    numeric = np.zeros_like(z)
-    for index in np.ndindex(*z.shape):
-        shifted = [z.copy(), z.copy()]
-        shifted[0][index] += step
-        shifted[1][index] -= step
-        up, down = (plain(s, labels, **options).sum() for s in shifted)
-        numeric[index] = (up - down) / (2 * step)
-    gradient = jax.grad(lambda z: ce(z, labels, **options).sum())(jnp.asarray(z))
-    np.testing.assert_allclose(gradient, numeric, atol=1e-7)
-
-
 def test_ignored_example_may_hold_anything():
     z, labels = jnp.array([[NAN, INF, 0.0], [0.0, 1.0, 2.0]]), jnp.array([-100, 1])
     loss, gradient = jax.value_and_grad(lambda z: ce(z, labels, ignore_index=-100).sum())(z)

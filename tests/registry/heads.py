@@ -105,6 +105,21 @@ class Head:
         rows = [self._example(z[i], [a[i] for a in args], order, options) for i in range(len(z))]
         return tuple(exact.longdouble(np.stack(part)) for part in zip(*rows))
 
+    def expected_of_rest(self, z: np.ndarray, mask: np.ndarray, *args, order: int = 1, **options):
+        """As `expected`, of the classes that the mask leaves; 0 in the derivatives at the others."""
+        size, outs = z.shape[1], []
+        for i, kept in enumerate(map(np.flatnonzero, mask)):
+            rest = [a[i : i + 1, kept] if a.ndim == 2 else np.searchsorted(kept, a[i : i + 1]) for a in args]
+            few = {name: x[kept] if isinstance(x, np.ndarray) else x for name, x in options.items()}
+            if few.get("ignore_index") is not None:
+                few["ignore_index"] = int(np.searchsorted(kept, few["ignore_index"]))
+            value, *derivatives = (part[0] for part in self.expected(z[i : i + 1, kept], *rest, order=order, **few))
+            whole = [np.zeros((size,) * part.ndim, np.longdouble) for part in derivatives]
+            for out, part in zip(whole, derivatives):
+                out[np.ix_(*[kept] * part.ndim)] = part
+            outs.append((value, *whole))
+        return tuple(np.stack(part) for part in zip(*outs))
+
     def _example(self, z, args, order, options):
         def derivatives(part):
             x = [mpf(float(v)) for v in z[part]]

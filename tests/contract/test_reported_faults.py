@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import jaxsoftmax as js
 from jaxsoftmax._core import class_axis as num
-from tests.helpers import CASES, case_id
-from tests.loss_heads import HEADS, Z
-from tests.loss_heads import MASK as KEPT
+from tests.registry import CASES, HEADS, case_id
+from tests.registry.samples import MASK as KEPT
+from tests.registry.samples import Z
 
 INF, NAN = np.inf, np.nan
 ce = js.softmax_cross_entropy_with_integer_labels
@@ -85,12 +86,60 @@ def test_complex_terms_and_factors():
 @pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_debug_nans(case, order):
     args = case.cast("float32")
-    derivative = jax.value_and_grad(lambda *a: jnp.sum(case.fn(*a)), tuple(range(len(args))))
+    derivative = value_and_gradient(case)
     with jax.debug_nans(True), jax.disable_jit():
         if order == 1:
             derivative(*args)
         else:
-            jax.jvp(derivative, args, tuple(jnp.cos(a) for a in args))
+            first, rest = args[0], args[1:]
+            jax.jvp(lambda z: derivative(z, *rest), (first,), (jnp.cos(first),))
+
+
+def value_and_gradient(case):
+    return jax.value_and_grad(lambda *args: jnp.sum(case.fn(*args)), case.argnums)
+
+
+# jax.export: symbolic batches, and every platform from one that has only a CPU.
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.batched], ids=case_id)
+def test_export_with_symbolic_batch(case):
+    (b,) = export.symbolic_shape("b")
+    specs = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in case.cast("float32")]
+    f = jax.jit(lambda *args: (case.fn(*args), value_and_gradient(case)(*args)))
+    exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(*specs)
+    assert exported.out_avals[0].shape[0] == b
+    if case.name in CALLED:
+        args = case.cast("float32")
+        for got, want in zip(jax.tree.leaves(exported.call(*args)), jax.tree.leaves(f(*args))):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+CALLED = ("softmax_cross_entropy_with_integer_labels", "entmax", "softmax_kl_divergence")
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_cross_entropy_with_integer_labels", "entmax_loss"])
+def test_export_with_symbolic_classes(name):
+    (case,) = (case for case in CASES if case.name == name)
+    k, args = export.symbolic_shape("k")[0], case.cast("float32")
+    specs = [jax.ShapeDtypeStruct(tuple(k if n == Z.shape[1] else n for n in a.shape), a.dtype) for a in args]
+    exported = export.export(jax.jit(value_and_gradient(case)))(*specs)
+    np.testing.assert_allclose(exported.call(*args)[0], value_and_gradient(case)(*args)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["batch", "classes"])
+def test_export_of_operators(size):
+    n = export.symbolic_shape("n")[0]
+    z = jax.ShapeDtypeStruct((n, 4) if size == "batch" else (3, n), "float32")
+
+    def products(z):
+        J = js.SoftmaxJacobian.from_logits(z)
+        H = js.logits_hessian(js.softmax_entropy, z)
+        return J.mv(z), J.solve(z, 0.5), J.logdet(0.5), J.spectral_norm(), H.mv(z), H.diagonal()
+
+    exported = export.export(jax.jit(products))(z)
+    for got, want in zip(exported.call(jnp.asarray(Z, "float32")), products(jnp.asarray(Z, "float32"))):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 # `where`: of classes if it broadcasts to the logits, of examples if it has their shape. Where both hold, optax decides.
@@ -99,7 +148,7 @@ def test_debug_nans(case, order):
 @pytest.mark.parametrize("head", [head for head in HEADS if head.has_where], ids=lambda head: head.name)
 def test_masks_of_classes_and_of_examples(head):
     z = jnp.asarray(np.stack([Z, -Z]), "float32")
-    args = [jnp.asarray(np.stack([a, a]), "float32" if a.ndim == 2 else "int32") for a in head.args]
+    args = [jnp.asarray(np.stack([a, a]), "int32" if a.dtype.kind == "i" else "float32") for a in head.args]
     classes = jnp.asarray(KEPT)  # (T, V) on (B, T, V)
     examples = jnp.array([[True, False, True], [False, True, True]])
     masks = [classes[0], classes, jnp.ones((2, 1, 1), bool), examples, examples[0]]
