@@ -185,7 +185,8 @@ def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
 
 def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
     """z and its maximum m, with 0 and -inf in the places of +inf and of the rest of its row."""
-    # Arithmetic, so that it fuses into sums: (min(z, L) - L) 4 is 0 where z = inf, and -inf where z is finite.
+    # Arithmetic, so that it fuses into sums: (min(z, L) - L) 4 is 0 where z = inf, and -inf where z is finite,
+    # since a finite z of less than L/2 leaves less than -L/2, four times which overflows.
     limit, infinite = dtypes.largest(z.dtype), m == jnp.inf
     lift, gain = jnp.where(infinite, limit, 0.0), jnp.where(infinite, 4.0, 1.0)
     return (jnp.minimum(z, limit) - lift) * gain, jnp.where(infinite, 0.0, m)

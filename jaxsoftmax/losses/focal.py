@@ -299,8 +299,8 @@ def _focal_operators(logits, labels, gamma, mask) -> Curvature:
     label = num.class_labels(labels, z.shape[-1])[..., None]
     m, _, total = label_sums(z, label, axis)
     p = probabilities(z, m, total, axis)
-    limit = -0.9 * jnp.log(jnp.finfo(z.dtype).tiny)  # u no smaller than this allows: its powers below are finite
-    s = jnp.clip(margin(z, label, axis), -1e9, limit)
+    # u ≥ tiny^0.9, so that u^(γ-1) is finite for γ ≥ 0 and the last tenth is left to its factors; s as in `finite`.
+    s = jnp.clip(margin(z, label, axis), -1e9, -0.9 * jnp.log(jnp.finfo(z.dtype).tiny))
     u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
     slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)))
     bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss))
