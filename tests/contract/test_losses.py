@@ -1,6 +1,5 @@
 """One contract for every loss head: what its formulas say, under every option, mask, axis, dtype and extreme."""
 
-import functools
 import inspect
 
 import jax
@@ -74,13 +73,6 @@ def test_minimum_at_its_target(head, x64):
     np.testing.assert_allclose(value[0], np.broadcast_to(smallest, value[0].shape), rtol=1e-13, atol=1e-15)
     assert np.all(abs(np.asarray(gradient)[0]) <= 1e-15)
     assert np.all(value >= value[0] - 1e-15)
-
-
-@over_heads
-def test_vmap(head, x64):
-    z, *args = cast([Z, *head.args], None)
-    loss = functools.partial(head.loss, **head.options[-1])
-    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(z, *args), loss(z, *args), rtol=1e-14, atol=1e-16)
 
 
 @pytest.mark.parametrize("head", [h for h in HEADS if h.has_axis], ids=lambda head: head.name)

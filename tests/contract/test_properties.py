@@ -81,27 +81,18 @@ HEADS = {
 
 @functools.cache
 def compiled(name: str):
-    """Under jit: the value, by vmap, by a loop, shifted; the Jacobian in both modes; all in one."""
-    f = HEADS[name]
-
-    def everything(z, shift):
-        loop = jnp.stack([f(row) for row in z])
-        return f(z), jax.vmap(f)(z), loop, f(z + shift), jax.jacfwd(f)(z), jax.jacrev(f)(z)
-
-    return jax.jit(everything)
+    """The value, and the value of shifted logits."""
+    return jax.jit(lambda z, shift: (HEADS[name](z), HEADS[name](z + shift)))
 
 
 @few
 @hypothesis.given(z=logits(), shift=st.integers(-1000, 1000))
 @pytest.mark.parametrize("name", HEADS)
-def test_jit_vmap_modes_and_shifts_agree(name, z, shift):
+def test_a_shift_changes_nothing(name, z, shift):
     with enable_x64():
-        value, mapped, loop, shifted, forward, reverse = map(
-            np.asarray, compiled(name)(jnp.asarray(z), jnp.asarray(float(shift)))
-        )
+        value, shifted = map(np.asarray, compiled(name)(jnp.asarray(z), jnp.asarray(float(shift))))
         eager = HEADS[name](jnp.asarray(z))
-    assert_close([eager, mapped, loop], [value] * 3, VALUE_RTOL["float64"])
-    assert_close(forward, reverse, 1e-12, scale=1.0)
+    assert_close(eager, value, VALUE_RTOL["float64"])
     moved = shifted - shift if name == "logsumexp" else shifted
     np.testing.assert_allclose(moved, value, rtol=1e-11, atol=1e-11)  # z + shift is rounded by 1e-13
 
