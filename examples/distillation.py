@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         target = jax.lax.stop_gradient(jax.vmap(teacher)(words[:, :-1]))
         hard = js.linear_softmax_cross_entropy_loss(x, words[:, 1:], table, reduction="mean", vocab_axis=0)
         soft = js.linear_softmax_kl_divergence(
-            x, table, target, teacher.table, temperature=TEMPERATURE, reduction="mean", vocab_axis=0
+            x, target, table, teacher.table, temperature=TEMPERATURE, reduction="mean", vocab_axis=0
         )
         return 0.5 * hard + 0.5 * TEMPERATURE**2 * soft
 

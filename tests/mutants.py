@@ -255,8 +255,8 @@ MUTANTS = [
     Mutant(
         "linear head: class weight dropped from the gradient",
         "linear_head/label_rule.py",
-        "scale = a * jnp.squeeze(sums.weight / total, axis)",
-        "scale = a * jnp.squeeze(1 / total, axis)",
+        "make, a * (sums.weight / total)[:, 0])",
+        "make, a * (1 / total)[:, 0])",
         f"{LINEAR} -k equals_full_logits",
     ),
     Mutant(
@@ -269,9 +269,16 @@ MUTANTS = [
     Mutant(
         "linear head: mean over all tokens",
         "linear_head/call.py",
-        "total = jnp.sum(counted)",
-        "total = jnp.sum(jnp.ones_like(counted))",
+        "counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))",
+        "counted = jnp.sum(jnp.ones_like(a))",
         f"{LINEAR} -k 'equals_full_logits or nothing_counted'",
+    ),
+    Mutant(
+        "linear head: the gradient in x is not added up over the classes' devices",
+        "linear_head/types.py",
+        "return () if self.copies else self.classes",
+        "return ()",
+        "tests/linear_head/test_mesh.py -k equals_one_device",
     ),
 ]
 

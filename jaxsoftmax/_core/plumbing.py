@@ -21,13 +21,27 @@ def typed_like(z: Array, x: Array) -> Array:
 
 
 def tied(arrays, to):
-    """`arrays` plus a 0 that is linear in all of `to`: they vary over a mesh, and have tangents, as all of `to` does.
-
-    A loop's carry must not change its type, a gradient inside a loop must not be added up over the mesh there, and
-    JAX's linear solve handles no symbolic zero among its leaves.
-    """
-    zero = sum((jnp.sum(jnp.ravel(x)[:0]).astype(jnp.float32) for x in jax.tree.leaves(to)), jnp.float32(0))
+    """`arrays` plus a 0 that is linear in all of `to`: they vary over a mesh, and have tangents, as that does."""
+    zero = zero_of(to)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
+
+
+def zeros_like(x: Array) -> Array:
+    """Zeros that lie on a mesh as x does: `jnp.zeros_like` forgets how since JAX 0.12."""
+    zeros, wanted = jnp.zeros_like(x), getattr(jax.typeof(x), "sharding", None)
+    if getattr(jax.typeof(zeros), "sharding", None) == wanted or not hasattr(jax.sharding, "reshard"):
+        return zeros
+    return jax.sharding.reshard(zeros, wanted)
+
+
+def zero_of(arrays) -> Array:
+    """A 0 that is linear in all of the arrays, whatever stands there; XLA finds it without looking at them."""
+
+    def zero(x):
+        x = x.astype(jnp.float32)
+        return jnp.sum(lax.select_n(False, zeros_like(x), x))
+
+    return sum(map(zero, jax.tree.leaves(arrays)), jnp.float32(0))
 
 
 def mesh_axes(x) -> frozenset[str]:
@@ -35,3 +49,13 @@ def mesh_axes(x) -> frozenset[str]:
     kind = jax.typeof(x)
     kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
     return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
+def varying(x: Array, axes: frozenset[str]) -> Array:
+    """x as an array that varies over the mesh axes: each device has a copy of its own to differentiate in."""
+    missing = tuple(axes - mesh_axes(x))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]  (JAX before 0.10)

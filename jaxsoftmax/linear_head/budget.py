@@ -1,43 +1,37 @@
-"""How many tokens and classes have logits at once, and what memory that takes."""
+"""How many tokens have logits at once, and what memory that takes.
+
+A chunk of C tokens takes 6 C D V operations and passes once over the gradient of the weights, 8 D V bytes in float32,
+whatever C. So C should be large; but its logits take 4 C V bytes. Between the two, per kind of device:
+
+- BUDGET: bytes of temporary memory to aim at.
+- SATURATION: tokens beyond which a larger chunk gains nothing: passing over the gradient is then below 5 % of the time.
+- LEAST: tokens that a chunk has whatever the budget says: with fewer, passing over the gradient takes longest.
+"""
 
 import jax
-from jax import Array
 
 from jaxsoftmax._core import checks
-from jaxsoftmax.linear_head.types import wide_dtype
 
-# Per backend: bytes of temporary memory to aim at, and the tokens beyond which a larger chunk gains nothing: the
-# traffic of the accumulator, κ D V bytes per chunk, is then 5 % of the time of its 6 C D V operations.
 BUDGET = {"cpu": 64 << 20}
 BUDGET_OTHER = 2 << 30
 SATURATION = {"cpu": 512}
 SATURATION_OTHER = 8192
-SLAB_BYTES = 4 << 20
-ALIGNMENT = 8
-# So few tokens per chunk, as a part of the saturation, that four matrix products over blocks of the vocabulary take
-# less time than three over all of it.
-FEW = 0.1
-MIN_BLOCK = 128
-# The first chunk has as many tokens as there are features, and is taken where this part of it counts.
-FULL = 0.75
+LEAST = 1 / 16  # of the saturation
+SLAB_BYTES = 4 << 20  # of a slab of the weights, so that it stays in the cache between its products
+MANY = 1 << 30
+ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
 
 
 def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
-    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (V + 3 D)), saturation, N), N tokens.
+    """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (V + 3 D)), saturation, N) of N tokens.
 
-    Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size. Options and
-    derivatives of the gradient need 2 to 6 arrays of the logits in place of one, and take as many times fewer tokens;
-    for derivatives the budget grows to twice the weights where that is more, but at most to a quarter of all logits.
+    Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size; never fewer than 32
+    tokens on CPU, 512 elsewhere. Options and derivatives of the gradient need 2 to 6 arrays of the logits in place of
+    one, and take as many times fewer tokens; for derivatives the budget grows to twice the weights where that is more,
+    but at most to a quarter of all logits.
 
-    The first D tokens are a chunk of their own where 2 D is at least a chunk and the gradient of the weights is wanted
-    (without softcap, smoothing, z-loss and statistics): their logits lie in the gradient's memory, which takes their
-    place slab by slab. So no token needs memory for its logits where there are no more tokens than features.
-
-    The budget of temporary memory is 64 MiB on CPU and 2 GiB elsewhere. A chunk of C tokens takes the time of its
-    6 C D V operations plus that of passing once over the (D, V) accumulator, 6 N D V / F (1 + κ F / (6 BW C)) in all,
-    so beyond a saturation (512 tokens on CPU, 8192 elsewhere) a larger chunk gains nothing. Where the budget holds the
-    logits of only a few tokens, the number saturates all the same and the vocabulary is streamed in blocks that fit:
-    the same result in every mode and order, for a fourth matrix product.
+    The budget of temporary memory is 64 MiB on CPU and 2 GiB elsewhere, the saturation 512 tokens on CPU and 8192
+    elsewhere.
 
     Args:
       num_tokens: N.
@@ -56,7 +50,7 @@ def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int
     Reference: docs/mathematics.md, section 6.
     """
     _check_sizes(num_tokens, features, vocab, itemsize)
-    return default_chunk(num_tokens, features, vocab, itemsize)[0]
+    return default_chunk(num_tokens, features, vocab, itemsize)
 
 
 def predict_temp_bytes(
@@ -65,9 +59,8 @@ def predict_temp_bytes(
     """Peak temporary bytes of value and gradient, beside arguments and gradients: one array of a chunk's logits.
 
     itemsize (C V + (S + R) (C + D) + S D + 3 C D), with slabs of S < V columns of the weights and R = V mod S, for x
-    and weights of one dtype of at least 32 bits, without softcap, smoothing and z-loss; with C = D and no C V for a
-    first chunk of D tokens (see `default_chunk_size`); itemsize (B (3 C + 1.5 D) + 3 C D) where the vocabulary is
-    streamed in blocks of B classes. XLA before JAX 0.10 may keep a second array of a chunk's logits.
+    and weights of one dtype of at least 32 bits, without softcap, smoothing and z-loss. XLA before JAX 0.10 may keep a
+    second array of a chunk's logits.
 
     Args:
       num_tokens: N.
@@ -88,15 +81,10 @@ def predict_temp_bytes(
     Reference: docs/mathematics.md, section 6.
     """
     _check_sizes(num_tokens, features, vocab, itemsize)
-    if chunk_size is not None:
-        checks.at_least("chunk_size", chunk_size, 1)
-    chunk, block = (chunk_size, None) if chunk_size else default_chunk(num_tokens, features, vocab, itemsize)
-    chunk, slab = min(chunk, num_tokens), slab_size(features, vocab)
-    if block is not None:
-        return itemsize * (block * (6 * chunk + 3 * features) // 2 + 3 * chunk * features)
-    fixed, per_token = temp_of_chunk(features, vocab, slab)
-    first = first_chunk(chunk, num_tokens, features)
-    return itemsize * (fixed + max(first * (per_token - vocab), chunk * per_token if num_tokens > first else 0))
+    if chunk_size is None:
+        chunk_size = default_chunk(num_tokens, features, vocab, itemsize)
+    fixed, per_token = temp_of_chunk(features, vocab, 1)
+    return itemsize * (fixed + min(checks.at_least("chunk_size", chunk_size, 1), num_tokens) * per_token)
 
 
 def _check_sizes(num_tokens, features, vocab, itemsize) -> None:
@@ -105,59 +93,28 @@ def _check_sizes(num_tokens, features, vocab, itemsize) -> None:
     checks.at_least("itemsize", itemsize, 1)
 
 
-def chosen_chunks(
-    chunk_size: int | None, theta: dict[str, Array], axis: int, arrays: int, whole: bool = False
-) -> tuple[int, int, int | None]:
-    """Tokens whose logits exist at once, in the gradient and in its derivatives, and classes if not all.
+def default_chunk(num_tokens: int, features: int, vocab: int, itemsize: int, arrays: int = 1, devices: int = 1) -> int:
+    """How many tokens have logits at once on a device, when `arrays` of a chunk's logits exist.
 
-    Args:
-      chunk_size: tokens, where the caller chose.
-      theta: the arguments by name.
-      axis: the vocabulary's.
-      arrays: how many arrays of a chunk's logits the gradient takes; its derivatives take three times as many.
-      whole: whether all classes of a token must be there.
+    Devices of a CPU share its memory, so each of `devices` gets its part of the budget.
+
+    Three and more are those of a derivative of the gradient, whose direction and result have the size of the weights
+    each: the budget grows to the two of them, up to a quarter of all logits.
     """
-    if chunk_size is not None:
-        chunk_size = checks.at_least("chunk_size", chunk_size, 1)
-        return max(1, chunk_size // arrays), max(1, chunk_size // (3 * arrays)), None
-    num_tokens, features = theta["x"].shape
-    size = num_tokens, features, theta["weights"].shape[axis], wide_dtype(theta).itemsize
-    chunk, block = default_chunk(*size, 1, whole)
-    if block is not None:
-        return chunk, chunk, block
-    gradient = chunk if arrays == 1 else default_chunk(*size, arrays, True)[0]
-    return gradient, default_chunk(*size, 3 * arrays, True)[0], None
-
-
-def slab_size(features: int, vocab: int) -> int:
-    """Columns of the weights that are used and updated at once: about 4 MiB of them in float32."""
-    return max(1, min(vocab, max(256, SLAB_BYTES // (4 * max(features, 1)))))
-
-
-def default_chunk(
-    num_tokens: int, features: int, vocab: int, itemsize: int = 4, arrays: int = 1, whole: bool = False
-) -> tuple[int, int | None]:
-    """How many tokens and classes have logits at once, by budget and saturation; None stands for all classes.
-
-    Part of the classes only where the budget has no room for all those of a few tokens, and `whole` does not forbid it.
-    `arrays` of a chunk's logits exist; three and more are those of a derivative of the gradient, whose direction and
-    result have the size of the weights each: the budget grows to the two of them, up to a quarter of all logits.
-    """
+    if not isinstance(num_tokens, int):  # a symbolic size: chunks that suit many tokens
+        num_tokens = MANY
     backend = jax.default_backend()
     budget, saturation = BUDGET.get(backend, BUDGET_OTHER), SATURATION.get(backend, SATURATION_OTHER)
+    if backend == "cpu":
+        budget //= devices
     if arrays > 2:
         budget = max(budget, itemsize * vocab * min(2 * features, num_tokens // 4))
-    most, slab = max(1, min(saturation, num_tokens)), slab_size(features, vocab)
-    fixed, per_token = temp_of_chunk(features, vocab, slab, arrays)
+    fixed, per_token = temp_of_chunk(features, vocab, arrays, devices)
     fits = max(0, budget // itemsize - fixed) // per_token
-    if whole or fits >= min(FEW * saturation, most):
-        most = min(most, max(1, fits))
-        return _equal_chunk(num_tokens - (first_chunk(most, num_tokens, features) if arrays == 1 else 0), most), None
-    columns = (budget // itemsize - 3 * most * features) // (3 * (most + features))
-    return most, equal_blocks(vocab, max(MIN_BLOCK, columns))
+    return _equal_chunk(num_tokens, min(saturation, max(fits, int(LEAST * saturation) // arrays)))
 
 
-def temp_of_chunk(features: int, vocab: int, slab: int, arrays: int = 1) -> tuple[int, int]:
+def temp_of_chunk(features: int, vocab: int, arrays: int, devices: int = 1) -> tuple[int, int]:
     """Numbers that exist beside the gradients: so many, and so many per token of a chunk.
 
     One array of logits, a slab of G, of the weights and of xᵀG, each with what is left over V mod S, and three rows of
@@ -165,24 +122,21 @@ def temp_of_chunk(features: int, vocab: int, slab: int, arrays: int = 1) -> tupl
     """
     if arrays > 1:
         return 0, arrays * vocab + 5 * features + 16
+    slab = slab_size(features, vocab, devices)
     part = slab + vocab % slab if slab < vocab else 0
     return (part + min(slab, vocab)) * features, vocab + part + 3 * features + 16
 
 
+def slab_size(features: int, vocab: int, devices: int = 1) -> int:
+    """Columns of the weights that are used and updated at once: about 4 MiB of them in float32, 1 MiB beside others."""
+    size = SLAB_BYTES if devices == 1 else SLAB_BYTES // 4
+    return max(1, min(vocab, max(256, size // (4 * max(features, 1)))))
+
+
 def _equal_chunk(num_tokens: int, most: int) -> int:
     """Tokens per chunk, at most `most`, so that the last chunk is nearly full."""
-    if most < ALIGNMENT or num_tokens < 1:
+    most = max(1, min(most, num_tokens))
+    if most < ALIGNMENT:
         return most
-    most = most // ALIGNMENT * ALIGNMENT
-    each = -(-num_tokens // max(1, -(-num_tokens // most)))
-    return min(most, -(-each // ALIGNMENT) * ALIGNMENT, max(1, num_tokens))
-
-
-def equal_blocks(vocab: int, most: int) -> int:
-    """Classes per block, at most `most`, so that few are left over: what is left has buffers of its own."""
-    return vocab // -(-vocab // max(1, most))
-
-
-def first_chunk(chunk: int, num_tokens: int, features: int) -> int:
-    """Tokens of the first chunk, D, whose logits lie where the gradient of the weights comes to lie; 0 for no such."""
-    return features if 2 * features >= chunk and num_tokens >= FULL * features else 0
+    each = -(-num_tokens // -(-num_tokens // most))
+    return min(most // ALIGNMENT * ALIGNMENT, -(-each // ALIGNMENT) * ALIGNMENT)

@@ -1,4 +1,4 @@
-"""From the arguments of a call to those of the pass over the tokens, and from what it finds to the result."""
+"""From the arguments of a call to a pass over the tokens of each device, and from what it finds to the result."""
 
 import functools
 
@@ -7,15 +7,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsoftmax._core import checks
+from jaxsoftmax._core.plumbing import mesh_axes, varying
+from jaxsoftmax.linear_head import mesh
 from jaxsoftmax.linear_head.derivatives import value_and_gradient, weighted_sum
-from jaxsoftmax.linear_head.types import Head, Tokens, wide_dtype
+from jaxsoftmax.linear_head.types import Axes, Head, MeshAxes, Tokens, total, wide_dtype
 
 REDUCTIONS = ("none", "sum", "mean")
 
 
-def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array], tuple[int, ...], int]:
-    """The checked arguments of the layer by name, tokens flattened; the tokens' shape; the vocabulary's axis."""
-    x, weights = checks.as_loss_float("x", x), checks.as_loss_float("weights", weights)
+def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array], int]:
+    """The checked arguments of the layer by name, and the vocabulary's axis."""
+    x, weights = (_as_array(name, x) for name, x in (("x", x), ("weights", weights)))
     if x.ndim == 0:
         raise ValueError("x must have a feature axis, (..., D), got a scalar")
     if weights.ndim != 2:
@@ -26,37 +28,79 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
             f"x has {x.shape[-1]} features, weights of shape {weights.shape} has {weights.shape[1 - axis]} with "
             f"vocab_axis={vocab_axis}: need the same; a (V, D) array goes with vocab_axis=0"
         )
-    shape = x.shape[:-1]
-    theta = {"x": x.reshape(-1, x.shape[-1]), "weights": weights}
+    theta = {"x": x, "weights": weights}
     if bias is not None:
         theta["bias"] = checks.as_loss_float("bias", bias)
         checks.same_shape("bias", theta["bias"], "the classes", (weights.shape[axis],))
     wide = wide_dtype(theta)
     if token_weights is None:
-        theta["token_weights"] = jnp.ones(theta["x"].shape[0], wide)
-    else:
-        token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
-        theta["token_weights"] = checks.broadcast("token_weights", token_weights, shape).reshape(-1)
-    return theta, shape, axis
+        token_weights = jnp.ones(x.shape[:-1], wide)
+    token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
+    theta["token_weights"] = checks.broadcast("token_weights", token_weights, x.shape[:-1])
+    return theta, axis
 
 
-def checked_reduction(reduction: str) -> str:
+def _as_array(name: str, x) -> Array:
+    """An argument to differentiate in: floating point, with a 0 and negative numbers."""
+    x = checks.as_loss_float(name, x)
+    if x.dtype.name == "float8_e8m0fnu":
+        raise TypeError(
+            f"{name} must have a dtype that holds 0 and negative numbers, got {x.dtype}: scale and convert it"
+        )
+    return x
+
+
+def checked(reduction: str, chunk_size: int | None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    return reduction
+    if chunk_size is not None:
+        checks.at_least("chunk_size", chunk_size, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("head", "reduction", "shape"), inline=True)
-def reduced(head: Head, theta, tokens: Tokens, reduction: str, shape: tuple[int, ...], counted: Array):
-    """The reduced loss, and the statistics of shape `shape`."""
-    if reduction == "none":
-        ones = {**theta, "token_weights": jnp.ones_like(theta["token_weights"])}
-        _, rows, statistics = value_and_gradient(head, ("token_weights",), ones, tokens)
-        losses = rows["token_weights"] * theta["token_weights"]
-        out = losses.reshape(shape) if tokens.valid is None else jnp.where(tokens.valid, losses, 0.0).reshape(shape)
+def split_by(axis_name: MeshAxes) -> Axes:
+    """The axes of the shard_map around that split the classes."""
+    names = checks.mesh_axes(axis_name)
+    return Axes(classes=names, copies=bool(names))
+
+
+def evaluate(head: Head, reduction: str, theta, tokens: Tokens, token_axes, class_axes):
+    """The reduced loss, and the statistics, on whatever mesh the arrays lie."""
+    x, weights = theta["x"], theta["weights"]
+    if head.axes.classes:
+        if token_axes is not None or class_axes is not None:
+            raise ValueError("axis_name is for use inside shard_map, token_axes and class_axes outside of it: give one")
     else:
-        out, statistics = weighted_sum(head, theta, tokens)
-        if reduction == "mean":
-            total = jnp.sum(counted)
-            out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
-    return out, jax.tree.map(lambda s: s.reshape(shape), statistics)
+        layout = mesh.layout_of(x, weights, head.vocab_axis, token_axes, class_axes)
+        head = head._replace(layout=layout, spread=layout is None and mesh.is_divided_by_xla(x, weights))
+    return _evaluate(head, reduction, theta, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _evaluate(head: Head, reduction: str, theta, tokens: Tokens):
+    if head.layout is not None:
+        theta, tokens = mesh.placed(head, theta, tokens)
+    a, valid = theta["token_weights"], tokens.valid
+    theta = _of_device(head, theta, tokens)
+    if reduction == "none":
+        ones = {**theta, "token_weights": jnp.ones_like(a)}
+        _, rows, statistics = value_and_gradient(head, ("token_weights",), ones, tokens)
+        losses = total(rows["token_weights"], head.axes.classes) * a
+        return losses if valid is None else jnp.where(valid, losses, 0.0), statistics
+    out, statistics = weighted_sum(head, theta, tokens)
+    if reduction == "sum":
+        return out, statistics
+    if "class_weights" in theta:
+        a = a * mesh.label_weights(head, theta["class_weights"], tokens.rows)
+    counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))
+    return jnp.where(counted == 0, 0.0, out / jnp.where(counted == 0, 1.0, counted)), statistics
+
+
+def _of_device(head: Head, theta: dict[str, Array], tokens: Tokens) -> dict[str, Array]:
+    """Inside a shard_map, all arguments as the device's own, to differentiate in.
+
+    The devices of the classes compute one sum together. Over other axes the caller has split the tokens, say: then each
+    device computes a sum of its own. Parts of a gradient are added up in the loss's dtype, then rounded.
+    """
+    around = frozenset().union(head.axes.classes, *map(mesh_axes, jax.tree.leaves((theta, tokens))))
+    x = theta["x"].astype(wide_dtype(theta)) if head.axes.classes else theta["x"]
+    return {name: varying(v, around) for name, v in {**theta, "x": x}.items()}

@@ -11,18 +11,17 @@ derivative again, so both modes and all orders stream.
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax.linear_head.budget import chosen_chunks
-from jaxsoftmax.linear_head.call import checked_reduction, layer, reduced
+from jaxsoftmax.linear_head.call import checked, evaluate, layer, split_by
 from jaxsoftmax.linear_head.label_rule import label_rule, label_rule_along, token_losses
 from jaxsoftmax.linear_head.statistics import TokenStatistics, token_statistics
-from jaxsoftmax.linear_head.types import Head, Tokens, wide_dtype
-from jaxsoftmax.linear_head.vocabulary_blocks import chunk_by_blocks
+from jaxsoftmax.linear_head.types import Head, MeshAxes, Tokens, wide_dtype
 
 
 def linear_softmax_cross_entropy_loss(
@@ -40,12 +39,17 @@ def linear_softmax_cross_entropy_loss(
     logit_softcap: ArrayLike | None = None,
     chunk_size: int | None = None,
     vocab_axis: int = -1,
+    axis_name: MeshAxes = None,
+    token_axes: MeshAxes | PartitionSpec = None,
+    class_axes: MeshAxes = None,
 ) -> Array:
     """Softmax cross-entropy of the logits xW + b, which never exist as a whole: Σ_i a_i l(softcap(x_i W + b), label_i).
 
     l is `softmax_cross_entropy_with_integer_labels`, softcap(z) = c tanh(z / c). Value with gradient takes three
     matrix products, the value alone one. Differentiable in every floating argument, in both modes and to any order.
-    Over a mesh, call it inside `jax.shard_map` on the tokens of each device, with whole weights, and add up.
+    On a mesh the work is divided. Where its axes are of type Explicit, types tell how; where they are of type Auto,
+    `token_axes` and `class_axes` do (with neither, XLA divides the tokens, but adds up the gradient of the weights once
+    per chunk, and passes over ignored tokens too). Gradients come back split as their arguments.
 
     Args:
       x: hidden states (..., D).
@@ -60,9 +64,14 @@ def linear_softmax_cross_entropy_loss(
       ignore_index: label of tokens to leave out; loss 0, gradient 0.
       z_loss: factor of logsumexp², as in the plain head.
       logit_softcap: c > 0; None for no cap.
-      chunk_size: tokens whose logits exist at once (but for the first D, see `default_chunk_size`), fewer where options
-        or derivatives need more arrays of them; None chooses by `default_chunk_size`.
+      chunk_size: tokens whose logits exist at once, on one device; fewer where options or derivatives need more arrays
+        of them; None chooses by `default_chunk_size`.
       vocab_axis: the axis of `weights` that counts the classes.
+      axis_name: inside `jax.shard_map`, the axis of the mesh, or several, over which the classes are split in equal
+        consecutive blocks; `weights`, `bias` and `class_weights` are then those of one device, labels count over all.
+        Tokens may be split as well: the result is that of the device's own tokens.
+      token_axes: outside it, axes of the mesh that split the first axis of x, or a `PartitionSpec` of its axes.
+      class_axes: axes of the mesh that split the classes.
 
     Returns:
       The reduced loss, or the losses (...), in float32 for half-precision x and weights, else in their common dtype.
@@ -80,11 +89,10 @@ def linear_softmax_cross_entropy_loss(
 
     Reference: docs/mathematics.md, section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
     """
-    call = _prepare(
-        x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
-        logit_softcap, chunk_size, vocab_axis, statistics=False,
-    )  # fmt: skip
-    return reduced(*call)[0]
+    return _evaluated(
+        None, x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+        logit_softcap, chunk_size, vocab_axis, axis_name, token_axes, class_axes,
+    )[0]  # fmt: skip
 
 
 def linear_softmax_cross_entropy_with_statistics(
@@ -102,6 +110,9 @@ def linear_softmax_cross_entropy_with_statistics(
     logit_softcap: ArrayLike | None = None,
     chunk_size: int | None = None,
     vocab_axis: int = -1,
+    axis_name: MeshAxes = None,
+    token_axes: MeshAxes | PartitionSpec = None,
+    class_axes: MeshAxes = None,
 ) -> tuple[Array, TokenStatistics]:
     """The loss of `linear_softmax_cross_entropy_loss`, and statistics of the same logits at no further matrix product.
 
@@ -110,7 +121,7 @@ def linear_softmax_cross_entropy_with_statistics(
       labels: integer classes (...).
       weights: (D, V), or (V, D) with `vocab_axis=0`.
       bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap, chunk_size,
-        vocab_axis: see there.
+        vocab_axis, axis_name, token_axes, class_axes: see there.
 
     Returns:
       The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Not differentiable. Fields of
@@ -128,52 +139,44 @@ def linear_softmax_cross_entropy_with_statistics(
 
     Reference: docs/mathematics.md, section 6.
     """
-    call = _prepare(
-        x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
-        logit_softcap, chunk_size, vocab_axis, statistics=True,
+    return _evaluated(
+        token_statistics, x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights,
+        ignore_index, z_loss, logit_softcap, chunk_size, vocab_axis, axis_name, token_axes, class_axes,
     )  # fmt: skip
-    return reduced(*call)
 
 
 # From arguments to (head, theta, tokens, reduction, shape, counted weight per token).
 
 
-def _prepare(
-    x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
-    logit_softcap, chunk_size, vocab_axis, statistics,
+def _evaluated(
+    statistics, x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index,
+    z_loss, logit_softcap, chunk_size, vocab_axis, axis_name, token_axes, class_axes,
 ):  # fmt: skip
-    theta, shape, axis = layer(x, weights, bias, token_weights, vocab_axis)
+    theta, axis = layer(x, weights, bias, token_weights, vocab_axis)
     vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)
     labels = checks.as_labels("labels", labels)
-    checks.same_shape("labels", labels, "x without its feature axis", shape)
-    labels = labels.reshape(-1)
+    checks.same_shape("labels", labels, "x without its feature axis", theta["x"].shape[:-1])
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.number("z_loss", z_loss)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not _is_zero(value)}
     if logit_softcap is not None:
-        checks.number("logit_softcap", logit_softcap, 0.0)
-        if _is_zero(logit_softcap):
-            raise ValueError("logit_softcap must be positive, or None for no cap, got 0")
-        theta["logit_softcap"] = jnp.asarray(logit_softcap, wide)
-    counted = theta["token_weights"]
-    known = num.class_labels(labels, vocab)
+        theta["logit_softcap"] = jnp.asarray(checks.positive("logit_softcap", logit_softcap), wide)
     if class_weights is not None:
         class_weights = checks.as_loss_float("class_weights", class_weights)
-        checks.same_shape("class_weights", class_weights, "the classes", (vocab,))
+        checks.same_shape("class_weights", class_weights, "the classes", (theta["weights"].shape[axis],))
         theta["class_weights"] = class_weights.astype(wide)
-        counted = counted * jnp.where(known < 0, jnp.nan, theta["class_weights"][jnp.maximum(known, 0)])
-    valid = None
+    axes = split_by(axis_name)
+    known, valid = num.class_labels(labels, vocab * lax.psum(1, axes.classes)), None
     if ignore_index is not None:
-        valid = labels != jnp.asarray(checks.integer("ignore_index", ignore_index), labels.dtype)
-        known, counted = jnp.where(valid, known, 0), jnp.where(valid, counted, 0.0)
+        valid = ~num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
+        known = jnp.where(valid, known, 0)
     plain = theta.keys() <= {"x", "weights", "bias", "token_weights", "class_weights"}
     rules = (label_rule, label_rule_along) if plain else (None, None)
-    *sizes, block = chosen_chunks(chunk_size, theta, axis, 1 if plain and not statistics else 2)
-    head = Head(token_losses, *rules, axis, *sizes, token_statistics if statistics else None, token_weights is None)
-    if block is not None:
-        head = head._replace(block=block, by_blocks=chunk_by_blocks)
-    return head, theta, Tokens(known, valid), checked_reduction(reduction), shape, counted
+    checked(reduction, chunk_size)
+    arrays = 1 if plain and statistics is None else 2
+    head = Head(token_losses, *rules, axis, arrays, chunk_size, statistics, token_weights is None, axes=axes)
+    return evaluate(head, reduction, theta, Tokens(known, valid), token_axes, class_axes)
 
 
 def _is_zero(option: Any) -> bool:

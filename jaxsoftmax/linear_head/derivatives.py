@@ -14,16 +14,17 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core.plumbing import tied
-from jaxsoftmax.linear_head.stream import stream
-from jaxsoftmax.linear_head.types import Head, Tokens
+from jaxsoftmax._core.plumbing import zeros_like
+from jaxsoftmax._linear_map import linear_map
+from jaxsoftmax.linear_head.mesh import one_pass
+from jaxsoftmax.linear_head.types import Head, Tokens, total
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sum(head: Head, theta, tokens: Tokens):
     """F = Σ a_i l_i, and the statistics. Its tangent is <grad F, t>, so that reverse mode only scales grad F."""
-    losses, _, statistics = stream(head, (), theta, None, tokens, skip=True)
-    return jnp.sum(theta["token_weights"] * losses), statistics
+    losses, _, statistics = one_pass(head, (), theta, None, tokens, skip=True)
+    return _sum(head, theta, losses), statistics
 
 
 @functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
@@ -31,15 +32,22 @@ def _weighted_sum_jvp(head, primals, tangents):
     theta, tokens = primals
     direction = _moving(tangents[0])
     value, rows, statistics = value_and_gradient(head, tuple(direction), theta, tokens)
-    return (value, statistics), (_inner(rows, direction, value), _zero_tangents(statistics))
+    return (value, statistics), (_inner(head, rows, direction, value), _zero_tangents(statistics))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
     """F, the rows of its gradient by name, and the statistics."""
     skip = "token_weights" not in rows
-    losses, gradient, statistics = stream(head, rows, theta, None, tokens, skip)
-    return jnp.sum(theta["token_weights"] * losses), gradient, statistics
+    losses, gradient, statistics = one_pass(head, rows, theta, None, tokens, skip)
+    return _sum(head, theta, losses), gradient, statistics
+
+
+def _sum(head: Head, theta, losses: Array) -> Array:
+    token_weights = theta["token_weights"]
+    if head.axes.copies:
+        token_weights = lax.pmean(token_weights, head.axes.classes)
+    return jnp.sum(token_weights * losses)
 
 
 @functools.partial(value_and_gradient.defjvp, symbolic_zeros=True)
@@ -50,44 +58,30 @@ def _value_and_gradient_jvp(head, rows, primals, tangents):
     value, gradient, statistics = value_and_gradient(head, everything, theta, tokens)
     moved = gradient_along(head, rows, theta, (direction,), tokens) if direction else _zeros(theta, rows)
     out = value, {name: gradient[name] for name in rows}, statistics
-    return out, (_inner(gradient, direction, value), moved, _zero_tangents(statistics))
+    return out, (_inner(head, gradient, direction, value), moved, _zero_tangents(statistics))
 
 
 def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
     """Rows of (D^k grad F)[t_1, …, t_k], k ≥ 1: linear in the last direction, and transposable there.
 
-    With M that linear map, <c, M t> = <t, Mᵀ c> is the same form with other rows, since F's derivatives are
-    symmetric. `lax.custom_linear_solve` lets a map bring its transpose, batches, and differentiates in what the map
-    depends on. The symmetric system (y - Mᵀw, v, w, u - Mv) = (0, t, 0, 0) has the solution v = t, u = M t, w = y = 0.
+    With M that linear map, <c, M t> = <t, Mᵀ c> is the same form with other rows, since F's derivatives are symmetric.
     """
     head = head._replace(statistics=None)
     *fixed, last = directions
-    columns = tuple(last)
+    last = {n: t.astype(theta[n].dtype) for n, t in last.items()}
 
-    def forth(t):
+    def forth(given, t):
+        theta, fixed, tokens = given
         return _along(head, rows, theta, (*fixed, t), tokens)
 
-    def back(c):
-        return _along(head, columns, theta, (*fixed, c), tokens)
+    def back(given, c):
+        theta, fixed, tokens = given
+        return _along(head, tuple(last), theta, (*fixed, {n: v for n, v in c.items() if v is not None}), tokens)
 
-    def system(unknowns):
-        v, y, u, w = unknowns
-        image, coimage = forth(v), back(w)
-        return tied((_minus(y, coimage), v, w, _minus(u, image)), (image, coimage))
-
-    def solve(_, right):
-        y, v, w, u = right
-        return v, _plus(y, back(w)), _plus(u, forth(v)), w
-
-    last = {n: last[n].astype(theta[n].dtype) for n in columns}
-    of_columns, of_rows = _zeros(theta, columns), _zeros(theta, rows)
-    right = tied((of_columns, last, of_rows, of_rows), last)
-    solution = lax.custom_linear_solve(system, right, solve, symmetric=True)
-    return tied(solution[2], solution)
+    return linear_map(forth, back, (theta, tuple(fixed), tokens), last, {n: jax.typeof(theta[n]) for n in rows})
 
 
-_plus = functools.partial(jax.tree.map, lambda a, b: a + b)
-_minus = functools.partial(jax.tree.map, lambda a, b: a - b)
+_plus = functools.partial(jax.tree.map, jnp.add)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -125,11 +119,11 @@ def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
         return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
     skip = not any("token_weights" in names for names in (rows, *directions))
     if not directions:
-        return stream(head, rows, theta, None, tokens, skip)[1]
+        return one_pass(head, rows, theta, None, tokens, skip)[1]
 
     def along(directions, theta):
         if len(directions) == 1:
-            return stream(head, rows, theta, directions[0], tokens, skip)[1]
+            return one_pass(head, rows, theta, directions[0], tokens, skip)[1]
         *before, t = directions
         moving = {name: theta[name] for name in t}
         return jax.jvp(lambda moving: along(before, {**theta, **moving}), (moving,), (t,))[1]
@@ -142,17 +136,17 @@ def _moving(tangents) -> dict[str, Array]:
 
 
 def _zeros(theta, rows) -> dict[str, Array]:
-    return {name: jnp.zeros_like(theta[name]) for name in rows}
+    return {name: zeros_like(theta[name]) for name in rows}
 
 
-def _inner(rows, direction, value: Array) -> Array:
+def _inner(head: Head, rows, direction, value: Array) -> Array:
     """Σ <row, direction>, in the dtype of the value."""
     wide = [jnp.sum(rows[n].astype(value.dtype) * t.astype(value.dtype)) for n, t in direction.items()]
-    return sum(wide, jnp.zeros_like(value))
+    return total(sum(wide, jnp.zeros_like(value)), head.axes.classes)
 
 
 def _zero_tangents(statistics):
     def zero(s):
-        return jnp.zeros_like(s) if jnp.issubdtype(s.dtype, jnp.inexact) else np.zeros(s.shape, jax.dtypes.float0)
+        return zeros_like(s) if jnp.issubdtype(s.dtype, jnp.inexact) else np.zeros(s.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, statistics)

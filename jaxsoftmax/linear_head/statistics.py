@@ -7,6 +7,7 @@ from jax import Array
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core import dtypes
+from jaxsoftmax.linear_head.types import Head
 from jaxsoftmax.losses import softcap
 
 
@@ -41,15 +42,14 @@ def capped(z: Array, options) -> Array:
     return softcap.capped(z, options["logit_softcap"]) if "logit_softcap" in options else z
 
 
-def token_statistics(z: Array, constants, options) -> TokenStatistics:
-    u = capped(z, options)
-    m = num.class_max(u, 1)
-    prediction = jnp.argmax(u, 1).astype(jnp.int32)
+def token_statistics(head: Head, z: Array, constants, options) -> TokenStatistics:
+    axis, u = head.class_axis, capped(z, options)
+    m = num.class_max(u, axis)
+    prediction = num.class_argmax(u, m, axis)
     below = num.shift(u, m)
-    others = jnp.exp(below) * num.other_classes(u, prediction[:, None], 1)  # the entropy of a sure model is theirs
-    rest = num.class_sum(others, 1)
+    others = jnp.exp(below) * num.other_classes(u, prediction, axis)  # the entropy of a sure model is theirs
+    rest = num.class_sum(others, axis)
     total = rest + jnp.exp(num.shift(m, m))
-    entropy = jnp.log1p(rest) - num.class_sum(others * jnp.maximum(below, -dtypes.largest(u.dtype)), 1) / total
-    return TokenStatistics(
-        (m + jnp.log(total))[:, 0], prediction, (1 / total)[:, 0], prediction == constants[0], entropy[:, 0]
-    )
+    entropy = jnp.log1p(rest) - num.class_sum(others * jnp.maximum(below, -dtypes.largest(u.dtype)), axis) / total
+    correct = prediction[:, 0] == constants[0]
+    return TokenStatistics((m + jnp.log(total))[:, 0], prediction[:, 0], (1 / total)[:, 0], correct, entropy[:, 0])

@@ -1,4 +1,4 @@
-"""How many digits the linear heads keep: values, statistics, and gradients in x, W and b, on full logits and streamed.
+"""How many digits the linear heads keep: values, statistics, and gradients in x, W and b.
 
 The logits z = xW + b are rounded in units of s = |x||W| + |b|, so values are measured in units of
 eps (|f| + Σ_k |∂f/∂z_k| s_k), and gradients in eps |x|ᵀγ, eps γ|W|ᵀ and eps Σγ with γ = |g| + |∂g/∂z| s: products of
@@ -129,7 +129,7 @@ def loss(args, labels, target, reduction):
 
 def divergence(args, labels, target, reduction):
     options = {"bias": args[2], "reduction": reduction, "temperature": TEMPERATURE}
-    return js.linear_softmax_kl_divergence(*args[:2], *target, **options)
+    return js.linear_softmax_kl_divergence(args[0], target[0], args[1], target[1], **options)
 
 
 def value_and_gradient(head: Callable) -> Callable:
@@ -145,13 +145,11 @@ def statistics(args, labels, target):
     return {name: getattr(found, name) for name in ("logsumexp", "probability", "entropy")}
 
 
-# name -> formula, call, and whether the vocabulary is streamed
+# name -> formula, call
 HEADS = {
-    "linear_cross_entropy": (of_loss, value_and_gradient(loss), False),
-    "linear_cross_entropy(streamed)": (of_loss, value_and_gradient(loss), True),
-    "linear_statistics": (of_statistics, statistics, False),
-    "linear_statistics(streamed)": (of_statistics, statistics, True),
-    "linear_kl": (of_divergence, value_and_gradient(divergence), False),
+    "linear_cross_entropy": (of_loss, value_and_gradient(loss)),
+    "linear_statistics": (of_statistics, statistics),
+    "linear_kl": (of_divergence, value_and_gradient(divergence)),
 }
 
 
@@ -162,10 +160,9 @@ def compiled(name: str) -> Callable:
 
 
 def results(name: str, given: Problem, dtype: str, jit: bool) -> dict[str, np.ndarray]:
-    _, call, streamed = HEADS[name]
+    _, call = HEADS[name]
     cast = lambda x: jnp.asarray(x.astype(jnp.dtype(dtype)))
     args, target = tuple(cast(getattr(given, n)) for n in ARGUMENTS), (cast(given.target_x), cast(given.target_weights))
-    blocks = mock.patch.object(budget, "default_chunk", lambda *_: (3, given.weights.shape[1] // 3))
-    with blocks if streamed else mock.patch.object(budget, "default_chunk", lambda *_, **__: (3, None)):
+    with mock.patch.object(budget, "default_chunk", lambda *_: 3):
         found = (compiled(name) if jit else call)(args, jnp.asarray(given.labels, jnp.int32), target)
     return {name: np.asarray(x) for name, x in found.items()}

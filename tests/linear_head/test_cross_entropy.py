@@ -195,7 +195,7 @@ def test_differentiable_in_options(name, x64):
 
 def test_slabs(monkeypatch, x64):
     """Slabs of 4 columns: two whole ones and a rest of 3."""
-    monkeypatch.setattr("jaxsoftmax.linear_head.budget.slab_size", lambda features, vocab: 4)
+    monkeypatch.setattr("jaxsoftmax.linear_head.budget.slab_size", lambda *_: 4)
     args, labels, _ = arguments()
     got, wanted = (jax.jit(jax.grad(scalar(head, labels), (0, 1)))(*args) for head in (fused, full))
     assert_close(got, wanted)
@@ -262,20 +262,17 @@ def test_transformations(x64):
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_tokens_over_a_mesh(options, streamed, monkeypatch, x64):
-    """Inside shard_map with its replication checks on, with devices that run different numbers of budget."""
+def test_tokens_over_a_mesh(options, x64):
+    """Inside shard_map with its replication checks on, with devices that run different numbers of chunks."""
     (x, weights, bias, a), labels, class_weights = arguments()
     x, a, labels = (jnp.concatenate([part, part[:1]]) for part in (x, a, labels))
-    if streamed:
-        monkeypatch.setattr("jaxsoftmax.linear_head.budget.default_chunk", lambda *_: (1, 4))
 
     def every(head):
         return lambda labels, *args: head(labels, *args[:4], class_weights=args[4], **options)
 
     mesh, rows, whole = jax.make_mesh((4,), ("tokens",), devices=jax.devices()[:4]), P("tokens"), P()
     specs = rows, rows, whole, whole, rows, whole
-    ours = every(functools.partial(fused, chunk_size=None if streamed else 1))
+    ours = every(functools.partial(fused, chunk_size=1))
     total = lambda *args: jax.lax.psum(ours(*args), "tokens")
     sharded = shard_map(total, mesh=mesh, in_specs=specs, out_specs=whole)
     arrays = labels, x, weights, bias, a, class_weights
@@ -319,7 +316,7 @@ def test_distillation(x64):
 
     def streamed(x, weights, bias, a):
         options = {"bias": bias, "token_weights": a, "temperature": 2.0, "chunk_size": CHUNK}
-        return linear_softmax_kl_divergence(x, weights, target_x, target_weights, **options)
+        return linear_softmax_kl_divergence(x, target_x, weights, target_weights, **options)
 
     def derivatives(f):
         grad = jax.value_and_grad(f, (0, 1, 2, 3))
@@ -329,10 +326,57 @@ def test_distillation(x64):
     assert_close(jax.jit(lambda: derivatives(streamed))(), jax.jit(lambda: derivatives(plain))())
 
 
+@pytest.mark.parametrize("size", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+def test_nothing_in_it(size):
+    """No tokens, no features, no classes: gradients 0, the loss that of the logits."""
+    n, d, vocab = size
+    x, labels, weights = jnp.ones((n, d)), jnp.zeros(n, jnp.int32), jnp.ones((d, vocab))
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "ignore_index": 1, "class_weights": jnp.ones(vocab)}
+    for head in (
+        functools.partial(linear_softmax_cross_entropy_loss, x, labels),
+        functools.partial(linear_softmax_cross_entropy_loss, x, labels, bias=jnp.zeros(vocab), **options),
+        lambda w: linear_softmax_kl_divergence(x, x, w, w),
+    ):
+        value, gradient = jax.value_and_grad(head)(weights)
+        assert n == 0 and value == 0 or vocab == 0 or np.isfinite(value)
+        assert gradient.shape == weights.shape and not gradient.any()
+        assert not jax.jvp(jax.grad(head), (weights,), (weights,))[1].any()
+    assert linear_softmax_cross_entropy_loss(x, labels, weights, reduction="none").shape == (n,)
+    _, facts = linear_softmax_cross_entropy_with_statistics(x, labels, weights)
+    assert facts.entropy.shape == (n,)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "bfloat16", "float16"])
+def test_narrow_weights(dtype):
+    x, labels, weights = jnp.ones((2, 3)), jnp.zeros(2, jnp.int32), jnp.ones((3, 4)).astype(dtype)
+    loss, gradient = jax.value_and_grad(linear_softmax_cross_entropy_loss, 2)(x, labels, weights)
+    np.testing.assert_allclose(loss, 2 * np.log(4), rtol=1e-6)
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), np.tile([-1.5, 0.5, 0.5, 0.5], (3, 1)))
+
+
+def test_narrow_labels():
+    """-100 and -1 are no uint8 and no uint4: nothing is ignored."""
+    x, weights = jnp.ones((1, 3)), jnp.ones((3, 300))
+    for label, dtype, index in ((156, jnp.uint8, -100), (15, jnp.uint4, -1)):
+        loss = linear_softmax_cross_entropy_loss(x, jnp.array([label], dtype), weights, ignore_index=index)
+        np.testing.assert_allclose(loss, np.log(300), rtol=1e-6)
+
+
+def test_symbolic_number_of_tokens():
+    (x, weights, _, _), labels, _ = arguments(jnp.float32)
+    (n,) = jax.export.symbolic_shape("n")
+    head = functools.partial(linear_softmax_cross_entropy_loss, ignore_index=4, reduction="mean")
+    f = jax.value_and_grad(lambda x, labels, weights: head(x, labels, weights), (0, 2))
+    shapes = (jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype) for a in (x, labels))
+    exported = jax.export.export(jax.jit(f))(*shapes, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
+    assert_close(exported.call(x, labels, weights), f(x, labels, weights), ulps=16)
+
+
 @pytest.mark.parametrize(
     "change,error,message",
     [
         ({"x": np.ones((4, 2), int)}, TypeError, "x must have a floating-point dtype"),
+        ({"weights": jnp.ones((2, 3), "float8_e8m0fnu")}, TypeError, "float8_e8m0fnu"),
         ({"labels": np.zeros(3, int)}, ValueError, "labels must have the shape of x"),
         ({"labels": np.zeros(4)}, TypeError, "labels must have an integer dtype"),
         ({"weights": np.ones((3, 2), np.float32)}, ValueError, "vocab_axis=0"),

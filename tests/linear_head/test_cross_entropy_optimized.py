@@ -100,13 +100,21 @@ def test_memory_is_as_predicted(vocab, chunk):
     assert default_chunk_size(2048, 512, 32768) * 32768 * 4 <= 64 << 20
 
 
-@pytest.mark.parametrize("axis", [1, 0])
-def test_logits_lie_where_the_gradient_comes(axis, monkeypatch):
-    """No more tokens than features: beside the gradient there are slabs, not logits, in both layouts."""
-    monkeypatch.setattr("jaxsoftmax.linear_head.budget.SLAB_BYTES", 1 << 16)  # 256 columns of 64 features
-    n, d, vocab = 60, 64, 20000
-    x, weights, labels = jnp.zeros((n, d)), jnp.zeros((d, vocab) if axis else (vocab, d)), jnp.zeros(n, jnp.int32)
-    f = lambda x, w: linear_softmax_cross_entropy_loss(x, labels, w, vocab_axis=axis)
+@REUSES_BUFFERS
+@pytest.mark.parametrize("vocab_axis", [1, 0])
+def test_memory_of_a_large_vocabulary(vocab_axis):
+    """The chunk that the budget gives, in both layouts."""
+    n, d, vocab = 2048, 16, 100_000
+    x, weights = jnp.zeros((n, d)), jnp.zeros((d, vocab) if vocab_axis else (vocab, d))
+    f = lambda x, w: linear_softmax_cross_entropy_loss(x, jnp.zeros(n, jnp.int32), w, vocab_axis=vocab_axis)
     used = temp(jax.value_and_grad(f, (0, 1)), x, weights)
-    assert used <= n * vocab  # a quarter of the logits
+    assert used <= 64 << 20
     assert 0.75 <= predict_temp_bytes(n, d, vocab) / used <= 1.25
+
+
+@pytest.mark.parametrize("size", [(4096, 16, 1000), (4, 16, 20_000), (4096, 16, 10**7), (0, 16, 100), (7, 0, 0)])
+def test_chunks(size):
+    """Nearly equal, no fewer than 32 tokens, and no more than saturate."""
+    chunk = default_chunk_size(*size)
+    assert min(32, size[0], 1 if size[0] == 0 else 32) <= max(chunk, 1) <= 512
+    assert chunk <= max(1, size[0]) and -(-max(1, size[0]) // max(1, chunk)) * chunk - size[0] < max(8, chunk)
