@@ -4,14 +4,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
+import jaxsoftmax
+
 ROOT = Path(__file__).parents[1]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-CHECK = "import jaxsoftmax as js; assert js.__version__ == '{}'; print(js.softmax([1.0, 1.0]), js.__file__)"
+VERSION = jaxsoftmax.__version__
+CHECK = "import sys, jaxsoftmax as js; assert js.__file__.startswith(sys.prefix); print(js.softmax([1.0, 1.0]))"
 
 
 def check(folder: Path) -> None:
@@ -31,7 +32,7 @@ def check(folder: Path) -> None:
         venv.create(fresh, with_pip=True)
         python = f"{fresh}/bin/python"
         subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True)
-        subprocess.run([python, "-W", "error", "-c", CHECK.format(VERSION)], check=True, cwd=fresh)
+        subprocess.run([python, "-I", "-W", "error", "-c", CHECK], check=True)
     print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(inside)} files; the wheel works alone")
 
 

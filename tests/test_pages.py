@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxsoftmax
@@ -54,6 +55,8 @@ def imported(source: str) -> set[str]:
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In the order of the page, in one namespace; a block of a neighbour that is not installed is left out."""
+    if "jax.shard_map" in PAGES[page] and not hasattr(jax, "shard_map"):
+        pytest.skip("jax.shard_map has another name in this JAX")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for line, source in fenced_blocks(PAGES[page], "python"):
@@ -147,8 +150,8 @@ def test_lowest_versions_agree_with_pyproject(name):
     assert min(stated) == version(LOWEST[name])
 
 
-def test_own_version_agrees_with_pyproject():
-    assert set(stated_versions(README, "jaxsoftmax")) <= {version(PROJECT["version"])}
+def test_own_version():
+    assert set(stated_versions(README, "jaxsoftmax")) <= {version(jaxsoftmax.__version__)}
 
 
 def test_stated_versions_are_found():

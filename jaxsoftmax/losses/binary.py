@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
@@ -106,8 +106,10 @@ def _logistic_loss(logits, labels, weight) -> Array:
 @functools.partial(jax.jit, inline=True)
 def _focal_loss(logits, labels, alpha, gamma) -> Array:
     x, y = dtypes.widen(logits, labels)
-    near = finite(x)
-    loss = focal_weight(near, y, gamma.astype(x.dtype)) * logistic(near, y, jnp.ones_like(x))
+    whole, gamma = finite(x), gamma.astype(x.dtype)
+    near = jnp.clip(whole, -1e4, 1e4)  # beyond, the loss is linear, and a product of the power's slope, 0, overflows
+    slope = focal_weight(lax.stop_gradient(near), y, gamma) * (jnp.where(near > 0, 1.0, 0.0) - y)
+    loss = focal_weight(near, y, gamma) * logistic(near, y, jnp.ones_like(x)) + slope * (whole - near)
     loss = infinite_at((x == jnp.inf) & (y < 1) | (x == -jnp.inf) & (y > 0), loss)
     return loss if alpha is None else weigh(_balance(alpha.astype(x.dtype), y), loss)
 

@@ -403,4 +403,8 @@ def natural_gradient_norm(
 
     Reference: Amari 1998; docs/mathematics.md, section 4.
     """
-    return jnp.expm1(softmax_cross_entropy_with_integer_labels(logits, labels, axis, where, axis_name=axis_name))
+    loss = softmax_cross_entropy_with_integer_labels(logits, labels, axis, where, axis_name=axis_name)
+    # Where expm1 overflows, it goes on as its tangent there, whose finite slope times a p of 0 is 0.
+    last = math.log(dtypes.largest(loss.dtype)) * (1 - 4 * float(jnp.finfo(loss.dtype).eps))
+    near = jnp.minimum(loss, last)
+    return jnp.expm1(near) + math.exp(last) * (loss - near)

@@ -24,6 +24,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.maps.entmax import log1p
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, softmax_of
 from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
@@ -167,7 +168,7 @@ def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     total_z = num.one_infinity(num.class_sum(e_z, axis), top_z, 1)
     excess = num.class_sum(jnp.where(d < 1, e_z * jnp.expm1(jnp.minimum(d, 1)), e_x - e_z), axis) / total_z
     plain = jnp.log(total_x) - jnp.log(total_z)
-    return Sums(top_x, total_x, top_z, total_z, jnp.where(jnp.abs(plain) < 1, jnp.log1p(excess), plain))
+    return Sums(top_x, total_x, top_z, total_z, jnp.where(jnp.abs(plain) < 1, log1p(excess), plain))
 
 
 def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
@@ -176,19 +177,19 @@ def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
     z, top_z = _one_hot_limit(z, sums.top_z)
     p, q = jnp.exp(x - top_x) / sums.total_x, jnp.exp(z - top_z) / sums.total_z
     # (x - top_x) - (z - top_z), by the subtraction that rounds less first; finite where a class is excluded.
-    huge = dtypes.largest(x.dtype) / 4
+    huge = dtypes.largest(x.dtype)
     x, z = jnp.maximum(x, -huge), jnp.maximum(z, -huge)
-    a, b, c, e = x - z, top_x - top_z, x - top_x, z - top_z
+    a, b, c, e = x - z, top_x - top_z, jnp.maximum(x - top_x, -huge), jnp.maximum(z - top_z, -huge)
     d = jnp.where(jnp.abs(a) + jnp.abs(b) < jnp.abs(c) + jnp.abs(e), a - b, c - e)
     return p, q, d - sums.ratio
 
 
 def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
     """z and its maximum m, with 0 and -inf in the places of +inf and of the rest of its row."""
-    # Arithmetic, so that it fuses into sums: (min(z, L) - L) 4 is 0 where z = inf, and -inf where z is finite,
-    # since a finite z of less than L/2 leaves less than -L/2, four times which overflows.
+    # Arithmetic, so that it fuses into sums: (min(z, L) - L) L is 0 where z = inf, and -inf where z is finite,
+    # whose difference from L is large enough for L times it to overflow.
     limit, infinite = dtypes.largest(z.dtype), m == jnp.inf
-    lift, gain = jnp.where(infinite, limit, 0.0), jnp.where(infinite, 4.0, 1.0)
+    lift, gain = jnp.where(infinite, limit, 0.0), jnp.where(infinite, limit, 1.0)
     return (jnp.minimum(z, limit) - lift) * gain, jnp.where(infinite, 0.0, m)
 
 
@@ -202,7 +203,7 @@ def _kl(x, z, sums, axis):
     p, q, ratio = classes(x, z, sums)
     near = (jnp.abs(ratio) < 1) & (q > 0)
     # inf where p alone excludes a class
-    far = jnp.where(ratio < -dtypes.largest(x.dtype) / 8, jnp.inf, p - q - q * ratio)
+    far = jnp.where(ratio < -0.999 * dtypes.largest(x.dtype), jnp.inf, p - q - q * ratio)
     return num.class_sum(jnp.where(near, q * exp_remainder(ratio), far), axis)
 
 
@@ -213,7 +214,8 @@ def _kl_fwd(x, z, axis):
 def _kl_bwd(axis, residuals, ct):
     ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
     ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
-    return ct * difference(x, z, sums, axis), -ct * jacobian_product(ratio, softmax_of(z, axis), axis)
+    dz = -4 * jacobian_product(ratio / 4, softmax_of(z, axis), axis)  # differences of ρ/4 do not overflow
+    return ct * difference(x, z, sums, axis), ct * dz
 
 
 kl.defvjp(_kl_fwd, _kl_bwd)

@@ -27,7 +27,7 @@ from jaxsoftmax.maps.entmax import (
     deformed_log,
     entmax_of,
     escort,
-    log1p_negative,
+    log1p,
     log_deformed_exp,
     log_support,
     order_of,
@@ -251,7 +251,7 @@ def dual(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
     """z - ψ: ln_β(p) on the support, at most -1/β off it. Differentiable in z and α, which fix p."""
     m, u = num.class_max(z, axis), num.class_max(p, axis)
     rest = jnp.where(u > 0.5, num.class_sum(below_half(p), axis), 0.0)
-    top = deformed_log(jnp.where(u > 0.5, log1p_negative(-rest), log_support(u)), alpha - 1)
+    top = deformed_log(jnp.where(u > 0.5, log1p(-rest), log_support(u)), alpha - 1)
     return top + num.below(z, m)
 
 

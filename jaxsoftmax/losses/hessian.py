@@ -200,8 +200,8 @@ def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Ar
     """The head's curvature in the capped logits, and these, None if there is no cap."""
     head = _head(loss)
     logits = checks.as_loss_float("logits", logits)
-    if logits.ndim == 0:
-        raise ValueError("logits must have a class axis, got a scalar")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a last axis with at least one class, got shape {logits.shape}")
     options = {**_options(loss), **kwargs}
     x = None if softcap is None else capped(*dtypes.widen(logits), checks.positive("logit_softcap", softcap))
     logits = logits if x is None else x

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.maps.entmax import log1p
 
 # Roots scale with p. Multiplied by 2⁶⁴, float32 probabilities from 1 to 1e-38 neither overflow nor underflow below.
 SCALE = 2.0**64
@@ -183,7 +184,7 @@ def _weight_correction(p: Array, o: Array, x: Array) -> Array:
     ratio = ((p - o) - x) / distance
     change = jnp.where(same, ratio - 1, ((pole - o) - x) / distance)
     near_one = jnp.abs(change) < 0.5
-    logs = jnp.where(left_out | ~near_one, 0, jnp.log1p(change))
+    logs = jnp.where(left_out | ~near_one, 0, log1p(change))
     factors = jnp.where(left_out | near_one, 1, ratio)
     p = p[0]
     count = jnp.sum((p[:, None] == p[None, :]).astype(p.dtype), 0)

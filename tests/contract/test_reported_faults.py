@@ -9,6 +9,7 @@ from jax import export
 
 import jaxsoftmax as js
 from jaxsoftmax._core import class_axis as num
+from tests.helpers import enable_x64
 from tests.registry import CASES, HEADS, case_id
 from tests.registry.samples import MASK as KEPT
 from tests.registry.samples import Z
@@ -196,3 +197,64 @@ def test_ignored_labels_of_narrow_types():
     np.testing.assert_allclose(ce(z, jnp.array([156], "uint8"), ignore_index=-100), np.log(300.0), rtol=1e-6)
     np.testing.assert_allclose(ce(z, jnp.array([15], "uint4"), ignore_index=-1), np.log(300.0), rtol=1e-6)
     assert ce(z, jnp.array([15], "uint4"), ignore_index=15) == 0
+
+
+# Extremes: what is finite has a finite loss and derivatives, and nothing is lost on the way.
+
+
+@pytest.mark.parametrize("x", [[1e38, 0.0, -1e38], [2e38, -2e38, 0.0], [3e38, 1.0, 0.0]])
+def test_huge_logits(x):
+    x, small, y = jnp.array(x), jnp.array([1.0, 2.0, 3.0]), jnp.array([0.25, 0.25, 0.5])
+    assert np.all(js.entmax(x, 3.0) == js.softmax(x))
+
+    @jax.jit
+    def everything(x):
+        functions = [
+            lambda z: js.softmax_kl_divergence(z, small),
+            lambda z: js.softmax_kl_divergence(small, z),
+            lambda z: js.softmax_kl_divergence(z, -z),
+            lambda z: js.jensen_shannon_divergence(z, small),
+            lambda z: js.sigmoid_focal_loss(z, y).sum(),
+            *(lambda z, c=c: js.focal_loss_with_integer_labels(z, c) for c in range(3)),
+            *(lambda z, c=c: js.natural_gradient_norm(z, c) for c in range(3)),
+        ]
+        values = [f(x) for f in functions]
+        return values, [(jax.grad(f)(x), jax.jvp(jax.grad(f), (x,), (small,))[1]) for f in functions]
+
+    values, derivatives = everything(x)
+    assert not np.any(np.isnan(values)) and not np.any(np.isnan(derivatives))
+    p, q = np.asarray(jax.nn.softmax(x), float), np.asarray(jax.nn.softmax(small), float)
+    wanted = np.sum(q * (np.log(q) - (np.asarray(x, float) - float(x[0]))))
+    if np.ptp(np.asarray(x, float)) < 3.4e38:  # else a difference of logits overflows
+        np.testing.assert_allclose(values[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(derivatives[0][0], p - q, atol=1e-6)
+    np.testing.assert_allclose(values[5], 0.0)
+
+
+def test_entmax_beside_an_infinite_logit():
+    for alpha in (1.25, 1.5, 2.0, 3.0):
+        np.testing.assert_array_equal(js.entmax(jnp.array([INF, 1e38, 0.0]), alpha), [1, 0, 0])
+
+
+def test_kl_gradient_where_log1p_is_off():
+    """In float64 of older XLA, near -0.41."""
+    with enable_x64():
+        x, z = jnp.array([0.0, -20.0]), jnp.array([0.0, -0.3466])
+        got = jax.grad(js.softmax_kl_divergence)(x, z)[0]
+        np.testing.assert_allclose(got, 0.414207152253845805, rtol=1e-15)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
+def test_heads_of_nothing(head, shape):
+    """No example: no loss. No class: an index has none to name, so NaN; a sum over none is 0."""
+    z = jnp.zeros(shape)
+    args = [jnp.zeros(shape[:-1], "int32") if a.dtype.kind == "i" else z for a in head.args]
+    loss, gradient = head.loss(z, *args), jax.grad(lambda z: jnp.sum(head.loss(z, *args)))(z)
+    assert gradient.shape == shape and loss.shape == (shape if head.elementwise else shape[:-1])
+    assert np.all(np.isnan(loss) if "label" in head.kinds else loss == 0) or 0 in shape[:-1]
+    if head.hessian and shape[-1] == 0:
+        with pytest.raises(ValueError, match="at least one class"):
+            js.logits_hessian(head.loss, z, *args)
+    elif head.hessian:
+        assert js.logits_hessian(head.loss, z, *args).mv(z).shape == shape

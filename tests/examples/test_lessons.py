@@ -24,6 +24,7 @@ def test_backprop_by_hand(tmp_path, capsys):
         backprop_by_hand.main(["--steps", "1"])
 
 
+@pytest.mark.slow
 def test_second_order(tmp_path, capsys):
     second_order.main(["--steps", "8", "--lanczos-steps", "10", "--out", str(tmp_path)])
     text = capsys.readouterr().out
