@@ -157,7 +157,7 @@ class custom_vjp(Generic[P, R]):
                 raise TypeError(f"{self._name}: fwd must return the pair (output, residuals), got {got}")
             output, residuals = result
             arguments = [x for i, x in enumerate(args) if i not in self._nondiff]
-            return output, (residuals, _MeshAxes(jax.tree.map(_mesh_axes, arguments)))
+            return output, (residuals, _Types(jax.tree.map(_type, arguments)))
 
         return checked
 
@@ -230,8 +230,8 @@ def _callback_effects() -> tuple[type, ...]:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _MeshAxes:
-    """For each array among the arguments, the axes of a `shard_map` that it varies over."""
+class _Types:
+    """The type of each array among the arguments."""
 
     of_arguments: list
 
@@ -239,29 +239,45 @@ class _MeshAxes:
         return hash(tuple(jax.tree.leaves(self.of_arguments)))
 
 
-def _mesh_axes(x) -> frozenset[str]:
+def _type(x):
     x = getattr(x, "value", x)  # of fwd's arguments under symbolic_zeros
-    kind = x.aval if _is_symbolic_zero(x) else jax.typeof(x)
+    return x.aval if _is_symbolic_zero(x) else jax.typeof(x)
+
+
+def _varying(kind) -> frozenset[str]:
+    """The axes of a `shard_map` that arrays of this type vary over."""
     kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
     return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
 
 
-def _summed_over_the_mesh(bwd: Callable) -> Callable:
-    """`bwd` under `shard_map`: an argument that is the same on every device gets the sum of their cotangents."""
+def _spec(kind) -> tuple:
+    """The axes of type Explicit that split arrays of this type."""
+    return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
 
-    def total(axes, cotangent):
-        zero = cotangent is None or _is_symbolic_zero(cotangent)
-        extra = () if zero else tuple(_mesh_axes(cotangent) - axes)
-        return jax.lax.psum(cotangent, extra) if extra else cotangent
+
+def _summed_over_the_mesh(bwd: Callable) -> Callable:
+    """`bwd` on a mesh: an argument that lies there in another way than its cotangent gets that in its own way.
+
+    Under `shard_map`, an argument that is the same on every device gets the sum of their cotangents.
+    """
+
+    def total(kind, cotangent):
+        if cotangent is None or _is_symbolic_zero(cotangent):
+            return cotangent
+        own = _type(cotangent)
+        if extra := tuple(_varying(own) - _varying(kind)):
+            cotangent = jax.lax.psum(cotangent, extra)
+        split_otherwise = own.shape == kind.shape and _spec(own) != _spec(kind)
+        return jax.sharding.reshard(cotangent, kind.sharding) if split_otherwise else cotangent
 
     @functools.wraps(bwd)
     def summed(*args):
-        *static, (residuals, axes), ct = args
+        *static, (residuals, types), ct = args
         cotangents = bwd(*static, residuals, ct)
-        fits = isinstance(cotangents, tuple) and len(cotangents) == len(axes.of_arguments)  # else JAX says so
-        if not fits or not any(map(_mesh_axes, jax.tree.leaves(ct))):
+        fits = isinstance(cotangents, tuple) and len(cotangents) == len(types.of_arguments)  # else JAX says so
+        if not fits or not any(_varying(k) or any(_spec(k)) for k in map(_type, jax.tree.leaves(ct))):
             return cotangents
-        return tuple(c if c is None else jax.tree.map(total, a, c) for a, c in zip(axes.of_arguments, cotangents))
+        return tuple(c if c is None else jax.tree.map(total, a, c) for a, c in zip(types.of_arguments, cotangents))
 
     return summed
 

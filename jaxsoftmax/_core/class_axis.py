@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.plumbing import mesh_axes
+from jaxsoftmax._core.plumbing import mesh_axes, sharded_like, split_axes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _shift_negated(z: Array, m: Array) -> Array:
 def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
     """0, 1, … along the class axis, of the shape of `like`."""
     (position,), first = positions(axis), first_class(like, axis)
-    index = lax.broadcasted_iota(dtype, like.shape, position % like.ndim)
+    index = sharded_like(like, lax.broadcasted_iota(dtype, like.shape, position % like.ndim))
     return index if isinstance(first, int) else index + first.astype(dtype)
 
 
@@ -161,8 +161,11 @@ def take_class(x: Array, index: Array, axis: Axis) -> Array:
     if total == 0:
         return undefined(jnp.ones(index.shape, bool), jnp.zeros(index.shape, x.dtype))
     (position,), local = positions(axis), index - first_class(x, axis)
-    size = x.shape[position]
-    found = jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
+    size, whole = x.shape[position], not (split_axes_of(x) and split_axes_of(x)[position])
+    if whole:
+        found = jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
+    else:  # by axes of type Explicit, along which there is no gather
+        found = class_sum(jnp.where(class_index(x, axis) == index, x, 0.0), axis)
     if names := _mesh_axes(axis):  # the one device that has the class adds it to the others' 0
         found = lax.psum(jnp.where((local >= 0) & (local < size), found, 0.0), names)
     return undefined((index < 0) | (index >= total), found)

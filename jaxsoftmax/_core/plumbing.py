@@ -1,7 +1,7 @@
 """What JAX needs beside the mathematics: compiled functions that keep their types, and types inside shard_map."""
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,36 @@ def compiled(fun: Function) -> Function:
 
 
 def typed_like(z: Array, x: Array) -> Array:
-    """x. Inside shard_map it varies over the mesh axes that z varies over, as a rule's cotangent for x will."""
+    """x, of the shape of z, on a mesh typed as z is, as a rule's cotangent for x will be."""
+    x = sharded_like(z, x)
     return jnp.where(lax.stop_gradient(z) > 0, x, x)
+
+
+def sharded_like(z: Array, x: Array) -> Array:
+    """x, of the shape of z, split as z is by mesh axes of type Explicit."""
+    wanted = getattr(jax.typeof(z), "sharding", None)
+    if wanted is None or wanted.spec == jax.typeof(x).sharding.spec:
+        return x
+    return jax.sharding.reshard(x, wanted)
+
+
+def split_axes_of(x: Array) -> tuple:
+    """For each axis of x, the mesh axes of type Explicit that split it, None for none."""
+    return tuple(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
+
+
+def in_auto_mode(fun: Callable, x: Array, *specs: tuple) -> Any:
+    """fun(x), where XLA and not the types divide the work if mesh axes of type Explicit split x.
+
+    Args:
+      fun: function of x.
+      x: an array.
+      specs: for each result and each of its axes the mesh axes that split it, None for none.
+    """
+    if not any(split_axes_of(x)):
+        return fun(x)
+    out = tuple(jax.sharding.PartitionSpec(*spec) for spec in specs)
+    return jax.sharding.auto_axes(fun, out_sharding=out if len(specs) > 1 else out[0])(x)
 
 
 def tied(arrays, to):

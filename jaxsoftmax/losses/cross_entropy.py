@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.plumbing import sharded_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
@@ -193,7 +194,7 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
         weights = jnp.expand_dims(
             class_weights.astype(loss.dtype), [i for i in range(z.ndim) if i not in axis.positions]
         )
-        loss = loss * num.take_class(jnp.broadcast_to(weights, z.shape), labels, axis)
+        loss = loss * num.take_class(sharded_like(z, jnp.broadcast_to(weights, z.shape)), labels, axis)
     else:
         weights = jnp.ones([1] * z.ndim, loss.dtype)
     if smooth is not None:
@@ -332,6 +333,7 @@ def _soft_curvature(logits, labels, axis=-1, where=None) -> Curvature:
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> Curvature:
     z = num.present(*dtypes.widen(logits), mask, -1)
     weights = jnp.broadcast_to(1.0 if class_weights is None else class_weights, z.shape).astype(z.dtype)
+    weights = sharded_like(z, weights)
     weight = num.take_class(weights, num.class_labels(labels, z.shape[-1])[..., None], -1)
     if smooth is not None:
         exists = z > -jnp.inf

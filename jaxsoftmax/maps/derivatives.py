@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
@@ -275,8 +275,7 @@ def _dense_hessian(x: Array) -> Array:
 
 def _same(like: Array, first: int, second: int) -> Array:
     """Where the indices along two axes are equal."""
-    index = [lax.broadcasted_iota(jnp.int32, like.shape, axis % like.ndim) for axis in (first, second)]
-    return index[0] == index[1]
+    return num.class_index(like, first) == num.class_index(like, second)
 
 
 def _logits(x: ArrayLike) -> Array:

@@ -290,7 +290,7 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array
     d = bounded(num.shift(z, m))
     infinite = num.class_sum((z == jnp.inf).astype(z.dtype), axis)
     valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (infinite < 2)
-    start = num.undefined(~valid, jnp.ones(valid.shape, z.dtype))
+    start = num.undefined(~valid, jnp.ones_like(m))
     p = _from_top(d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
         above = alpha > 2

@@ -30,7 +30,7 @@ from jaxsoftmax._core.centring import (
     root,
     rounded_one,
 )
-from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax._core.plumbing import compiled, in_auto_mode, split_axes_of
 from jaxsoftmax.maps.derivatives import dense_jacobian
 from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
 from jaxsoftmax.maps.softmax import AxisName, softmax
@@ -178,7 +178,7 @@ class SoftmaxJacobian(SymmetricOperator):
     def spectral_norm(self) -> Array:
         """The largest eigenvalue, shape (...), at most s/2; O(K), about 6 passes."""
         self._whole("spectral_norm")
-        return self.scale[..., 0] * spectrum.largest_eigenvalue(self.probs)
+        return self.scale[..., 0] * in_auto_mode(spectrum.largest_eigenvalue, self.probs, self._split_batch)
 
     @compiled
     def eigvalsh(self) -> Array:
@@ -187,7 +187,7 @@ class SoftmaxJacobian(SymmetricOperator):
         The derivative of an eigenvalue shared by n classes of equal probability is the mean over its eigenspace.
         """
         self._whole("eigvalsh")
-        return self.scale * spectrum.eigenvalues(self.probs)
+        return self.scale * in_auto_mode(spectrum.eigenvalues, self.probs, (*self._split_batch, None))
 
     @compiled
     def eigh(self) -> tuple[Array, Array]:
@@ -196,8 +196,13 @@ class SoftmaxJacobian(SymmetricOperator):
         The eigenvectors of a multiple eigenvalue are one basis of many, with derivative 0.
         """
         self._whole("eigh")
-        values, vectors = spectrum.eigenpairs(self.probs)
+        batch = self._split_batch
+        values, vectors = in_auto_mode(spectrum.eigenpairs, self.probs, (*batch, None), (*batch, None, None))
         return self.scale * values, vectors
+
+    @property
+    def _split_batch(self) -> tuple:
+        return split_axes_of(self.probs)[:-1]
 
     @compiled
     def rank(self) -> Array:
