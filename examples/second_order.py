@@ -16,15 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _digits import digits
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 
-from jaxsoftmax import network, softmax
+from jaxsoftmax import curvature, network, softmax
 from jaxsoftmax import softmax_cross_entropy_with_integer_labels as cross_entropy
-from jaxsoftmax.curvature import ggn_vp, hvp
-from jaxsoftmax.estimators import hutchpp_trace, spectral_density, top_eigenpairs
-from jaxsoftmax.laplace import last_layer_laplace
-from jaxsoftmax.second_order import gauss_newton
 from jaxsoftmax.training import TrainState, make_train_step
 
 SIZES = (64, 32, 10)
@@ -47,10 +43,10 @@ class Run(NamedTuple):
 
 
 def load() -> Data:
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    x = ((digits.data - digits.data.mean(0)) / 8)[order].astype(np.float32)
-    labels = digits.target[order].astype(np.int32)
+    images, labels = digits()
+    order = np.random.default_rng(0).permutation(len(labels))
+    x, labels = images.reshape(-1, 64)[order].astype(np.float32), labels[order].astype(np.int32)
+    x = (x - x.mean(0)) / 8
     return Data(*map(jnp.asarray, (x[:1200], labels[:1200], x[1200:], labels[1200:])))
 
 
@@ -81,7 +77,7 @@ def print_race(runs: dict[str, Run]) -> None:
                 cells.append(f"{steps[name]:10} st. {seconds[name]:9.3f} s")
             else:
                 cells.append("not reached")
-        winners = [min(scores, key=scores.get) if scores else "-" for scores in (steps, seconds)]
+        winners = [min(scores, key=scores.__getitem__) if scores else "-" for scores in (steps, seconds)]
         print(f"{level:6}", *(f"{cell:>26}" for cell in cells), "  ", *(f"{name:14}" for name in winners))
 
 
@@ -100,18 +96,18 @@ def draw_race(runs: dict[str, Run], path: Path) -> None:
 def spectrum(params, data: Data, steps: int) -> dict:
     """Top eigenvalues, trace and density of the Hessian and of the Gauss-Newton matrix."""
     found = {}
-    for name, vp in (("Hessian", hvp), ("Gauss-Newton", ggn_vp)):
-
-        @jax.jit
-        def measure(params, x, labels, vp=vp):
-            product = functools.partial(vp, network.forward, cross_entropy, params, x, labels)
-            keys = jax.random.split(jax.random.key(1), 3)
-            top, _, _ = top_eigenpairs(product, params, keys[0], 5, steps)
-            trace = hutchpp_trace(product, params, keys[1], 3 * steps)
-            return top, trace, spectral_density(product, params, keys[2], steps)
-
-        found[name] = measure(params, data.x, data.labels)
+    for name, vp in (("Hessian", curvature.hvp), ("Gauss-Newton", curvature.ggn_vp)):
+        product = functools.partial(vp, network.forward, cross_entropy, params, data.x, data.labels)
+        found[name] = measure(curvature.linearized(product, params), params, steps)
     return found
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def measure(product, like, steps: int):
+    keys = jax.random.split(jax.random.key(1), 3)
+    top, _, _ = curvature.top_eigenpairs(product, like, keys[0], 5, steps)
+    trace = curvature.hutchpp_trace(product, like, keys[1], 3 * steps)
+    return top, trace, curvature.spectral_density(product, like, keys[2], steps)
 
 
 def print_spectra(spectra: dict[str, dict]) -> None:
@@ -161,7 +157,7 @@ def calibrate(params, data: Data, steps: int) -> dict[str, jax.Array]:
         return mean_loss(params, x, labels) + sum(jnp.sum(w**2) for w in jax.tree.leaves(params)) / (2 * len(labels))
 
     params = train(optax.adam(1e-2), params, data, steps, penalized).params
-    posterior = last_layer_laplace(params[-1], features(params, data.x), data.labels, cross_entropy)
+    posterior = curvature.last_layer_laplace(params[-1], features(params, data.x), data.labels, cross_entropy)
     fitted, inputs = posterior.with_best_prior(), features(params, data.test_x)
     print("\nLast-layer Laplace:", end=" ")
     print(f"log evidence {posterior.log_evidence():.1f} at the prior precision of training, 1,", end=" ")
@@ -209,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = load()
     params = network.init(jax.random.key(0), SIZES)
     runs = {
-        "Gauss-Newton": train(gauss_newton(network.forward, cross_entropy), params, data, options.steps),
+        "Gauss-Newton": train(curvature.gauss_newton(network.forward, cross_entropy), params, data, options.steps),
         "Adam (0.01)": train(optax.adam(1e-2), params, data, 10 * options.steps),
     }
     print_race(runs)

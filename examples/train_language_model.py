@@ -32,7 +32,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxsoftmax
-from jaxsoftmax import estimators, network, training
+from jaxsoftmax import network, training
+from jaxsoftmax.curvature import estimators
 
 WORD = re.compile(r"\w+|[^\w\s]|\n")
 UNKNOWN = 0

@@ -111,11 +111,11 @@ __all__ = [
 # Chapters that are not needed for the names above: attributes of the package, imported when first asked for.
 _CHAPTERS = {
     "curvature": "curvature",
-    "estimators": "estimators",
-    "laplace": "laplace",
+    "estimators": "curvature.estimators",
+    "laplace": "curvature.laplace",
     "matrix_calculus": "matrix_calculus",
     "network": "network",
-    "second_order": "second_order",
+    "second_order": "curvature.optimizer",
     "training": "training",
 }
 

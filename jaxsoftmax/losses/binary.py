@@ -228,13 +228,19 @@ def _logistic_curvature(logits, labels, *, pos_weight=None) -> Curvature:
 @functools.partial(jax.jit, inline=True)
 def _logistic_operators(logits, labels, weight) -> Curvature:
     x, y = dtypes.widen(logits, labels)
-    hessian = DiagonalPlusLowRank((weight.astype(x.dtype) * y + 1 - y) * sigmoid(x) * sigmoid(-x))
-    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=Likelihood(x, _draw_binary)))
+    weight = weight.astype(x.dtype) * y + 1 - y
+    hessian = DiagonalPlusLowRank(weight * sigmoid(x) * sigmoid(-x))
+    model = Likelihood(x, weight, _draw_binary, _binary_score)
+    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=model))
 
 
 def _draw_binary(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
     p = jnp.broadcast_to(sigmoid(x), shape + x.shape)
     return jax.random.bernoulli(key, p).astype(x.dtype)
+
+
+def _binary_score(x: Array, y: Array) -> Array:
+    return (1 - y) * sigmoid(x) - y * sigmoid(-x)
 
 
 @curvature_of(sigmoid_focal_loss)

@@ -340,21 +340,23 @@ def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> 
         count = jnp.maximum(num.class_sum(exists.astype(z.dtype), -1), 1)
         smooth = jnp.asarray(smooth, z.dtype)
         weight = (1 - smooth) * weight + smooth * num.class_sum(jnp.where(exists, weights / count, 0.0), -1)
-    return categorical(z, only_examples(mask, weight), draw_labels, penalty, mask)
+    return categorical(z, only_examples(mask, weight), draw_labels, _label_score, penalty, mask)
 
 
 @functools.partial(jax.jit, inline=True)
 def _soft_operators(logits, labels, mask) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z, weight = num.present(logits, mask, -1), num.class_sum(num.zero_absent(y, mask), -1)
-    return categorical(z, only_examples(mask, weight), draw_one_hot)
+    return categorical(z, only_examples(mask, weight), draw_one_hot, soft_label_score)
 
 
-def categorical(z: Array, weight: Array, draw: Callable, penalty: Any = None, mask: Array | None = None) -> Curvature:
+def categorical(
+    z: Array, weight: Array, draw: Callable, score: Callable, penalty: Any = None, mask: Array | None = None
+) -> Curvature:
     """The operators of weight · (lse(z) - …) + ζ lse(z)², whose second term is no part of the likelihood."""
     p = softmax_of(z, z.ndim - 1)
     likelihood = SoftmaxJacobian(p, weight)
-    fisher = SoftmaxJacobian(p, weight, Likelihood(z, draw))
+    fisher = SoftmaxJacobian(p, weight, Likelihood(z, weight, draw, score))
     if penalty is None:
         return Curvature(likelihood, likelihood, fisher)
     slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape))
@@ -368,6 +370,15 @@ def draw_labels(key: Array, z: Array, shape: tuple[int, ...]) -> Array:
 
 def draw_one_hot(key: Array, z: Array, shape: tuple[int, ...]) -> Array:
     return jax.nn.one_hot(draw_labels(key, z, shape), z.shape[-1], dtype=z.dtype)
+
+
+def _label_score(z: Array, labels: Array) -> Array:
+    label = num.class_labels(labels, z.shape[-1])[..., None]
+    return jax.grad(lambda z: jnp.sum(label_loss(z, label, z.ndim - 1)))(z)
+
+
+def soft_label_score(z: Array, y: Array) -> Array:
+    return jax.grad(lambda z: jnp.sum(soft_label_loss(z, y, z.ndim - 1)))(z)
 
 
 def natural_gradient_norm(

@@ -21,7 +21,7 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax._core.scalar_functions import exp_remainder, log_double_sigmoid, missing_bits, sigmoid
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.cross_entropy import draw_one_hot
+from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.entmax import log1p
@@ -294,12 +294,16 @@ def _kl_operators(logits, targets, mask, temperature) -> Curvature:
     x, z = _tempered(x, z, mask, temperature, x.ndim - 1)
     p = softmax_of(x, x.ndim - 1)
     scale = only_examples(mask, jnp.ones_like(p[..., :1])) / jnp.asarray(temperature, x.dtype) ** 2
-    hessian = SoftmaxJacobian(p, scale)
-    return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, Likelihood(x, _draw_target_logits)))
+    hessian, model = SoftmaxJacobian(p, scale), Likelihood(x, scale, _draw_target_logits, _target_score)
+    return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, model))
 
 
 def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.log(draw_one_hot(key, x, shape))
+
+
+def _target_score(x: Array, target_logits: Array) -> Array:
+    return soft_label_score(x, jnp.exp(target_logits))
 
 
 @curvature_of(jensen_shannon_divergence)

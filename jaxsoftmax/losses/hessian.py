@@ -144,10 +144,16 @@ def loss_fisher(
     logit_temperature: ArrayLike | None = None,
     **kwargs: Any,
 ) -> SymmetricOperator:
-    """Fisher matrix of a likelihood in its logits: F = E[g gᵀ] over targets that the model itself draws.
+    """Fisher matrix of a likelihood in its logits: F = c E[g gᵀ], g = ∂/∂z of -log p(y|z), y drawn from p(·|z).
 
-    J for softmax cross-entropy, diag(σ(x)σ(-x)) for the logistic loss, I for `l2_loss` (a normal distribution of
-    variance 1), each times the weight of the example (class weight, Σ labels). z-loss has no part in it.
+    The head names the distribution p(·|z), and every option has a part in F in one of three ways only:
+    - what changes the distribution changes p: classes that `where` leaves out, a temperature, a cap;
+    - what weighs the example is c, the number of observations that the example with its own label counts for: its class
+      weight, 0 where it is ignored or masked, the mass Σy of soft labels, ω y + 1 - y for a positive weight ω;
+    - what is no likelihood is left out: z-loss. Label smoothing changes the target, and so c alone, by class weights.
+    So F = c J for softmax cross-entropy, c diag(σ(x)σ(-x)) for the logistic loss, I for `l2_loss` (a normal
+    distribution of variance 1), 2 I for the squared errors: the Gauss-Newton matrix of c (-log p). The gradient of the
+    loss itself at drawn targets has another second moment: weights enter it squared, and with the weight of the draw.
 
     Args:
       loss: a head of this package that is a negative log-likelihood, or a `functools.partial` of one with options.
@@ -159,7 +165,7 @@ def loss_fisher(
 
     Returns:
       Operator of shape (..., K, K), as `logits_hessian` gives it, with factor_mv, factor_rmv (L Lᵀ = F) and
-      sample_targets(key, shape=()).
+      sample_targets(key, shape=()) and sample_scores(key, shape=()), √c g for as many draws.
 
     Raises:
       TypeError: if `loss` is no likelihood with a closed form.
@@ -168,10 +174,9 @@ def loss_fisher(
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> loss, logits = jaxsoftmax.softmax_cross_entropy_with_integer_labels, jnp.array([2.0, 1.0, 0.5])
-      >>> F = jaxsoftmax.loss_fisher(loss, logits, jnp.array(0))
-      >>> labels = F.sample_targets(jax.random.key(0), (10000,))
-      >>> g = jax.vmap(jax.grad(loss), (None, 0))(logits, labels)
-      >>> print(abs(g.T @ g / 10000 - F.as_matrix()).max() < 0.01)
+      >>> F = jaxsoftmax.loss_fisher(loss, logits, jnp.array(0), class_weights=jnp.array([2.0, 1.0, 1.0]))
+      >>> g = F.sample_scores(jax.random.key(0), (10000,))
+      >>> print(abs(g.T @ g / 10000 - F.as_matrix()).max() < 0.02)
       True
 
     Reference: Amari 1998; Martens 2020, https://arxiv.org/abs/1412.1193; docs/mathematics.md, section 4.

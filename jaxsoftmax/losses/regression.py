@@ -6,6 +6,7 @@ Reference: docs/mathematics.md, section 7.4.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -227,21 +228,23 @@ def _sum_squared_error_curvature(predictions, targets, axis=-1) -> Curvature:
 def _of_variance(variance: float, errors: Array, predictions: ArrayLike) -> Curvature:
     hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance))
     mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)
-    draw = _draw_normal if variance == 1 else _draw_narrow_normal
-    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=Likelihood(mean, draw)))
+    model = Likelihood(mean, jnp.ones_like(mean), *NORMAL[variance])
+    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=model))
 
 
-def _draw_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
-    return _draw_gaussian(key, mean, shape, 1.0)
-
-
-def _draw_narrow_normal(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
-    return _draw_gaussian(key, mean, shape, 0.5)
-
-
-def _draw_gaussian(key: Array, mean: Array, shape: tuple[int, ...], variance: float) -> Array:
+def _draw(variance: float, key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
     mean = jnp.broadcast_to(mean, shape + mean.shape)
     return mean + math.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def _score(variance: float, mean: Array, targets: Array) -> Array:
+    return (mean - targets) / variance
+
+
+# draw and score for each variance, made once: they are static fields of a pytree.
+NORMAL = {
+    variance: (functools.partial(_draw, variance), functools.partial(_score, variance)) for variance in (0.5, 1.0)
+}
 
 
 @curvature_of(huber_loss)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks
+from jaxsoftmax._core.vectors import ldexp, scale_of, scaled
 
 
 def extreme_singular_values(
@@ -51,33 +52,42 @@ def extreme_singular_values(
     sides = (x.size, push), (y.size, pull)
     (n, A), (m, At) = sides if x.size <= y.size else sides[::-1]
     steps = n if num_steps is None else min(num_steps, n)
-    eps = jnp.finfo(x.dtype).eps
 
-    def orthogonal(v, basis):
+    def step(state, at):
+        (U, V, v), (i, keys) = state, at
+        V = V.at[i].set(v)
+        size, u = beyond(U, A(v), keys[0])
+        next_size, v = beyond(V, At(u), keys[1])
+        return (U.at[i].set(u), V, v), (size, next_size)
+
+    start_key, key = jax.random.split(key)
+    start = unit(jax.random.normal(start_key, (n,), x.dtype))
+    e = scale_of(A, start)
+    A, At = scaled(A, e), scaled(At, e)
+    state = jnp.zeros((steps, m), x.dtype), jnp.zeros((steps, n), x.dtype), start
+    _, (diagonal, above) = lax.scan(step, state, (jnp.arange(steps), jax.random.split(key, (steps, 2))))
+    values = jnp.linalg.svd(jnp.diag(diagonal) + jnp.diag(above[:-1], 1), compute_uv=False)
+    return ldexp(values[0], e), ldexp(values[-1], e)
+
+
+def beyond(basis: Array, v: Array, key: Array) -> tuple[Array, Array]:
+    """Norm and direction of the part of v outside the span of the orthonormal rows of `basis`.
+
+    Where none is left but rounding, 0 and a random direction outside: a Krylov method goes on in another block.
+    """
+
+    def orthogonal(v):
         for _ in range(2):  # once leaves the rounding of what it takes away
             v = v - (basis @ v) @ basis
         return v
 
-    def extend(v, basis, key):
-        """The part of v outside the basis: its norm and direction; where there is none, 0 and any direction."""
-        rest = orthogonal(v, basis)
-        size = jnp.linalg.norm(rest)
-        exhausted = size <= 16 * eps * jnp.linalg.norm(v)
-        rest = orthogonal(jnp.where(exhausted, jax.random.normal(key, v.shape, v.dtype), rest), basis)
-        return jnp.where(exhausted, 0.0, size), rest / jnp.linalg.norm(rest)
+    rest = orthogonal(v)
+    size = jnp.linalg.norm(rest)
+    exhausted = size <= 16 * jnp.finfo(v.dtype).eps * jnp.linalg.norm(v)
+    rest = orthogonal(jnp.where(exhausted, jax.random.normal(key, v.shape, v.dtype), unit(rest)))
+    return jnp.where(exhausted, 0.0, size), unit(rest)
 
-    def step(i, state):
-        U, V, diagonal, above, v = state
-        left, right = jax.random.split(keys[i])
-        V = V.at[i].set(v)
-        size, u = extend(A(v), U, left)
-        next_size, v = extend(At(u), V, right)
-        return U.at[i].set(u), V, diagonal.at[i].set(size), above.at[i].set(next_size), v
 
-    keys = jax.random.split(key, steps)
-    start = jax.random.normal(key, (n,), x.dtype)
-    zeros = lambda *shape: jnp.zeros(shape, x.dtype)
-    state = zeros(steps, m), zeros(steps, n), zeros(steps), zeros(steps), start / jnp.linalg.norm(start)
-    _, _, diagonal, above, _ = lax.fori_loop(0, steps, step, state)
-    values = jnp.linalg.svd(jnp.diag(diagonal) + jnp.diag(above[:-1], 1), compute_uv=False)
-    return values[0], values[-1]
+def unit(v: Array) -> Array:
+    size = jnp.linalg.norm(v)
+    return v / jnp.where(size == 0, 1.0, size)

@@ -20,18 +20,26 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.plumbing import compiled
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["logits"], meta_fields=["draw"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["logits", "weight"], meta_fields=["draw", "score"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:
-    """A model whose targets can be drawn.
+    """A model whose targets can be drawn: its Fisher matrix is the mean of weight · g gᵀ over them.
 
     Args:
       logits: of the model, (..., K).
+      weight: how many observations the example counts for, (..., 1), or (..., K) where each logit has its own target.
       draw: (key, logits, shape) -> targets from the model, as the loss takes them, `shape` in front of their shape.
+      score: (logits, targets) -> g, the gradient of -log p(target) in the logits.
     """
 
     logits: Array
+    weight: Array
     draw: Callable[[Array, Array, tuple[int, ...]], Array]
+    score: Callable[[Array, Array], Array]
+
+    def scaled(self, factor: Array) -> "Likelihood":
+        """With `factor` as many observations."""
+        return dataclasses.replace(self, weight=factor * self.weight)
 
 
 class SymmetricOperator:
@@ -139,11 +147,24 @@ class SymmetricOperator:
         Raises:
           TypeError: if the operator is not the Fisher matrix of a likelihood, as from `loss_fisher`.
         """
+        key, shape, model = checks.key("key", key), checks.sizes("shape", shape), self._model("sample_targets")
+        return model.draw(key, model.logits, shape)
+
+    def sample_scores(self, key: Array, shape: tuple[int, ...] = ()) -> Array:
+        """Gradients g of -log p at targets drawn from the model, (*shape, ..., K), times √weight: E[g gᵀ] = A.
+
+        Raises:
+          TypeError: as `sample_targets`.
+        """
+        key, shape, model = checks.key("key", key), checks.sizes("shape", shape), self._model("sample_scores")
+        logits = jnp.broadcast_to(model.logits, shape + model.logits.shape)
+        return lead(jnp.sqrt(model.weight), len(shape)) * model.score(logits, model.draw(key, model.logits, shape))
+
+    def _model(self, method: str) -> Likelihood:
         if self.likelihood is None:
-            raise TypeError("sample_targets needs the Fisher matrix of a likelihood: see loss_fisher")
-        self._whole("sample_targets")
-        key, shape = checks.key("key", key), checks.sizes("shape", shape)
-        return self.likelihood.draw(key, self.likelihood.logits, shape)
+            raise TypeError(f"{method} needs the Fisher matrix of a likelihood: see loss_fisher")
+        self._whole(method)
+        return self.likelihood
 
     # Pieces that subclasses give.
 

@@ -82,13 +82,15 @@ class DiagonalPlusLowRank(SymmetricOperator):
         weight = self._weight(weight)
         scaled = {name: getattr(self, name) for name in ("weights", "mean_weight", "extra")}
         scaled = {name: x if x is None else weight * x for name, x in scaled.items()}
-        return dataclasses.replace(self, **scaled)
+        likelihood = self.likelihood and self.likelihood.scaled(weight)
+        return dataclasses.replace(self, **scaled, likelihood=likelihood)
 
     def transformed(self, slope: Array, extra: Array | None = None) -> Self:
         squared = slope * slope
         both = [e for e in (None if self.extra is None else squared * self.extra, extra) if e is not None]
-        slope = slope if self.slope is None else slope * self.slope
-        return dataclasses.replace(self, slope=slope, extra=sum(both[1:], both[0]) if both else None)
+        likelihood = self.likelihood and self.likelihood.scaled(squared)
+        slope, extra = slope if self.slope is None else slope * self.slope, sum(both[1:], both[0]) if both else None
+        return dataclasses.replace(self, slope=slope, extra=extra, likelihood=likelihood)
 
     @property
     def _t(self) -> Array:

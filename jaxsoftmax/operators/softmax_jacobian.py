@@ -141,10 +141,13 @@ class SoftmaxJacobian(SymmetricOperator):
         return True
 
     def scaled(self, weight: ArrayLike) -> Self:
-        return dataclasses.replace(self, scale=self._weight(weight) * self.scale)
+        weight = self._weight(weight)
+        likelihood = self.likelihood and self.likelihood.scaled(weight)
+        return dataclasses.replace(self, scale=weight * self.scale, likelihood=likelihood)
 
     def transformed(self, slope: Array, extra: Array | None = None) -> DiagonalPlusLowRank:
-        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, None, slope, extra, self.likelihood, self.axis)
+        likelihood = self.likelihood and self.likelihood.scaled(slope * slope)
+        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, None, slope, extra, likelihood, self.axis)
 
     def is_psd(self) -> Array:
         return ((self.scale >= 0) | ~num.class_any(self.probs * (1 - self.probs) != 0, self.axis))[..., 0]

@@ -13,12 +13,11 @@ import optax
 import pytest
 
 import jaxsoftmax as js
-from jaxsoftmax import curvature, estimators, linear_head, matrix_calculus, network, plotting
-from jaxsoftmax.laplace import last_layer_laplace
+from jaxsoftmax import curvature, linear_head, matrix_calculus, network, plotting
+from jaxsoftmax.curvature import estimators, gauss_newton, last_layer_laplace
 from jaxsoftmax.matrix_calculus import identities
 from jaxsoftmax.network import Layer
 from jaxsoftmax.network.singular_values import extreme_singular_values
-from jaxsoftmax.second_order import gauss_newton
 from jaxsoftmax.training import TrainState, make_train_step
 from tests.contract import test_wrong_calls
 from tests.wrong_calls import (
@@ -130,6 +129,8 @@ PRODUCT = (lambda v: v, (*FUNCTION, lambda v: {"other": v["w"]}, lambda v: {"w":
 LIKE = (THETA, (*BAD_THETA[:3], *BAD_THETA[4:], (), "abc"))  # numbers count as arrays
 ESTIMATE = {"product": PRODUCT, "like": LIKE, "key": (KEY0, KEY)}
 POSTERIOR = last_layer_laplace(PARAMS[1], np.ones((N, 2), np.float32), LABELS, loss)
+TARGETS = np.ones((N, len(PARAMS[1].W)), np.float32)
+REGRESSION = last_layer_laplace(PARAMS[1], np.ones((N, 2), np.float32), TARGETS, js.l2_loss)
 FEATURES = (np.ones((N, 2), np.float32), (*MAP, 1.0, np.ones((N, 5))))
 DENSITY = estimators.spectral_density(lambda v: v, THETA, KEY0, num_steps=2)
 OPTIMIZER = (optax.sgd(0.1), (None, "sgd", 0.1, optax.sgd))
@@ -161,6 +162,7 @@ HEADS |= {
 
 CALLS = {
     FISHER.sample_targets: {"key": (KEY0, KEY), "shape": SHAPE},
+    FISHER.sample_scores: {"key": (KEY0, KEY), "shape": SHAPE},
     js.logits_hessian: HEADS,
     js.loss_ggn: HEADS,
     js.loss_fisher: HEADS | {"loss": (loss, (*HEAD[1], js.focal_loss_with_integer_labels))},
@@ -200,9 +202,10 @@ CALLS = {
         "num_steps": (2, COUNT),
     },
     curvature.hvp: CURVATURE,
-    curvature.ggn_vp: CURVATURE | {"loss": HEAD},
+    curvature.ggn_vp: CURVATURE,
     curvature.fisher_vp: CURVATURE | {"loss": HEAD, "key": (KEY0, KEY[:1] + KEY[2:]), "num_samples": (2, COUNT)},
     curvature.empirical_fisher_vp: CURVATURE,
+    curvature.linearized: {"product": PRODUCT[:1] + (FUNCTION,), "like": (THETA, BAD_THETA)},
     curvature.damped_solve: {
         "product": PRODUCT,
         "b": LIKE,
@@ -232,6 +235,7 @@ CALLS = {
         "prior_precision": (1.0, POSITIVE),
         "batch_size": (1, COUNT),
     },
+    REGRESSION.predictive: {"features": FEATURES},
     POSTERIOR.logits: {"features": FEATURES},
     POSTERIOR.probabilities: {"features": FEATURES, "key": (KEY0, KEY[:1] + KEY[2:]), "num_samples": (2, COUNT)},
     POSTERIOR.log_evidence: {"prior_precision": (1.0, (*POSITIVE[:3], *POSITIVE[4:]))},

@@ -10,11 +10,12 @@ from jax.flatten_util import ravel_pytree
 
 import jaxsoftmax as js
 from jaxsoftmax import network
-from jaxsoftmax.curvature import ggn_vp, hvp
-from jaxsoftmax.estimators import (
+from jaxsoftmax.curvature import (
+    ggn_vp,
     hutchinson_diagonal,
     hutchinson_trace,
     hutchpp_trace,
+    hvp,
     spectral_density,
     top_eigenpairs,
 )

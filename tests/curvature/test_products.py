@@ -230,11 +230,6 @@ def test_fisher_refuses():
         call(fisher_vp, key=jax.random.key(0), num_samples=0)
 
 
-def test_gauss_newton_refuses_an_unknown_head():
-    with pytest.raises(TypeError, match="loss must be a head with a closed form .*softmax_cross_entropy"):
-        call(ggn_vp, loss=lambda z, y: jnp.sum(z, -1))
-
-
 def test_batches_must_have_one_length():
     loss = lambda z, y: jnp.sum(z, -1)
     with pytest.raises(ValueError, match="lead with one batch axis"):

@@ -11,8 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxsoftmax as js
 from jaxsoftmax import network
-from jaxsoftmax.laplace import last_layer_laplace
-from jaxsoftmax.second_order import gauss_newton
+from jaxsoftmax.curvature import gauss_newton, last_layer_laplace
 from jaxsoftmax.training import TrainState, make_train_step
 
 CROSS_ENTROPY = js.softmax_cross_entropy_with_integer_labels

@@ -5,7 +5,8 @@ With features φ (a 1 appended where there is a bias), logits z = Wφ, head Hess
     posterior N(W, Σ),   Σ⁻¹ = G + δI,   G = Σ_i H_i ⊗ φ_i φ_iᵀ,   z | φ ~ N(Wφ, (I⊗φ)ᵀ Σ (I⊗φ)),
     log evidence = -Σ_i l_i - ½ δ‖W‖² + ½ n log δ - ½ logdet(G + δI).
 
-One eigendecomposition of G serves every δ.
+One eigendecomposition of G serves every δ. What is predicted follows from the head: probabilities by softmax, or by the
+sigmoid of each logit, or a normal distribution for the squared errors.
 """
 
 import dataclasses
@@ -19,20 +20,33 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _heads as heads
 from jaxsoftmax._core import checks
+from jaxsoftmax._core.scalar_functions import sigmoid
+from jaxsoftmax.curvature.batches import options_per_example, sum_over_batches
+from jaxsoftmax.curvature.logit_products import hessian_product
+from jaxsoftmax.losses import (
+    l2_loss,
+    safe_softmax_cross_entropy,
+    sigmoid_binary_cross_entropy,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    squared_error,
+    sum_squared_error,
+)
 from jaxsoftmax.maps.softmax import softmax
 from jaxsoftmax.network.layers import Layer, affine
 
-__all__ = ["LastLayerLaplace", "last_layer_laplace"]
+CATEGORICAL = softmax_cross_entropy, safe_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+NOISE = {l2_loss: 1.0, squared_error: 0.5, sum_squared_error: 0.5}  # variance of the normal distribution
+MAPS = dict.fromkeys(CATEGORICAL, softmax) | {sigmoid_binary_cross_entropy: sigmoid} | dict.fromkeys(NOISE)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["layer", "eigenvalues", "eigenvectors", "total_loss", "prior_precision"],
-    meta_fields=[],
+    meta_fields=["head"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LastLayerLaplace:
     """The posterior over a last layer; made by `last_layer_laplace`. A pytree.
 
@@ -42,11 +56,12 @@ class LastLayerLaplace:
       eigenvectors: of G, (K, D + 1, n) or (K, D, n).
       total_loss: Σ_i l_i at the mean.
       prior_precision: δ.
+      head: the loss without its options.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import softmax_cross_entropy_with_integer_labels as loss
-      >>> from jaxsoftmax.laplace import last_layer_laplace
+      >>> from jaxsoftmax.curvature import last_layer_laplace
       >>> from jaxsoftmax.network import Layer
       >>> posterior = last_layer_laplace(Layer(jnp.eye(2)), jnp.eye(2), jnp.array([0, 1]), loss, prior_precision=1.0)
       >>> print([round(float(p), 2) for p in posterior.probabilities(jnp.array([3.0, 0.0]))])  # softmax says 0.95
@@ -60,44 +75,67 @@ class LastLayerLaplace:
     eigenvectors: Array
     total_loss: Array
     prior_precision: Array
+    head: Callable
 
     def logits(self, features: ArrayLike) -> tuple[Array, Array]:
         """Mean (..., K) and covariance (..., K, K) of the logits at features (..., D)."""
         features = _features(features, self.layer)
         phi = _with_one(features, self.layer)
-        deviations = 1 / jnp.sqrt(self.eigenvalues + self.prior_precision)
+        precisions = jnp.maximum(self.eigenvalues + self.prior_precision, jnp.finfo(self.eigenvalues.dtype).tiny)
+        deviations = 1 / jnp.sqrt(precisions)
         roots = jnp.einsum("...d,kdn,n->...kn", phi, self.eigenvectors, deviations)
         return affine(self.layer, features), jnp.einsum("...kn,...ln->...kl", roots, roots)
 
-    def probabilities(self, features: ArrayLike, key: Array | None = None, num_samples: int = 100) -> Array:
-        """Predictive class probabilities (..., K), the softmax averaged over the posterior.
+    def predictive(self, features: ArrayLike) -> tuple[Array, Array]:
+        """Mean (..., K) and covariance (..., K, K) of new targets: for the heads that are squared errors."""
+        if self.head not in NOISE:
+            raise TypeError(f"predictive is for squared errors; {self.head.__name__} has probabilities")
+        mean, covariance = self.logits(features)
+        noise = NOISE[self.head] * jnp.eye(mean.shape[-1], dtype=mean.dtype)
+        return mean, covariance + jnp.expand_dims(noise, tuple(range(mean.ndim - 1)))
 
-        Without a key, MacKay's approximation softmax(z_k / √(1 + π/8 Var z_k)); with one, the mean over draws of z.
+    def probabilities(self, features: ArrayLike, key: Array | None = None, num_samples: int = 100) -> Array:
+        """Predictive probabilities (..., K), of classes or of each bit, averaged over the posterior.
+
+        Without a key, MacKay's approximation: softmax or sigmoid of z_k / √(1 + π/8 Var z_k); with one, the mean over
+        draws of z. A TypeError for squared errors, which have `predictive`.
         """
         checks.at_least("num_samples", num_samples, 1)
+        of_logits = MAPS[self.head]
+        if of_logits is None:
+            raise TypeError(f"probabilities are for classification; {self.head.__name__} has predictive(features)")
         mean, covariance = self.logits(features)
         if key is None:
             variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-            return softmax(mean / jnp.sqrt(1 + math.pi / 8 * variance))
+            return of_logits(mean / jnp.sqrt(1 + math.pi / 8 * variance))
         # The covariance may be singular: a symmetric root, not Cholesky's.
         values, vectors = jnp.linalg.eigh(covariance)
         noise = jax.random.normal(checks.key("key", key), (num_samples, *mean.shape), mean.dtype)
         roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
-        return jnp.mean(softmax(mean[None] + jnp.einsum("...kl,s...l->s...k", roots, noise)), 0)
+        return jnp.mean(of_logits(mean[None] + jnp.einsum("...kl,s...l->s...k", roots, noise)), 0)
 
     def log_evidence(self, prior_precision: ArrayLike | None = None) -> Array:
         """Log marginal likelihood of the data, with -l for the log-likelihood, at this or another prior precision."""
         precision = self.prior_precision if prior_precision is None else prior_precision
-        precision = jnp.asarray(checks.positive("prior_precision", precision), self.eigenvalues.dtype)
-        fit = -self.total_loss - precision * _squared_norm(self.layer) / 2
-        return fit - jnp.sum(jnp.log1p(self.eigenvalues / precision)) / 2
+        if prior_precision is not None:
+            checks.positive("prior_precision", prior_precision)
+        precision, size = jnp.asarray(precision, self.eigenvalues.dtype), _squared_norm(self.layer)
+        fit = -self.total_loss - jnp.where(size == 0, 0.0, precision * size) / 2
+        share = jnp.where(self.eigenvalues == 0, 0.0, self.eigenvalues / precision)
+        return fit - jnp.sum(jnp.log1p(share)) / 2
 
     def with_best_prior(self, num_steps: int = 100) -> "LastLayerLaplace":
-        """The posterior with the prior precision that maximizes the evidence, W held fixed, by MacKay's iteration."""
+        """The posterior with the prior precision that maximizes the evidence, W held fixed, by MacKay's iteration.
+
+        It is inf where W = 0, and 0 where the data have no curvature: there the evidence only rises, or only falls.
+        """
+        size = _squared_norm(self.layer)
 
         def step(_, precision):
-            effective = jnp.sum(self.eigenvalues / (self.eigenvalues + precision))  # parameters that the data fix
-            return effective / _squared_norm(self.layer)
+            some = self.eigenvalues > 0
+            shares = self.eigenvalues / jnp.where(some, self.eigenvalues + precision, 1.0)
+            effective = jnp.sum(jnp.where(some, shares, 0.0))  # parameters that the data fix
+            return jnp.where(size == 0, jnp.inf, effective / size)
 
         best = lax.fori_loop(0, checks.at_least("num_steps", num_steps, 0), step, self.prior_precision)
         return dataclasses.replace(self, prior_precision=best)
@@ -118,7 +156,8 @@ def last_layer_laplace(
       layer: the layer, W (K, D) and b (K,) or None.
       features: what it receives for the training data, (N, D).
       labels: the data's labels, leading with N.
-      loss: the head of this library that it was trained with, -log p(label | logits).
+      loss: what it was trained with, -log p(label | logits): a softmax or sigmoid cross-entropy or a squared error of
+        this library, or a `functools.partial` of one with options.
       prior_precision: δ > 0, as of a weight decay ½δ‖W‖² on the sum of the losses; `with_best_prior` fits it.
       batch_size: examples at a time; the memory is that of G, K² D² numbers.
 
@@ -126,13 +165,13 @@ def last_layer_laplace(
       A `LastLayerLaplace`.
 
     Raises:
-      TypeError: if layer is no `Layer`, features are not real, or the head is unknown.
+      TypeError: if layer is no `Layer`, features are not real, or the head is another.
       ValueError: if shapes do not fit, or a number is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, softmax_cross_entropy_with_integer_labels
-      >>> from jaxsoftmax.laplace import last_layer_laplace
+      >>> from jaxsoftmax.curvature import last_layer_laplace
       >>> (layer,) = network.init(jax.random.key(0), (4, 3))
       >>> loss = softmax_cross_entropy_with_integer_labels
       >>> posterior = last_layer_laplace(layer, jnp.eye(4), jnp.array([0, 1, 2, 0]), loss)
@@ -144,7 +183,12 @@ def last_layer_laplace(
     """
     if not isinstance(layer, Layer):
         raise TypeError(f"layer must be a network.Layer, got {type(layer).__name__}")
-    checks.function("loss", loss)
+    head: Any = checks.function("loss", loss)
+    while isinstance(head, functools.partial) and not head.args:
+        head = head.func
+    if head not in MAPS:
+        names = ", ".join(sorted(known.__name__ for known in MAPS))
+        raise TypeError(f"loss must be one of {names}, got {getattr(head, '__name__', head)}")
     checks.positive("prior_precision", prior_precision)
     checks.at_least("batch_size", batch_size, 1)
     checks.float_tree("layer", layer)
@@ -162,29 +206,25 @@ def last_layer_laplace(
     eigenvalues, eigenvectors = jnp.linalg.eigh(G)
     eigenvectors = eigenvectors.reshape(len(layer.W), -1, len(eigenvalues))
     precision = jnp.asarray(prior_precision, G.dtype)
-    return LastLayerLaplace(layer, jnp.maximum(eigenvalues, 0), eigenvectors, total, precision)
+    return LastLayerLaplace(layer, jnp.maximum(eigenvalues, 0), eigenvectors, total, precision, head)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _gauss_newton_matrix(loss, batch_size, layer, features, labels):
     """G and the total loss, over slices of the data."""
-    classes = jnp.eye(len(layer.W), dtype=features.dtype)
+    num_classes, width = len(layer.W), _with_one(features[:1], layer).shape[1]
+    classes = jnp.eye(num_classes, dtype=features.dtype)
 
-    def of_batch(features, labels):
+    def of_batch(data):
+        features, labels, options = data
         z, phi = affine(layer, features), _with_one(features, layer)
-        columns = lambda k: heads.hessian_product(loss, z, labels, jnp.broadcast_to(k, z.shape))
+        columns = lambda k: hessian_product(loss, z, labels, options, jnp.broadcast_to(k, z.shape))
         H = jax.vmap(columns, out_axes=1)(classes)  # (B, K, K)
-        outer = phi[:, :, None] * phi[:, None, :]
-        G = jnp.einsum("bkl,bij->kilj", H, outer)
-        return G.reshape(2 * (G.shape[0] * G.shape[1],)), jnp.sum(loss(z, labels))
+        G = jnp.einsum("bkl,bi,bj->kilj", H, phi, phi)
+        return G.reshape(2 * (num_classes * width,)), jnp.sum(loss(z, labels, **options))
 
-    add = lambda total, part: jax.tree.map(jnp.add, total, part)
-    data = features, labels
-    whole = len(features) // batch_size * batch_size
-    split = lambda leaf: leaf[:whole].reshape(-1, batch_size, *leaf.shape[1:])
-    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_batch, *data))
-    total, _ = lax.scan(lambda total, part: (add(total, of_batch(*part)), None), total, jax.tree.map(split, data))
-    return add(total, of_batch(*jax.tree.map(lambda leaf: leaf[whole:], data))) if whole < len(features) else total
+    options = options_per_example(loss, (len(features), num_classes))
+    like = jnp.zeros(2 * (num_classes * width,), features.dtype), jnp.zeros((), features.dtype)
+    return sum_over_batches(of_batch, (features, labels, options), batch_size, like)
 
 
 def _features(features: ArrayLike, layer: Layer) -> Array:

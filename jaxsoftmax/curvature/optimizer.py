@@ -17,7 +17,9 @@ import optax
 from jax import Array
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax.curvature import damped_solve, ggn_vp
+from jaxsoftmax._core.vectors import dot, exponent, ldexp, scale
+from jaxsoftmax.curvature.products import ggn_vp, linearized
+from jaxsoftmax.curvature.solve import damped_solve
 
 __all__ = ["GaussNewtonState", "gauss_newton"]
 
@@ -32,7 +34,7 @@ class GaussNewtonState(NamedTuple):
       ratio: change of the loss over the change that the quadratic model predicted, at the last step.
 
     Example:
-      >>> from jaxsoftmax.second_order import GaussNewtonState
+      >>> from jaxsoftmax.curvature import GaussNewtonState
       >>> GaussNewtonState._fields
       ('damping', 'direction', 'cg_steps', 'ratio')
     """
@@ -62,7 +64,7 @@ def gauss_newton(
 
     Args:
       f: the model, (params, x) -> logits.
-      loss: a loss head that `ggn_vp` knows, (logits, labels) -> one value per example.
+      loss: any loss, (logits, labels) -> one value per example.
       learning_rate: factor of the solution.
       damping: λ of the first step.
       adapt: factor of λ, more than 1; or 1 for constant damping, with every step taken.
@@ -83,7 +85,7 @@ def gauss_newton(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, softmax_cross_entropy_with_integer_labels
-      >>> from jaxsoftmax.second_order import gauss_newton
+      >>> from jaxsoftmax.curvature import gauss_newton
       >>> x, labels = jnp.eye(3), jnp.arange(3)
       >>> loss = softmax_cross_entropy_with_integer_labels
       >>> value_fn = lambda params: loss(network.forward(params, x), labels).mean()
@@ -124,15 +126,17 @@ def gauss_newton(
             raise TypeError(f"batch must be the pair (x, labels), got {type(batch).__name__}")
         if adapt != 1:
             checks.function("value_fn", value_fn)
-        product = lambda v: ggn_vp(f, loss, params, *batch, v, batch_size=batch_size)
-        start = _scale(warm_start, state.direction)
-        target = _scale(-1.0, updates)
+        product = functools.partial(ggn_vp, f, loss, params, *batch, batch_size=batch_size)
+        product = product if batch_size is not None else linearized(product, params)  # which keeps all activations
+        start, target = scale(warm_start, state.direction), scale(-1.0, updates)
         solution = damped_solve(product, target, state.damping, start=start, tol=tol, max_steps=max_steps)
-        step = _scale(learning_rate, solution.x)
+        step = scale(learning_rate, solution.x)
         if adapt == 1:
             return step, state._replace(direction=solution.x, cg_steps=solution.steps)
-        predicted = _dot(updates, step) + _dot(step, product(step)) / 2
-        change = value_fn(jax.tree.map(jnp.add, params, step)) - value
+        # Changes of the loss, in units of 2^e: the square of a tiny gradient is 0.
+        e = exponent(updates)
+        predicted = dot(ldexp(updates, -e), step) + dot(step, ldexp(product(step), -e)) / 2
+        change = ldexp(value_fn(jax.tree.map(jnp.add, params, step)) - value, -e)
         ratio = jnp.where(predicted < 0, change / jnp.where(predicted < 0, predicted, 1.0), -jnp.inf)
         taken = change <= 0  # False for NaN
         factor = jnp.where(ratio > 0.75, 1 / adapt, jnp.where(ratio < 0.25, adapt, 1.0))
@@ -146,11 +150,3 @@ def gauss_newton(
 
 
 DAMPING_RANGE = 1e-8, 1e8  # adaptation stays inside: at 0 or inf it could not come back
-
-
-def _scale(factor: float, tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(factor).astype(leaf.dtype) * leaf, tree)
-
-
-def _dot(u: Any, v: Any) -> Array:
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, u, v)))

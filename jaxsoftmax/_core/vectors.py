@@ -1,0 +1,83 @@
+"""Vectors that are pytrees, and matrices brought to the scale of 1: neither squares nor quotients leave the range.
+
+Every scaling is by a power of two, which rounds nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax._core import checks, dtypes
+
+Product = Callable[[Any], Any]
+
+
+def like(tree: Any, v: Any, name: str = "v", other: str = "params") -> Any:
+    """v in the dtypes of `tree`, whose structure and shapes it must have."""
+    checks.same_tree(name, v, other, tree)
+    return jax.tree.map(lambda leaf, target: checks.as_float(name, leaf).astype(target.dtype), v, tree)
+
+
+def dot(u: Any, v: Any) -> Array:
+    """<u, v>, in at least float32. Not by `vdot`: that reshapes, which arrays on a mesh may not allow."""
+    terms = jax.tree.map(lambda a, b: jnp.sum(jnp.multiply(*dtypes.widen(a, b))), u, v)
+    return functools.reduce(lambda a, b: jnp.add(*dtypes.widen(a, b)), jax.tree.leaves(terms))
+
+
+def norm(v: Any) -> Array:
+    return jnp.sqrt(dot(v, v))
+
+
+def axpy(a: Any, x: Any, y: Any) -> Any:
+    """a x + y."""
+    return jax.tree.map(lambda x, y: jnp.asarray(a).astype(x.dtype) * x + y, x, y)
+
+
+def scale(a: Any, x: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)
+
+
+def ldexp(v: Any, exponent: Any) -> Any:
+    """2^exponent v, in two steps: the power itself may leave the range where the result does not."""
+    half = exponent // 2
+    power = lambda leaf, e: jnp.ldexp(jnp.ones((), dtypes.compute_dtype(leaf.dtype)), e).astype(leaf.dtype)
+    return jax.tree.map(lambda leaf: leaf * power(leaf, half) * power(leaf, exponent - half), v)
+
+
+def exponent(v: Any) -> Array:
+    """The e with largest entry in [2^(e-1), 2^e); 0 for a vector of zeros, infinities or NaN."""
+    return jnp.frexp(_largest(v))[1]
+
+
+def scale_of(product: Product, probe: Any) -> Array:
+    """The e with 2^-e A `probe` of entries about 1, for a `probe` of entries about 1."""
+    info = jnp.finfo(_largest(probe).dtype)
+    far = jnp.int32(info.maxexp // 2)
+
+    def out_of_range(state):
+        _, size, tries = state
+        return (tries < 2) & ~((size > info.tiny / info.eps) & (size < jnp.inf))
+
+    def attempt(state):  # a second try, from the other side, where the product with `probe` under- or overflows
+        _, size, tries = state
+        shift = jnp.where(tries == 0, 0, jnp.where(size < 1, far, -far))
+        return shift, _largest(product(ldexp(probe, shift))), tries + 1
+
+    shift, size, _ = lax.while_loop(out_of_range, attempt, (jnp.int32(0), jnp.zeros((), info.dtype), jnp.int32(0)))
+    return jnp.frexp(size)[1] - shift
+
+
+def scaled(product: Product, e: Any) -> Product:
+    """2^-e A: half of the power before A, half after it, so that what A computes inside keeps to the range as well."""
+    return lambda v: ldexp(product(ldexp(v, -(e // 2))), -(e - e // 2))
+
+
+def _largest(v: Any) -> Array:
+    sizes = [
+        jnp.max(jnp.abs(leaf), initial=0.0).astype(dtypes.compute_dtype(leaf.dtype)) for leaf in jax.tree.leaves(v)
+    ]
+    return lax.stop_gradient(functools.reduce(lambda a, b: jnp.maximum(*dtypes.widen(a, b)), sizes))

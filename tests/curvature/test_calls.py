@@ -1,0 +1,346 @@
+"""How curvature products are called: any loss, options cut as the data, nothing remembered, reuse, derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsoftmax as js
+from jaxsoftmax import network
+from jaxsoftmax.curvature import (
+    damped_solve,
+    empirical_fisher_vp,
+    estimators,
+    fisher_vp,
+    gauss_newton,
+    ggn_vp,
+    hvp,
+    linearized,
+)
+
+CE = js.softmax_cross_entropy_with_integer_labels
+N, K = 7, 3
+PRODUCTS = hvp, ggn_vp, fisher_vp, empirical_fisher_vp
+over_products = pytest.mark.parametrize("product", PRODUCTS)
+
+
+def f(W, x):
+    return x @ W.T
+
+
+def problem(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x, labels = jax.random.normal(keys[0], (N, 4)), jax.random.randint(keys[1], (N,), 0, K)
+    return jax.random.normal(keys[2], (K, 4)), x, labels, jax.random.normal(keys[3], (K, 4))
+
+
+LOSSES = {
+    "lambda": lambda z, y: CE(z, y),
+    "jitted": jax.jit(CE),
+    "partial of lambda": functools.partial(lambda z, y, scale: scale * CE(z, y), scale=1.0),
+    "optax": optax.softmax_cross_entropy_with_integer_labels,
+    "by hand": lambda z, y: jax.nn.logsumexp(z, -1) - jnp.sum(z * jax.nn.one_hot(y, K), -1),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_loss(name, x64):
+    W, x, labels, v = problem()
+    p = jax.nn.softmax(f(W, x))
+    J = np.einsum("bk,kl->bkl", p, np.eye(K)) - np.einsum("bk,bl->bkl", p, p)
+    wanted = np.einsum("bkl,bi,bj,lj->ki", J, x, x, v) / N
+    for product in (hvp, ggn_vp):
+        for batch_size in (None, 3):
+            found = product(f, LOSSES[name], W, x, labels, v, batch_size=batch_size)
+            np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_gauss_newton_of_a_loss_without_name(x64):
+    """Any function of any function: (1 + Σ z⁴), whose Hessian is diagonal."""
+    W, x, labels, v = problem()
+    found = ggn_vp(lambda W, x: jnp.tanh(f(W, x)), lambda z, _: 1 + jnp.sum(z**4, -1), W, x, labels, v)
+    z = np.tanh(f(W, x))
+    middle = (1 - z**2) * 12 * z**2 * (1 - z**2) * f(v, x)
+    np.testing.assert_allclose(found, middle.T @ np.asarray(x) / N, rtol=1e-12)
+
+
+class Scaled:
+    """A model with an attribute, which may change between two calls."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, w, x):
+        return self.factor * w * x
+
+
+FACTOR = [1.0]
+
+
+@over_products
+def test_nothing_is_remembered_between_calls(product):
+    w, x, labels = jnp.array([[1.0, 0.0]]), jnp.ones((1, 1)), jnp.zeros(1, int)
+    model = Scaled(1.0)
+    first = product(model, CE, w, x, labels, w)
+    model.factor = 2.0
+    np.testing.assert_array_equal(product(model, CE, w, x, labels, w), product(Scaled(2.0), CE, w, x, labels, w))
+    assert jnp.any(first != product(model, CE, w, x, labels, w))
+    if product is fisher_vp:
+        return
+    loss = lambda z, y: FACTOR[0] * CE(z, y)
+    one = product(model, loss, w, x, labels, w)
+    FACTOR[0] = 3.0
+    two = product(model, loss, w, x, labels, w)
+    FACTOR[0] = 1.0
+    np.testing.assert_allclose(two, (9 if product is empirical_fisher_vp else 3) * one, rtol=1e-6)
+
+
+@over_products
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_masks_and_options_are_cut_as_the_data(product, batch_size, x64):
+    W, x, labels, v = problem()
+    options = {
+        "mask over classes": {"where": jnp.arange(N * K).reshape(N, K) % 4 != 0},
+        "mask over examples": {"where": jnp.arange(N) % 3 != 0},
+        "one mask for all": {"where": jnp.array([[True, True, False]])},
+        "class weights": {"class_weights": jnp.array([1.0, 2.0, 0.5]), "ignore_index": 1, "label_smoothing": 0.1},
+    }
+    for given in options.values():
+        loss = functools.partial(CE, **given)
+        whole, parts = (product(f, loss, W, x, labels, v, batch_size=size) for size in (None, batch_size))
+        np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
+    bits, weights = (jax.random.uniform(key, (N, K)) for key in jax.random.split(jax.random.key(5)))
+    loss = functools.partial(js.sigmoid_binary_cross_entropy, pos_weight=weights)
+    whole, parts = (product(f, loss, W, x, bits, v, batch_size=size) for size in (None, batch_size))
+    np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
+    if product is not fisher_vp:  # labels may be a tree, for a loss that takes one
+        loss = lambda z, data: data["weight"] * CE(z, data["labels"])
+        data = {"labels": labels, "weight": jnp.arange(1.0, N + 1)}
+        whole, parts = (product(f, loss, W, x, data, v, batch_size=size) for size in (None, batch_size))
+        np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("product", [hvp, ggn_vp, fisher_vp, empirical_fisher_vp])
+def test_one_linearization_serves_many_products(product, x64):
+    """The reused product is the product, without the nonlinear part of the network: no tanh in it."""
+    params = network.init(jax.random.key(0), (4, 5, K))
+    _, x, labels, _ = problem()
+    bound = functools.partial(product, network.forward, CE, params, x, labels)
+    reused = jax.jit(lambda: linearized(bound, params))()
+    text = str(jax.make_jaxpr(lambda product, v: product(v))(reused, params))
+    assert "tanh" not in text and "tanh" in str(jax.make_jaxpr(bound)(params))
+    for seed in (1, 2):
+        v = network.init(jax.random.key(seed), (4, 5, K))
+        for found, wanted in zip(jax.tree.leaves(reused(v)), jax.tree.leaves(bound(v))):
+            np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+# damped_solve
+
+
+def matrix(theta):
+    B = jnp.sin(theta[:, None] * jnp.arange(1.0, 5.0)[None])
+    return B.T @ B + 0.5 * jnp.eye(4)
+
+
+def solved(theta, b, damping, **options):
+    A = matrix(theta)
+    return damped_solve(lambda v: {"v": A @ v["v"]}, {"v": b}, damping, tol=1e-13, max_steps=50, **options).x["v"]
+
+
+def dense(theta, b, damping):
+    return jnp.linalg.solve(matrix(theta) + damping * jnp.eye(4), b)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200])
+def test_solutions_differentiate_in_both_modes(scale, x64):
+    arguments = jnp.array([0.3, -1.0, 2.0]), scale * jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array(0.2)
+    for options in ({}, {"start": {"v": scale * jnp.ones(4)}}, {"preconditioner": lambda r: {"v": r["v"] / 3}}):
+        call = functools.partial(solved, **options)
+        for mode in (jax.jacfwd, jax.jacrev):
+            found, wanted = (jax.jit(mode(g, argnums=(0, 1, 2)))(*arguments) for g in (call, dense))
+            for a, b in zip(found, wanted):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())
+    total = lambda g: lambda *args: jnp.sum(g(*args) ** 2) / scale**2
+    if scale == 1:
+        found, wanted = (jax.jit(jax.hessian(total(g)))(*arguments) for g in (solved, dense))
+        np.testing.assert_allclose(found, wanted, rtol=1e-8)
+    batched = jax.vmap(solved, (None, 0, 0))(arguments[0], jnp.stack([arguments[1]] * 2), jnp.array([0.1, 0.2]))
+    np.testing.assert_allclose(batched[1], solved(*arguments), rtol=1e-10)
+
+
+def test_solutions_over_trees_differentiate_where_only_a_part_is_asked(x64):
+    """One leaf of b varies, one of x is used, the matrix of one leaf varies: JAX's linear solve alone refuses."""
+
+    def part(c, t):
+        product = lambda v: {"a": t * v["a"] + 0.1 * v["b"], "b": 0.1 * v["a"] + v["b"]}
+        return damped_solve(product, {"a": c, "b": jnp.ones(2)}, 0.5, tol=1e-13).x["b"]
+
+    wanted = lambda c, t: (1 - 0.1 * (c - 0.1 / 1.5) / (t + 0.5 - 0.01 / 1.5)) / 1.5
+    arguments = jnp.array([1.0, 2.0]), jnp.array(2.0)
+    for mode in (jax.jacfwd, jax.jacrev):
+        for a, b in zip(mode(part, (0, 1))(*arguments), mode(wanted, (0, 1))(*arguments)):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_no_key_is_used_twice():
+    W, x, labels, v = problem()
+    key = jax.random.key(0)
+    product = lambda v: ggn_vp(f, CE, W, x, labels, v)
+    with jax.debug_key_reuse(True):
+        jax.jit(lambda key: fisher_vp(f, CE, W, x, labels, v, key=key, num_samples=2, batch_size=3))(key)
+        calls = {
+            "trace": lambda key: estimators.hutchinson_trace(product, W, key, 4),
+            "diagonal": lambda key: estimators.hutchinson_diagonal(product, W, key, 4),
+            "hutch++": lambda key: estimators.hutchpp_trace(product, W, key, 6),
+            "eigenpairs": lambda key: estimators.top_eigenpairs(product, W, key, 2),
+            "density": lambda key: estimators.spectral_density(product, W, key, 4),
+        }
+        for call in calls.values():
+            jax.jit(call)(jax.random.clone(key))
+
+
+# On a mesh
+
+
+def sharded_problem(kind):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"W1": jax.random.normal(keys[0], (8, 16)), "W2": jax.random.normal(keys[1], (16, 8))}
+    x, labels = jax.random.normal(keys[2], (24, 8)), jax.random.randint(keys[3], (24,), 0, 8)
+    v = jax.tree.map(jnp.cos, params)
+    if kind is None:
+        return params, x, labels, v
+    mesh = jax.make_mesh((4, 2), ("data", "model"), **kind)
+    at = lambda a, *spec: jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    place = lambda tree: {"W1": at(tree["W1"], None, "model"), "W2": at(tree["W2"], "model", None)}
+    return place(params), at(x, "data", None), at(labels, "data"), place(v)
+
+
+def mlp(params, x):
+    """Weights that are sharded are gathered first, where the mesh leaves that to the program."""
+    specs = [jax.typeof(W).sharding.spec for W in params.values()]
+    if any(name is not None for spec in specs for name in spec):
+        params = {name: jax.sharding.reshard(W, jax.sharding.PartitionSpec()) for name, W in params.items()}
+    return jnp.tanh(x @ params["W1"]) @ params["W2"]
+
+
+def kinds():
+    if not hasattr(jax.sharding, "AxisType"):
+        return {"auto": {}}
+    return {name.lower(): {"axis_types": (getattr(jax.sharding.AxisType, name),) * 2} for name in ("Auto", "Explicit")}
+
+
+@pytest.mark.parametrize("kind", kinds().values(), ids=kinds())
+def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind):
+    def everything(params, x, labels, v):
+        at = mlp, CE, params, x, labels
+        found = {}
+        for product in PRODUCTS:
+            for batch_size in (None, 8, 16):
+                found[f"{product.__name__} {batch_size}"] = product(*at, v, batch_size=batch_size)
+        for batch_size in (None, 8):
+            found[f"sampled {batch_size}"] = fisher_vp(
+                *at, v, key=jax.random.key(1), num_samples=3, batch_size=batch_size
+            )
+        mask = functools.partial(CE, where=labels != 2)
+        found["masked"] = ggn_vp(mlp, mask, params, x, labels, v, batch_size=8)
+        found["solved"] = damped_solve(functools.partial(ggn_vp, *at), v, 0.1, tol=1e-6).x
+        return found
+
+    wanted = jax.jit(everything)(*sharded_problem(None))
+    arguments = sharded_problem(kind)
+    mesh = arguments[1].sharding.mesh
+    context = jax.set_mesh(mesh) if hasattr(jax, "set_mesh") and "axis_types" in kind else mesh
+    with context:
+        found = jax.jit(everything)(*arguments)
+    for name in wanted:
+        a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree[name])]) for tree in (found, wanted))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=str(name))
+
+
+def test_gauss_newton_takes_any_loss(x64):
+    W, x, labels, _ = problem()
+    value_fn = lambda W: CE(f(W, x), labels).mean()
+    value, gradient = jax.value_and_grad(value_fn)(W)
+    steps = []
+    for loss in (CE, LOSSES["by hand"]):
+        optimizer = gauss_newton(f, loss, damping=0.1, tol=1e-12)
+        extra = {"batch": (x, labels), "value": value, "value_fn": value_fn}
+        steps.append(optimizer.update(gradient, optimizer.init(W), W, **extra)[0])
+    np.testing.assert_allclose(*steps, rtol=1e-9)
+
+
+# The Fisher information with options.
+
+
+def integers(key):
+    return jax.random.randint(key, (N,), 0, K)
+
+
+def masses(key):
+    return 3 * jax.random.dirichlet(key, jnp.ones(K), (N,))
+
+
+def uniforms(key):
+    return jax.random.uniform(key, (N, K))
+
+
+FISHER = {
+    "ignore_index": (functools.partial(CE, ignore_index=1), integers),
+    "class_weights": (functools.partial(CE, class_weights=np.array([1.0, 5.0, 0.2])), integers),
+    "label_smoothing": (functools.partial(CE, label_smoothing=0.3), integers),
+    "smoothed class weights": (
+        functools.partial(CE, label_smoothing=0.3, class_weights=np.array([1.0, 5.0, 0.2])),
+        integers,
+    ),
+    "z_loss": (functools.partial(CE, z_loss=0.1), integers),
+    "mask over classes": (functools.partial(CE, where=np.arange(N * K).reshape(N, K) % 4 != 0), integers),
+    "mask over examples": (functools.partial(CE, where=np.arange(N) % 3 != 0), integers),
+    "soft labels of mass 3": (js.softmax_cross_entropy, masses),
+    "pos_weight": (functools.partial(js.sigmoid_binary_cross_entropy, pos_weight=5.0), uniforms),
+    "KL at a temperature": (functools.partial(js.softmax_kl_divergence, temperature=2.0), uniforms),
+    "l2_loss": (js.l2_loss, uniforms),
+    "squared_error": (js.squared_error, uniforms),
+    "sum_squared_error": (js.sum_squared_error, uniforms),
+}
+
+
+@pytest.mark.parametrize("name", FISHER)
+def test_sampled_fisher_with_options_agrees_within_its_standard_error(name, x64):
+    """Entries of F from independent estimates, each within 5 standard errors of the exact one, which are small."""
+    loss, labels = FISHER[name]
+    W, x, _, v = problem()
+    labels = labels(jax.random.key(7))
+
+    @jax.jit
+    def products(keys):
+        sampled = lambda key: fisher_vp(f, loss, W, x, labels, v, key=key, num_samples=20)
+        return fisher_vp(f, loss, W, x, labels, v), jax.lax.map(sampled, keys)
+
+    exact, estimates = jax.tree.map(np.asarray, products(jax.random.split(jax.random.key(1), 400)))
+    error = estimates.std(0, ddof=1) / 20
+    assert np.all(np.abs(estimates.mean(0) - exact) <= 5 * error + 1e-15)
+    assert 0 < np.linalg.norm(error) < 0.1 * np.linalg.norm(exact)
+
+
+def test_fisher_counts_observations(x64):
+    """An example of weight 3 is three of weight 1; smoothing, z-loss and drawn labels have no part."""
+    W, x, labels, v = problem()
+    weights = jnp.array([3.0, 1.0, 2.0])
+    found = fisher_vp(f, functools.partial(CE, class_weights=weights), W, x, labels, v)
+    copies = np.repeat(np.arange(N), np.asarray(weights)[np.asarray(labels)].astype(int))
+    wanted = fisher_vp(f, CE, W, x[copies], labels[copies], v) * len(copies) / N
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    plain = fisher_vp(f, CE, W, x, labels, v)
+    for options in ({"label_smoothing": 0.2}, {"z_loss": 0.5}):
+        np.testing.assert_allclose(fisher_vp(f, functools.partial(CE, **options), W, x, labels, v), plain, rtol=1e-12)
+
+
+def test_fisher_of_capped_logits(x64):
+    logits, label, cap = jnp.array([3.0, -1.0, 0.5]), jnp.array(0), 2.0
+    F = js.loss_fisher(CE, logits, label, logit_softcap=cap, logit_temperature=1.5)
+    g = F.sample_scores(jax.random.key(0), (200_000,))
+    np.testing.assert_allclose(g.T @ g / len(g), F.as_matrix(), atol=5 * 0.2 / np.sqrt(200_000))
