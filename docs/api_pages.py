@@ -111,6 +111,9 @@ def entry(kind: str, path: str, thing: Any, depth: int = 4) -> Iterator[str]:
 def write(folder: Path) -> None:
     """One page per room, and the list of them."""
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.md"):
+        if old.stem not in (*ROOMS, "index"):
+            old.unlink()
     pages: dict[str, list[str]] = {name: [] for name in ROOMS}
     for path, thing in public_objects().items():
         kind = "class" if inspect.isclass(thing) else "function" if callable(thing) else "data"

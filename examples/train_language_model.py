@@ -190,7 +190,9 @@ def report_memory(params: Any, options: argparse.Namespace, vocabulary: int) -> 
     print(f"\nTemporary memory of one gradient, {options.batch_size} tokens and {vocabulary:,} words:")
     for name, head in HEADS.items():
         compiled = jax.jit(jax.value_and_grad(mean_loss(head))).lower(shapes, contexts, words).compile()
-        print(f"  {name:5} head {compiled.memory_analysis().temp_size_in_bytes / MEGABYTE:10,.1f} MiB")
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        print(f"  {name:5} head {memory.temp_size_in_bytes / MEGABYTE:10,.1f} MiB")
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f"peak of this process, with the {options.head} head: {peak / MEGABYTE:,.0f} MiB")
@@ -201,7 +203,7 @@ def top_of_the_spectrum(params: Any, text: Text, options: argparse.Namespace) ->
     positions = np.linspace(options.context, len(text.held_out) - 1, options.batch_size).astype(int)
     contexts, words = windows(text.held_out, positions, options.context)
     states = jax.jit(hidden_states)(params, contexts)
-    gradient = jax.grad(lambda weights: fused_head(states, words, weights, params["bias"]))
+    gradient = jax.grad(lambda weights: fused_head(states, jnp.asarray(words), weights, params["bias"]))
     product = jax.jit(lambda v: jax.jvp(gradient, (params["embeddings"],), (v,))[1])
     values, _, residuals = estimators.top_eigenpairs(
         product, params["embeddings"], jax.random.key(0), options.eigenvalues, num_steps=4 * options.eigenvalues

@@ -34,6 +34,18 @@ class Operation(NamedTuple):
         return sum(math.prod(_dims(shape)) * bits(kind) // 8 for kind, shape in SHAPE.findall(self.result))
 
     @property
+    def devices(self) -> int:
+        """How many devices a collective joins; 0 for all of them. XLA has three ways to write that."""
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", self.line):
+            return len(listed[1].split(","))
+        if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", self.line):
+            return int(counted[1])
+        if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", self.line):
+            sizes = dict(axis.split("=") for axis in named[1].split(","))
+            return math.prod(int(sizes[axis.strip()]) for axis in named[2].split(","))
+        return 0
+
+    @property
     def multiplications(self) -> int:
         """Of a matrix product."""
         result, left = (_dims(SHAPE.search(shape)[2]) for shape in (self.result, self.operands[0]))
@@ -76,7 +88,7 @@ def multiplications(text: str) -> int:
 def collectives(text: str) -> list[Operation]:
     """What devices tell each other, and not only themselves."""
     found = [op for op in operations(text) if op.name.removesuffix("-start") in COLLECTIVES]
-    return [op for op in found if not re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", op.line)]
+    return [op for op in found if op.devices != 1]
 
 
 def _dims(shape: str) -> list[int]:

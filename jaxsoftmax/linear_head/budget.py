@@ -16,7 +16,7 @@ BUDGET = {"cpu": 64 << 20}
 BUDGET_OTHER = 2 << 30
 SATURATION = {"cpu": 512}
 SATURATION_OTHER = 8192
-LEAST = 1 / 16  # of the saturation
+LEAST = 1 / 8  # of the saturation
 SLAB_BYTES = 4 << 20  # of a slab of the weights, so that it stays in the cache between its products
 MANY = 1 << 30
 ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
@@ -25,8 +25,8 @@ ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
 def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4) -> int:
     """Tokens per chunk that `chunk_size=None` takes: min(budget / (itemsize (V + 3 D)), saturation, N) of N tokens.
 
-    Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size; never fewer than 32
-    tokens on CPU, 512 elsewhere. Options and derivatives of the gradient need 2 to 6 arrays of the logits in place of
+    Less for what a slab of the weight gradient takes, and so that chunks are of nearly equal size; never fewer than 64
+    tokens on CPU, 1024 elsewhere. Options and derivatives of the gradient need 2 to 6 arrays of the logits in place of
     one, and take as many times fewer tokens; for derivatives the budget grows to twice the weights where that is more,
     but at most to a quarter of all logits.
 

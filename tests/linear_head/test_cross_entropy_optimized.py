@@ -114,7 +114,7 @@ def test_memory_of_a_large_vocabulary(vocab_axis):
 
 @pytest.mark.parametrize("size", [(4096, 16, 1000), (4, 16, 20_000), (4096, 16, 10**7), (0, 16, 100), (7, 0, 0)])
 def test_chunks(size):
-    """Nearly equal, no fewer than 32 tokens, and no more than saturate."""
+    """Nearly equal, no fewer than 64 tokens, and no more than saturate."""
     chunk = default_chunk_size(*size)
-    assert min(32, size[0], 1 if size[0] == 0 else 32) <= max(chunk, 1) <= 512
+    assert min(64, max(1, size[0])) <= max(chunk, 1) <= 512
     assert chunk <= max(1, size[0]) and -(-max(1, size[0]) // max(1, chunk)) * chunk - size[0] < max(8, chunk)

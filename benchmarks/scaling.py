@@ -1,0 +1,88 @@
+"""The linear head divided over a mesh: `python -m benchmarks.scaling`, on forced CPU devices.
+
+First, compiled programs for 1 to 64 devices: matrix products of a device over its share, temporary memory, and bytes
+that a device sends in one value and gradient, beside what its split cannot do without: gradients of what several
+devices share, added up once in a ring, and the weights' features gathered. Then the processor time of 8 devices over
+that of one, run.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=64".strip()
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsoftmax import linear_softmax_cross_entropy_loss
+from tests import programs
+
+N, D, V = 4096, 256, 32768
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (2, 4), (1, 8), (4, 4), (2, 8), (4, 8), (8, 8), (1, 64)]
+
+
+def arguments(mesh: tuple[int, int], over_features: bool = False):
+    """Shapes of x, labels and weights on a mesh of tokens × classes."""
+    devices = np.array(jax.devices()[: math.prod(mesh)]).reshape(mesh)
+    on = Mesh(devices, ("data", "classes"), axis_types=(AxisType.Explicit,) * 2)
+    place = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(on, P(*spec)))
+    weights = place((D, V), jnp.float32, "data" if over_features else None, "classes")
+    return place((N, D), jnp.float32, "data"), place((N,), jnp.int32, "data"), weights
+
+
+def compiled(args):
+    return jax.jit(jax.value_and_grad(linear_softmax_cross_entropy_loss, (0, 2))).lower(*args).compile()
+
+
+def sent(op: programs.Operation, devices: int) -> float:
+    """Bytes that a device sends, in a ring."""
+    size = op.devices or devices
+    factor = {"all-reduce": 2 * (size - 1) / size, "all-gather": (size - 1) / size, "reduce-scatter": size - 1}
+    return op.times * op.bytes * factor[op.name]
+
+
+def bound(mesh: tuple[int, int]) -> float:
+    """Bytes that a device must send for the gradients of x and W, however W lies over the tokens' devices."""
+    t, c = mesh
+    return 4 * (2 * (t - 1) / t * D * V / c + 2 * (c - 1) / c * N * D / t)
+
+
+def processor_time(compiled, args) -> float:
+    """Seconds of all cores, the least of three runs."""
+    values = [jnp.zeros(a.shape, a.dtype, device=a.sharding) for a in args]
+    runs = []
+    for _ in range(4):
+        start = time.process_time()
+        jax.block_until_ready(compiled(*values))
+        runs.append(time.process_time() - start)
+    return min(runs[1:])
+
+
+def main() -> None:
+    print(
+        f"N = {N}, D = {D}, V = {V}, float32\n{'mesh':>14} {'products':>9} {'temp MiB':>9} {'sent MiB':>9} {'bound':>7}"
+    )
+    for mesh in MESHES:
+        for over_features in (False, True) if mesh[0] > 1 else (False,):
+            program = compiled(arguments(mesh, over_features))
+            text = program.as_text()
+            products = programs.multiplications(text) / (3 * N * D * V / math.prod(mesh))
+            temp = program.memory_analysis().temp_size_in_bytes / 2**20
+            volume = sum(sent(op, math.prod(mesh)) for op in programs.collectives(text)) / 2**20
+            name = f"{mesh[0]} × {mesh[1]}{' FSDP' if over_features else ''}"
+            print(f"{name:>14} {products:9.3f} {temp:9.1f} {volume:9.2f} {bound(mesh) / 2**20:7.2f}", flush=True)
+    alone = arguments((1, 1))
+    one = processor_time(compiled(alone), alone)
+    for mesh in ((8, 1), (2, 4), (1, 8)):
+        args = arguments(mesh)
+        ratio = processor_time(compiled(args), args) / one
+        print(f"processor time on {mesh[0]} × {mesh[1]} over that of one device: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
