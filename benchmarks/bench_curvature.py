@@ -70,8 +70,12 @@ def reuse() -> Iterator[Row]:
 
 @benchmark("curvature_solve")
 def solve() -> Iterator[Row]:
-    """(G + λI) x = b to 1e-5, by `damped_solve` and by JAX's own conjugate gradients on the same product."""
+    """(G + λI) x = b to 1e-5, by `damped_solve` and by JAX's own conjugate gradients on the same product.
+
+    On a quarter of the batch: on all of it JAX's return 0 or NaN on the CPU (0.10.2), where ours are right.
+    """
     params, x, labels, b = problem()
+    x, labels = x[:256], labels[:256]
 
     def system(params):
         product = functools.partial(curvature.ggn_vp, network.forward, OURS, params, x, labels)

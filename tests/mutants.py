@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant(
         "cross-entropy: class weight dropped",
         "losses/cross_entropy.py",
-        "loss = loss * num.take_class(jnp.broadcast_to(weights, z.shape), labels, axis)",
+        "loss = loss * num.take_class(sharded_like(z, jnp.broadcast_to(weights, z.shape)), labels, axis)",
         "loss = loss * 1",
         f"{LOSSES} -k 'combination and integer'",
     ),
@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "focal: a slope too many",
         "losses/focal.py",
-        "return jnp.exp(-gamma * softplus(s)) * softplus(-s)",
-        "return jnp.exp(-(gamma + 1) * softplus(s)) * softplus(-s)",
+        "return jnp.exp(-gamma * softplus(near)) * softplus(-near) + (near - s)",
+        "return jnp.exp(-(gamma + 1) * softplus(near)) * softplus(-near) + (near - s)",
         f"{LOSSES} -k 'combination and focal'",
     ),
     Mutant(
@@ -171,8 +171,8 @@ MUTANTS = [
     Mutant(
         "KL: gradient in the target with the wrong sign",
         "losses/divergences_of_logits.py",
-        "return ct * difference(x, z, sums, axis), -ct * jacobian_product(",
-        "return ct * difference(x, z, sums, axis), ct * jacobian_product(",
+        "return ct * difference(x, z, sums, axis), ct * dz",
+        "return ct * difference(x, z, sums, axis), -ct * dz",
         f"{TRANSFORMS} -k 'softmax_kl and jacrev'",
     ),
     Mutant(
@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "custom_vjp: missing psum",
         "autodiff.py",
-        "return jax.lax.psum(cotangent, extra) if extra else cotangent",
-        "return cotangent",
+        "cotangent = jax.lax.psum(cotangent, extra)",
+        "cotangent = jax.lax.pmean(cotangent, extra)",
         "tests/test_autodiff.py -k 'every_device or mesh or collectives'",
     ),
     Mutant(

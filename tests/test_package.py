@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,13 @@ print(json.dumps([before, found, sorted(set(names) - set(dir(jaxsoftmax))), hasa
 
 
 def test_import_is_quick():
-    """At most 0.15 s on top of `import jax, optax`: processor time, which other load changes little; median of 3."""
-    code = "import time, jax, optax; t = time.process_time(); import jaxsoftmax; print(time.process_time() - t)"
-    assert statistics.median(python(code) for _ in range(3)) <= 0.15
+    """At most 0.4 of the processor time of `import jax, optax`; median of 3."""
+    code = """\
+    import time
+    start = time.process_time(); import jax, optax
+    there = time.process_time(); import jaxsoftmax
+    print((time.process_time() - there) / (there - start))"""
+    assert statistics.median(python(textwrap.dedent(code)) for _ in range(3)) <= 0.4
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -16,8 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as js
-from tests.conftest import enable_x64
-from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, case_id, shard_map
+from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, shard_map
 
 B, K = 4, 8
 _rng = np.random.default_rng(11)
@@ -185,7 +184,7 @@ TWO = dict(axis_name="columns", batch="rows")
 FOUR = dict(axis_name=("rows", "columns"), batch=None)
 REPRESENTATIVES = "cross_entropy_options softmax_cross_entropy softmax_kl_divergence log_softmax entmax J_solve"
 FEW = [c for c in CASES if c.name in REPRESENTATIVES.split()]
-few = pytest.mark.parametrize("case", FEW, ids=case_id)
+few = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 
 
 def total(fn):
@@ -252,7 +251,7 @@ def test_without_the_checks_of_shard_map(case, x64):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="its XLA does not merge equal reductions")
-@pytest.mark.parametrize("case", [c for c in CASES if c.reductions is not None], ids=case_id)
+@pytest.mark.parametrize("case", [c for c in CASES if c.reductions is not None], ids=lambda case: case.name)
 def test_what_crosses_the_mesh(case):
     """At most so many all-reduces, of one number per example; nothing is gathered. A mask over classes adds one."""
     args = tuple(jnp.asarray(a, jnp.float32) for a in case.args)

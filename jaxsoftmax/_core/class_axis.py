@@ -151,6 +151,7 @@ def other_classes(like: Array, index: Array, axis: Axis) -> Array:
 
 def undefined(at: Array, x: Array) -> Array:
     """x, with NaN at `at`: computed there alone, since a NaN that is only a constant stops jax.debug_nans as well."""
+    at = sharded_like(x, at) if at.shape == x.shape else at
     infinite = jnp.where(at, jnp.inf, 0.0).astype(x.dtype)
     return jnp.where(at, infinite - infinite, x)
 

@@ -2,8 +2,8 @@
 
     J = diag(p) - ppᵀ,    Jv = p∘ṽ,    ṽ = v - <p,v>.
 
-J is symmetric, so its products with a tangent and with a cotangent are one function. `jacobian_operator.py` has J as
-an object.
+J is symmetric, so its products with a tangent and with a cotangent are one function. `SoftmaxJacobian` is J as an
+object.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import centred, complement, jacobian_product, rounded_one
-from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax._core.plumbing import compiled, in_auto_mode, split_axes_of
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.softmax import AxisName, softmax
 
@@ -237,7 +237,7 @@ def _derivative(axis: num.ClassAxis, p: Array, *tangents: Array) -> Array:
 def _dense_jacobian(x: Array) -> Array:
     (z,) = dtypes.widen(x)
     p = softmax(z)
-    return dense_jacobian(p).astype(x.dtype)
+    return in_auto_mode(dense_jacobian, p, (*split_axes_of(p), None)).astype(x.dtype)
 
 
 @custom_vjp
@@ -264,13 +264,16 @@ dense_jacobian.defvjp(_dense_jacobian_fwd, _dense_jacobian_bwd)
 def _dense_hessian(x: Array) -> Array:
     (z,) = dtypes.widen(x)
     p = softmax(z)
+    return in_auto_mode(_hessian_of, p, (*split_axes_of(p), None, None)).astype(x.dtype)
+
+
+def _hessian_of(p: Array) -> Array:
     a, b, c = p[..., :, None, None], p[..., None, :, None], p[..., None, None, :]
     twice = 2 * a * b * c
     ij, jk, ik = (_same(twice, *pair) for pair in ((-3, -2), (-2, -1), (-3, -1)))
     one_pair = jnp.where(ij | ik, -a * jnp.where(ij, c, b) * (1 - 2 * a), -a * b * (1 - 2 * b))
     all_same = a * complement(p)[..., :, None, None] * (1 - 2 * a)
-    out = jnp.where(ij & jk, all_same, jnp.where(ij | jk | ik, one_pair, twice))
-    return out.astype(x.dtype)
+    return jnp.where(ij & jk, all_same, jnp.where(ij | jk | ik, one_pair, twice))
 
 
 def _same(like: Array, first: int, second: int) -> Array:

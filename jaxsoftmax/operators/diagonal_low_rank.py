@@ -102,7 +102,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     @property
     def _kappa(self) -> Array:
-        return jnp.zeros_like(self.weights[..., :1]) if self.mean_weight is None else self.mean_weight
+        return jnp.zeros_like(num.class_sum(self.weights, self.axis)) if self.mean_weight is None else self.mean_weight
 
     @compiled
     def diagonal(self) -> Array:

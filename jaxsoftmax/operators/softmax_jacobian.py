@@ -157,7 +157,7 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def as_matrix(self) -> Array:
         self._whole("as_matrix")
-        return self.scale[..., None] * dense_jacobian(self.probs)
+        return self.scale[..., None] * in_auto_mode(dense_jacobian, self.probs, (*split_axes_of(self.probs), None))
 
     @compiled
     def diagonal(self) -> Array:

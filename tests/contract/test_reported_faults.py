@@ -60,6 +60,15 @@ def test_factors_behind_a_mask():
     assert lse(a, b, where=~here & here) == -INF
 
 
+def test_signs():
+    """The largest term negative, the sum not; the sign beside an infinite one."""
+    np.testing.assert_allclose(
+        lse([3.06409428, 0.37251854, 3.87471931], [1.88190708, 2.84174795, -0.85016884]), 1.2452165, rtol=1e-5
+    )
+    for factor in (1.0, -1.0):
+        np.testing.assert_array_equal(lse([INF], [factor], return_sign=True), [INF, factor])
+
+
 def test_complex_terms_and_factors():
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3)) for _ in range(2))
