@@ -1,8 +1,10 @@
 """Shifts, masks and sums over the class axis: every reduction of the library's heads lives here.
 
 docs/mathematics.md, section 5. With m = max z and e = exp(z - m), the sums leave out one class (the top one, or the
-label), so that nothing small is ever added to, or subtracted from, a 1. Indicators are written as arithmetic, not as
-comparisons: XLA's CPU backend fuses arithmetic into a reduction and materialises a comparison.
+label), so that nothing small is ever added to, or subtracted from, a 1. What meets a whole array is sums, products,
+minima and maxima, not comparisons, clips or choices: XLA's CPU backend makes one kernel of such arithmetic and the
+sums around it, and keeps an array at anything else, or where two kernels share one. Its minimum and maximum drop NaN,
+which has to reach a result on another way, as in `shift`.
 
 This is also the one place that knows of classes split over a mesh. Inside `jax.shard_map` a `ClassAxis` with mesh axes
 stands for blocks of the classes, one per device: sums and maxima go over all of them, and a class index counts
@@ -10,7 +12,9 @@ through them. What crosses the mesh is one number per example and reduction, the
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -92,31 +96,58 @@ def shared_cotangent(ct: Array, axis: Axis) -> Array:
     return lax.psum(ct, names) if names and not mesh_axes(lax.axis_index(names)) else ct
 
 
+def _per_slice(f: Callable[..., Array]) -> Callable[..., Array]:
+    """`f` without the axes of length 1 of its arguments, which have one number per slice: with them XLA is slow."""
+
+    @functools.wraps(f)
+    def flat(*numbers: Array) -> Array:
+        ones = tuple(i for i, n in enumerate(numbers[0].shape) if n == 1)
+        return jnp.expand_dims(f(*(jnp.squeeze(x, ones) for x in numbers)), ones)
+
+    return flat
+
+
+@_per_slice
+def finite(m: Array) -> Array:
+    """m, with the largest number in the place of infinity."""
+    limit = dtypes.largest(m.dtype)
+    return -jnp.minimum(-jnp.minimum(m, limit), limit)
+
+
+@_per_slice
+def infinite(m: Array) -> Array:
+    """1 where m = inf, 0 where it is finite, -inf where m = -inf."""
+    return jnp.minimum(m - finite(m), 1)
+
+
 def shift(z: Array, m: Array) -> Array:
     """z - m, with infinite logits in their limits: 0 where z = m = inf, -inf where z = m = -inf."""
-    limit = dtypes.largest(z.dtype)
-    return jnp.minimum(z, limit) + (-jnp.clip(m, -limit, limit))
+    return jnp.minimum(z, dtypes.largest(z.dtype)) - finite(m)  # a dropped NaN is huge here: its exponential is inf
+
+
+FUSED = 4096  # XLA's CPU backend makes one kernel of sums over classes and what is done to this many of them
 
 
 def below(z: Array, m: Array) -> Array:
     """As `shift`, for logarithms: beside +inf everything finite is -inf, not just very small."""
-    return shift(z, m) * jnp.where(m == jnp.inf, dtypes.largest(z.dtype), jnp.ones_like(m))
+    # In other words where it would be an array that two kernels share.
+    shifted = shift(z, m) if m.size >= FUSED else -(jnp.maximum(-z, -dtypes.largest(z.dtype)) - -finite(m))
+    return shifted * (1 + 3 * infinite(m) ** 2)
 
 
 def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
-    """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m.
-
-    While the whole sum is below 2, only the top class can have e = 1, and e - floor(e) leaves out just that one.
-    """
-    total = class_sum(jnp.exp(shift(z, m)), axis)
-    e = jnp.exp(_shift_negated(z, m))
-    return jnp.where(total < 2, class_sum(e - jnp.floor(e), axis), total - 1)
-
-
-def _shift_negated(z: Array, m: Array) -> Array:
-    """`shift` in other words, so that XLA does not keep one array of exponentials for two sums."""
-    limit = dtypes.largest(z.dtype)
-    return -(jnp.maximum(-z, -limit) + jnp.clip(m, -limit, limit))
+    """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m."""
+    e = jnp.exp(shift(z, m))
+    tops = jnp.floor(e)
+    if m.size >= FUSED:
+        return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
+    # Both sums as one, over an axis of length 2 before that of the classes, so that e is not kept for a second one.
+    (position,) = positions(axis)
+    e, tops = jnp.expand_dims(e, position), jnp.expand_dims(tops, position)
+    without = lax.broadcasted_iota(z.dtype, [2 if i == position else 1 for i in range(e.ndim)], position)
+    both = class_sum(e - without * tops, ClassAxis((position + 1,), _mesh_axes(axis)))
+    total, rest = (lax.index_in_dim(both, i, position, keepdims=False) for i in range(2))
+    return jnp.where(total < 2, rest, total - 1)  # below 2 there is one top
 
 
 def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
@@ -188,9 +219,16 @@ def labels_equal(labels: Array, index: int) -> Array:
     return labels == jnp.asarray(index, labels.dtype)
 
 
-def one_infinity(total: Array, m: Array, single: int) -> Array:
-    """`total`, or NaN where softmax has no limit: every logit is -inf, or `total` tells of more than one +inf."""
-    return undefined((m == -jnp.inf) | (m == jnp.inf) & (total > single), total)
+@_per_slice
+def one_infinity(total: Array, m: Array) -> Array:
+    """`total` = Σ exp(z - m), or NaN where softmax has no limit: all logits are -inf, or more than one is +inf."""
+    return total + jnp.sqrt(infinite(m) * (1 - total))
+
+
+@_per_slice
+def log_total(s: Array, m: Array) -> Array:
+    """log(1 + s) of s = Σ exp(z - m) - 1, or NaN as in `one_infinity`; takes s once: no kernel ends here."""
+    return jnp.log1p(s * (1 - 3 * infinite(m)))
 
 
 def present(z: Array, mask: Array | None, axis: Axis) -> Array:

@@ -50,7 +50,7 @@ def label_sums(head: Head, z: Array, constants, options) -> LabelSums:
     weight = jnp.ones_like(m)
     if "class_weights" in options:
         weight = class_weight(head, options["class_weights"], constants[0])[:, None]
-    total = num.one_infinity(rest + jnp.exp(gap), m, 1)
+    total = num.one_infinity(rest + jnp.exp(gap), m)
     return LabelSums(others, jnp.exp(gap), rest, total, gap, weight, here)
 
 

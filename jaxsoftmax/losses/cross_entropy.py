@@ -224,7 +224,7 @@ def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Ar
     z = dtypes.widen(lax.stop_gradient(z))[0]
     m = num.class_max(z, axis)
     rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
-    total = num.one_infinity(rest + jnp.exp(label_gap(z, label, m, axis)), m, 1)
+    total = num.one_infinity(rest + jnp.exp(label_gap(z, label, m, axis)), m)
     return m, jnp.where(jnp.isnan(total), total, rest), total
 
 
@@ -275,7 +275,7 @@ label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
 def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
-    surprise = jnp.log1p(num.one_infinity(s, m, 0)) - num.below(z, m)
+    surprise = num.log_total(s, m) - num.below(z, m)
     return num.class_sum(y * jnp.where(y == 0, s, surprise), axis)
 
 

@@ -164,8 +164,8 @@ def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     top_x, top_z = num.class_max(x, axis), num.class_max(z, axis)
     one = jnp.ones_like(top_x)
     e_x, e_z, d = classes(x, z, Sums(top_x, one, top_z, one, jnp.zeros_like(one)))
-    total_x = num.one_infinity(num.class_sum(e_x, axis), top_x, 1)
-    total_z = num.one_infinity(num.class_sum(e_z, axis), top_z, 1)
+    total_x = num.one_infinity(num.class_sum(e_x, axis), top_x)
+    total_z = num.one_infinity(num.class_sum(e_z, axis), top_z)
     excess = num.class_sum(jnp.where(d < 1, e_z * jnp.expm1(jnp.minimum(d, 1)), e_x - e_z), axis) / total_z
     plain = jnp.log(total_x) - jnp.log(total_z)
     return Sums(top_x, total_x, top_z, total_z, jnp.where(jnp.abs(plain) < 1, log1p(excess), plain))

@@ -131,7 +131,7 @@ def _brier_loss(logits, labels, mask, axes) -> Array:
 def entropy(z: Array, axis: num.Axis) -> Array:
     """-Σ p log p, with the class axis kept; no term is negative."""
     m, s = moments(z, axis)
-    surprise = jnp.log1p(num.one_infinity(s, m, 0)) - num.shift(z, m)
+    surprise = num.log_total(s, m) - num.shift(z, m)
     return num.class_sum(jnp.exp(-surprise) * jnp.minimum(surprise, -NEVER), axis)
 
 

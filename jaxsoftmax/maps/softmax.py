@@ -24,16 +24,6 @@ from jaxsoftmax.autodiff import custom_vjp
 LOG2 = math.log(2.0)
 
 
-def is_top_log(logp: Array) -> Array:
-    """1 where log p > -log 2, else 0."""
-    return jnp.ceil(jnp.maximum(logp + LOG2, 0.0))
-
-
-def is_not_top_log(logp: Array) -> Array:
-    """1 where log p ≤ -log 2, else 0."""
-    return 1 + jnp.floor(jnp.minimum(-LOG2 - logp, -0.0))
-
-
 Axis = int | tuple[int, ...] | None
 AxisName = str | tuple[str, ...] | None
 
@@ -211,7 +201,7 @@ def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
 def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
     """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
-    return jnp.exp(num.shift(z, m)) / num.one_infinity(total, m, 1)
+    return jnp.exp(num.shift(z, m)) / num.one_infinity(total, m)
 
 
 def _probabilities_fwd(z, m, total, axis):
@@ -235,7 +225,7 @@ def softmax_of(z: Array, axis: num.Axis) -> Array:
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
 def log_softmax_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
-    return num.below(z, m) - jnp.log1p(num.one_infinity(s, m, 0))
+    return num.below(z, m) - num.log_total(s, m)
 
 
 def _log_softmax_fwd(z, axis):
@@ -244,11 +234,12 @@ def _log_softmax_fwd(z, axis):
 
 
 def _log_softmax_bwd(axis, logp, g):
-    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = -expm1(log p).
-    p, other = jnp.exp(logp), is_not_top_log(logp)
-    first = num.class_sum(is_top_log(logp) * g, axis)
-    rest = num.class_sum(is_not_top_log(logp) * g, axis)
-    return ((other - (1 - other) * jnp.expm1(logp)) * g - p * rest - p * other * first,)
+    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = Σ_{others} p.
+    p = jnp.exp(logp)
+    top = jnp.floor(p + 0.25)  # p ≥ 3/4: with p ≥ 1/2, rounding would make two of a tie
+    others, of_others = p - top * p, g - top * g
+    missing, rest, total = (num.class_sum(x, axis) for x in (others, of_others, g))
+    return (of_others - others * total - (p - others) * rest + top * missing * g,)
 
 
 log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)

@@ -60,15 +60,15 @@ TABLE: dict[str, tuple[Callable, Sequence]] = {
 }
 
 
-def arguments(rows: list, dtype: str):
-    """Each row twice: as it is, and beside it a slice of zeros with an ordinary argument."""
-    z = jnp.asarray(np.array([r[0] for r in rows] + [ZEROS] * len(rows)), dtype)
+def arguments(rows: list, dtype: str, zeros: int):
+    """Each row, and beside them slices of zeros with an ordinary argument."""
+    z = jnp.asarray(np.array([r[0] for r in rows] + [ZEROS] * zeros), dtype)
     other = rows[0][1]
     if other is None:
         return z, None
     if isinstance(other, int):
-        return z, jnp.asarray(np.array([r[1] for r in rows] + [0] * len(rows)), "int32")
-    return z, jnp.asarray(np.array([r[1] for r in rows] + [[1.0, 0.0, 0.0]] * len(rows)), dtype)
+        return z, jnp.asarray(np.array([r[1] for r in rows] + [0] * zeros), "int32")
+    return z, jnp.asarray(np.array([r[1] for r in rows] + [[1.0, 0.0, 0.0]] * zeros), dtype)
 
 
 def everything(f, z, argument):
@@ -88,9 +88,9 @@ def everything(f, z, argument):
     return {"value": value, "reverse": reverse, "forward": push(columns), "second": second}
 
 
-def check(name: str, dtype: str = "float32", wrap: Callable = jax.jit) -> None:
+def check(name: str, dtype: str = "float32", wrap: Callable = jax.jit, zeros: int = 1) -> None:
     f, rows = TABLE[name]
-    z, argument = arguments(rows, dtype)
+    z, argument = arguments(rows, dtype, zeros)
     got = {q: np.asarray(x, np.float64) for q, x in wrap(lambda z, a: everything(f, z, a))(z, argument).items()}
     tolerance = {"rtol": ULPS[dtype], "atol": ULPS[dtype]}
     for i, (logits, other, value, gradient) in enumerate(rows):
