@@ -99,10 +99,10 @@ MUTANTS = [
         f"{LOSSES} -k 'combination and integer'",
     ),
     Mutant(
-        "labels: -1 counts from the end",
+        "labels: outside the range they count as class 0",
         "_core/class_axis.py",
-        "valid = (labels >= 0) & (labels < num_classes)",
-        "valid = (labels >= -num_classes) & (labels < num_classes)",
+        "return jnp.where(valid, labels, 0).astype(jnp.int32) - jnp.where(valid, 0, 1).astype(jnp.int32)",
+        "return jnp.where(valid, labels, 0).astype(jnp.int32)",
         f"{SPECIAL} -k integer_labels",
     ),
     Mutant(
