@@ -288,8 +288,8 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array
     """The α-entmax of z to rounding. Never differentiated."""
     m = num.class_max(z, axis)
     d = bounded(num.shift(z, m))
-    infinite = num.class_sum((z == jnp.inf).astype(z.dtype), axis)
-    valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (infinite < 2)
+    wrong = jnp.where(jnp.isnan(z), 2, jnp.where(z == jnp.inf, 1, 0)).astype(z.dtype)  # XLA's maximum may drop a NaN
+    valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (num.class_sum(wrong, axis) < 2)
     start = num.undefined(~valid, jnp.ones_like(m))
     p = _from_top(d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
