@@ -1,5 +1,6 @@
 """Nothing points nowhere: every mention of a page, of a section, of a file of the repository resolves."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def test_links_resolve(name):
     """Relative links between pages: the file exists, and so does the heading."""
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", TEXTS[name]):
         path, _, anchor = target.partition("#")
+        if path.startswith("api/"):  # made from the docstrings when the site is built
+            assert importlib.import_module(f"jaxsoftmax.{Path(path).stem}"), target
+            continue
         file = ROOT / Path(name).parent / path if path else ROOT / name
         assert file.resolve().exists(), target
         if anchor:

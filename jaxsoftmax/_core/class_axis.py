@@ -128,10 +128,14 @@ def shift(z: Array, m: Array) -> Array:
 FUSED = 4096  # XLA's CPU backend makes one kernel of sums over classes and what is done to this many of them
 
 
+def _is_fused(m: Array) -> bool:
+    return not isinstance(m.size, int) or m.size >= FUSED  # a symbolic size may be as large
+
+
 def below(z: Array, m: Array) -> Array:
     """As `shift`, for logarithms: beside +inf everything finite is -inf, not just very small."""
     # In other words where it would be an array that two kernels share.
-    shifted = shift(z, m) if m.size >= FUSED else -(jnp.maximum(-z, -dtypes.largest(z.dtype)) - -finite(m))
+    shifted = shift(z, m) if _is_fused(m) else -(jnp.maximum(-z, -dtypes.largest(z.dtype)) - -finite(m))
     return shifted * (1 + 3 * infinite(m) ** 2)
 
 
@@ -139,13 +143,13 @@ def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m."""
     e = jnp.exp(shift(z, m))
     tops = jnp.floor(e)
-    if m.size >= FUSED:
+    if _is_fused(m) or _mesh_axes(axis):
         return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
     # Both sums as one, over an axis of length 2 before that of the classes, so that e is not kept for a second one.
     (position,) = positions(axis)
     e, tops = jnp.expand_dims(e, position), jnp.expand_dims(tops, position)
     without = lax.broadcasted_iota(z.dtype, [2 if i == position else 1 for i in range(e.ndim)], position)
-    both = class_sum(e - without * tops, ClassAxis((position + 1,), _mesh_axes(axis)))
+    both = class_sum(e - without * tops, position + 1)
     total, rest = (lax.index_in_dim(both, i, position, keepdims=False) for i in range(2))
     return jnp.where(total < 2, rest, total - 1)  # below 2 there is one top
 
@@ -222,7 +226,7 @@ def labels_equal(labels: Array, index: int) -> Array:
 @_per_slice
 def one_infinity(total: Array, m: Array) -> Array:
     """`total` = Σ exp(z - m), or NaN where softmax has no limit: all logits are -inf, or more than one is +inf."""
-    return total + jnp.sqrt(infinite(m) * (1 - total))
+    return total + lax.stop_gradient(jnp.sqrt(infinite(m) * (1 - total)))
 
 
 @_per_slice

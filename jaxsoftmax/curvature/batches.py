@@ -50,19 +50,22 @@ def sum_over_batches(of_batch: Callable[[Any], Any], data: Any, batch_size: int 
         leaf = jnp.asarray(leaf)
         return leaf.reshape(shards, each, *leaf.shape[1:])
 
-    def slices(leaf: Array) -> Array:
+    def part(leaf: Array, step: Array) -> Array:
         entries, whole = leaf.shape[1:], local(leaf)[:, : steps * size]
-        whole = jnp.moveaxis(whole.reshape(shards, size, steps, *entries), 2, 0)
-        return whole.reshape(steps, shards * size, *entries)
+        slices = whole.reshape(shards, size, steps, *entries)
+        return lax.dynamic_index_in_dim(slices, step, 2, keepdims=False).reshape(shards * size, *entries)
 
-    def add(total: Any, data: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, of_batch(data)), None
+    def add(total: Any, data: Any) -> Any:
+        return jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, of_batch(data))
+
+    def add_part(step: Array, total: Any) -> Any:
+        return add(total, jax.tree.map(lambda leaf: part(leaf, step), data))
 
     total = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtypes.compute_dtype(leaf.dtype)), like)
-    total, _ = lax.scan(add, total, jax.tree.map(slices, data))
+    total = lax.fori_loop(0, steps, add_part, total)
     if each % size:
         rest = lambda leaf: local(leaf)[:, steps * size :].reshape(shards * (each % size), *leaf.shape[1:])
-        total, _ = add(total, jax.tree.map(rest, data))
+        total = add(total, jax.tree.map(rest, data))
     return jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, like)
 
 

@@ -41,7 +41,7 @@ class LabelSums(NamedTuple):
 def label_sums(head: Head, z: Array, constants, options) -> LabelSums:
     axis, labels = head.class_axis, constants[0][:, None]
     found = num.take_class(z, jnp.maximum(labels, 0), axis)
-    z_label = jnp.where(labels < 0, jnp.nan, found)
+    z_label = num.undefined(labels < 0, found)
     m = lax.stop_gradient(jnp.maximum(num.class_max(z, axis), found))
     gap = jnp.where(z_label == jnp.inf, 0.0, z_label - m)
     here = labels - num.first_class(z, axis)

@@ -108,8 +108,9 @@ def _focal_loss(logits, labels, alpha, gamma) -> Array:
     x, y = dtypes.widen(logits, labels)
     whole, gamma = finite(x), gamma.astype(x.dtype)
     near = jnp.clip(whole, -1e4, 1e4)  # beyond, the loss is linear, and a product of the power's slope, 0, overflows
-    slope = focal_weight(lax.stop_gradient(near), y, gamma) * (jnp.where(near > 0, 1.0, 0.0) - y)
-    loss = focal_weight(near, y, gamma) * logistic(near, y, jnp.ones_like(x)) + slope * (whole - near)
+    weight = focal_weight(near, y, gamma)
+    linear = lax.stop_gradient(weight) * (jnp.maximum(whole, 0.0) - y * whole)
+    loss = jnp.where(jnp.abs(whole) > 1e4, linear, weight * logistic(near, y, jnp.ones_like(x)))
     loss = infinite_at((x == jnp.inf) & (y < 1) | (x == -jnp.inf) & (y > 0), loss)
     return loss if alpha is None else weigh(_balance(alpha.astype(x.dtype), y), loss)
 

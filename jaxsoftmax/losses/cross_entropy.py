@@ -419,5 +419,4 @@ def natural_gradient_norm(
     loss = softmax_cross_entropy_with_integer_labels(logits, labels, axis, where, axis_name=axis_name)
     # Where expm1 overflows, it goes on as its tangent there, whose finite slope times a p of 0 is 0.
     last = math.log(dtypes.largest(loss.dtype)) * (1 - 4 * float(jnp.finfo(loss.dtype).eps))
-    near = jnp.minimum(loss, last)
-    return jnp.expm1(near) + math.exp(last) * (loss - near)
+    return jnp.where(loss < last, jnp.expm1(jnp.minimum(loss, last)), math.exp(last) * (1 + loss - last))

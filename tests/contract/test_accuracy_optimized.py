@@ -103,7 +103,7 @@ def test_the_harness_sees_what_others_lose(monkeypatch):
     assert found["value", "gap to 60"] > 1e5 and found["vjp", "gap to 60"] > 1e5
     logp = lambda args: jax.nn.log_softmax(args[0] @ args[1] + args[2][None, :])
     plain = lambda args, c, *_: {"value": -jnp.take_along_axis(logp(args), c[:, None], 1)[:, 0]}
-    monkeypatch.setitem(linear.HEADS, "linear_cross_entropy", (linear.of_loss, plain, False))
+    monkeypatch.setitem(linear.HEADS, "linear_cross_entropy", (linear.of_loss, plain))
     assert linear_errors("linear_cross_entropy", jit=False)["value", "gap to 60"] > 1e4
 
 

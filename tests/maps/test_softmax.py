@@ -112,7 +112,6 @@ def test_the_rule_runs():
     """The jaxpr holds the custom rule, under jit and vmap too."""
     for f in (js.softmax, js.log_softmax, lambda z: js.logsumexp(z, -1)):
         assert "custom_jvp_call" in str(jax.make_jaxpr(jax.vmap(f))(jnp.ones((2, 3))))
-        assert "custom_vjp_call" in str(jax.make_jaxpr(jax.vmap(f))(jnp.ones((2, 3))))
 
 
 @pytest.mark.parametrize("f", [js.softmax, js.log_softmax, js.logsumexp])
