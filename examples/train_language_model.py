@@ -3,10 +3,13 @@
     python examples/train_language_model.py                some minutes: 4 epochs, 50,257 words
     python examples/train_language_model.py --resume       continue after an interruption
     python examples/train_language_model.py --head full    the same with all logits in memory, for comparison
+    python examples/train_language_model.py --mesh data=2,classes=2      over four devices, of any kind; CPUs count as
+        one unless this stands before the line: XLA_FLAGS=--xla_force_host_platform_device_count=4
 
 The model of Bengio et al. (2003), https://www.jmlr.org/papers/v3/bengio03a.html, with tied embeddings: the vectors of
 the last n words go through a feedforward network, and its output is compared with the vector of every word. After every
-epoch a checkpoint is written to the --out folder; a picture is added at the end.
+epoch a checkpoint is written to the --out folder; a picture is added at the end. Checkpoints hold whole arrays: a run
+resumes on any other mesh.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import FileError, load_checkpoint, natural, positive, save_checkpoint
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -38,6 +42,7 @@ from jaxsoftmax.curvature import estimators
 WORD = re.compile(r"\w+|[^\w\s]|\n")
 UNKNOWN = 0
 MEGABYTE = 2**20
+PADDING = 128  # the vocabulary is padded to a multiple, so that it can be split over many numbers of devices
 
 
 class Text(NamedTuple):
@@ -84,11 +89,13 @@ def unigram_perplexity(text: Text) -> float:
 
 
 def init(key: jax.Array, options: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
-    """Vectors of the words (V, D), a bias for each (V,), and the network from n D to D."""
+    """Vectors of the words (V, D), a bias for each (V,), -inf for the padding, and the network from n D to D."""
     k1, k2 = jax.random.split(key)
-    embeddings = jax.random.normal(k1, (vocabulary, options.features)) / options.features**0.5
+    rows = -(-vocabulary // PADDING) * PADDING
+    embeddings = jax.random.normal(k1, (rows, options.features)) / options.features**0.5
+    bias = jnp.where(jnp.arange(rows) < vocabulary, 0.0, -jnp.inf)
     sizes = (options.context * options.features, *options.hidden, options.features)
-    return {"embeddings": embeddings, "bias": jnp.zeros(vocabulary), "network": network.init(k2, sizes)}
+    return {"embeddings": embeddings, "bias": bias, "network": network.init(k2, sizes)}
 
 
 def hidden_states(params: Any, contexts: jax.Array) -> jax.Array:
@@ -97,7 +104,9 @@ def hidden_states(params: Any, contexts: jax.Array) -> jax.Array:
 
 
 def fused_head(x: jax.Array, words: jax.Array, embeddings: jax.Array, bias: jax.Array) -> jax.Array:
-    return jaxsoftmax.linear_softmax_cross_entropy_loss(x, words, embeddings, bias=bias, reduction="mean", vocab_axis=0)
+    return jaxsoftmax.linear_softmax_cross_entropy_loss(
+        x, words, embeddings, bias=bias, reduction="mean", vocab_axis=0, token_axes="data", class_axes="classes"
+    )
 
 
 def full_head(x: jax.Array, words: jax.Array, embeddings: jax.Array, bias: jax.Array) -> jax.Array:
@@ -114,9 +123,39 @@ def mean_loss(head: Callable) -> Callable:
     )
 
 
-def windows(stream: np.ndarray, positions: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `context` words before each position, and the word there."""
-    return stream[positions[:, None] + np.arange(-context, 0)], stream[positions]
+def windows(stream: np.ndarray, positions: np.ndarray, options: argparse.Namespace) -> tuple[jax.Array, jax.Array]:
+    """The words before each position, and the word there, on their devices of the mesh."""
+    arrays = stream[positions[:, None] + np.arange(-options.context, 0)], stream[positions]
+    return jax.device_put(arrays, NamedSharding(options.mesh, PartitionSpec("data")))
+
+
+# --- mesh ---
+
+
+def parse_mesh(text: str) -> Mesh:
+    """The mesh of "data=2,classes=2": its axes are of type Auto, what is not named has size 1."""
+    named = dict(re.findall(r"(data|classes)=([1-9]\d*)", text))
+    if ",".join(f"{name}={size}" for name, size in named.items()) != text:
+        raise argparse.ArgumentTypeError(f"must be like data=2,classes=2, got {text!r}")
+    sizes = {"data": 1, "classes": 1} | {name: int(size) for name, size in named.items()}
+    if PADDING % sizes["classes"]:
+        raise argparse.ArgumentTypeError(f"classes must divide {PADDING}, got {sizes['classes']}")
+    count, devices = math.prod(sizes.values()), jax.devices()
+    if count > len(devices):
+        found = f"{count} devices needed, {len(devices)} of platform {devices[0].platform} found"
+        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        raise argparse.ArgumentTypeError(f"{found}; CPUs can be divided: {flag}")
+    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Parameters, or what an optimizer keeps of them: the rows of words split over classes, all else copied."""
+
+    def put(path: tuple, leaf: jax.Array) -> jax.Array:
+        of_words = {"embeddings", "bias"} & {getattr(key, "key", None) for key in path}
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("classes") if of_words else PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(put, tree)
 
 
 # --- training ---
@@ -137,6 +176,7 @@ def train(text: Text, options: argparse.Namespace) -> tuple[Any, list[dict]]:
         if len(history) > options.epochs:
             raise FileError(f"{checkpoint}: has {len(history)} epochs already, more than --epochs {options.epochs}")
         print(f"resumed from {checkpoint} after epoch {len(history)}")
+    state = place(state, options.mesh)
 
     count = options.steps * options.batch_size
     print(f"{'epoch':>5} {'loss':>9} {'held-out perplexity':>20} {'tokens/s':>10}", *map(table_row, history), sep="\n")
@@ -146,7 +186,7 @@ def train(text: Text, options: argparse.Namespace) -> tuple[Any, list[dict]]:
             rng, losses, start = np.random.default_rng((options.seed, epoch)), [], time.perf_counter()
             for _ in range(options.steps):
                 positions = rng.integers(options.context, len(text.train), options.batch_size)
-                state, metrics = train_step(state, *windows(text.train, positions, options.context))
+                state, metrics = train_step(state, *windows(text.train, positions, options))
                 losses.append(metrics["loss"])
                 losses[-1].block_until_ready()
                 bar.update(options.batch_size)
@@ -165,9 +205,7 @@ def held_out_perplexity(evaluate: Callable, params: Any, text: Text, options: ar
     """Over at most twenty batches, spread evenly over the held-out text."""
     batches = min(20, max(1, (len(text.held_out) - options.context) // options.batch_size))
     positions = np.linspace(options.context, len(text.held_out) - 1, batches * options.batch_size).astype(int)
-    losses = [
-        evaluate(params, *windows(text.held_out, chosen, options.context)) for chosen in np.split(positions, batches)
-    ]
+    losses = [evaluate(params, *windows(text.held_out, chosen, options)) for chosen in np.split(positions, batches)]
     return float(np.exp(np.mean(jax.device_get(losses), dtype=np.float64)))
 
 
@@ -183,13 +221,11 @@ def fingerprint(text: Text) -> str:
 
 
 def report_memory(params: Any, options: argparse.Namespace, vocabulary: int) -> None:
-    """Temporary memory of the compiled gradient with either head, and the peak of this process."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    contexts = jax.ShapeDtypeStruct((options.batch_size, options.context), jnp.int32)
-    words = jax.ShapeDtypeStruct((options.batch_size,), jnp.int32)
+    """Temporary memory of the compiled gradient with either head on a device, and the peak of this process."""
+    batch = windows(np.zeros(options.context + 1, np.int32), np.full(options.batch_size, options.context), options)
     print(f"\nTemporary memory of one gradient, {options.batch_size} tokens and {vocabulary:,} words:")
     for name, head in HEADS.items():
-        compiled = jax.jit(jax.value_and_grad(mean_loss(head))).lower(shapes, contexts, words).compile()
+        compiled = jax.jit(jax.value_and_grad(mean_loss(head))).lower(params, *batch).compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         print(f"  {name:5} head {memory.temp_size_in_bytes / MEGABYTE:10,.1f} MiB")
@@ -201,13 +237,17 @@ def report_memory(params: Any, options: argparse.Namespace, vocabulary: int) -> 
 def top_of_the_spectrum(params: Any, text: Text, options: argparse.Namespace) -> None:
     """Largest eigenvalues of the Hessian of the mean loss in W, the V × D weights of the last layer."""
     positions = np.linspace(options.context, len(text.held_out) - 1, options.batch_size).astype(int)
-    contexts, words = windows(text.held_out, positions, options.context)
+    contexts, words = windows(text.held_out, positions, options)
     states = jax.jit(hidden_states)(params, contexts)
-    gradient = jax.grad(lambda weights: fused_head(states, jnp.asarray(words), weights, params["bias"]))
-    product = jax.jit(lambda v: jax.jvp(gradient, (params["embeddings"],), (v,))[1])
-    values, _, residuals = estimators.top_eigenpairs(
-        product, params["embeddings"], jax.random.key(0), options.eigenvalues, num_steps=4 * options.eigenvalues
-    )
+
+    @jax.jit
+    def largest(states: jax.Array, words: jax.Array, weights: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        gradient = jax.grad(lambda weights: fused_head(states, words, weights, bias))
+        product = lambda v: jax.jvp(gradient, (weights,), (v,))[1]
+        count = options.eigenvalues
+        return estimators.top_eigenpairs(product, weights, jax.random.key(0), count, num_steps=4 * count)
+
+    values, _, residuals = largest(states, words, params["embeddings"], params["bias"])
     size = f"{params['embeddings'].size:,}"
     print(f"\nLargest eigenvalues of the loss's Hessian in W, {size} × {size}, by Lanczos on its products:")
     for value, residual in zip(values, residuals):
@@ -243,10 +283,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--head", choices=HEADS, default="fused")
     parser.add_argument("--eigenvalues", type=positive, default=3, help="how many to compute at the end")
+    parser.add_argument(
+        "--mesh", type=parse_mesh, default="data=1", help="devices, as data=2,classes=2", metavar="SIZES"
+    )
     parser.add_argument("--seed", type=natural, default=0, help="of the initial parameters and the batches")
     parser.add_argument("--out", type=Path, default=Path("out/language_model"), help="folder of what is written")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.batch_size % options.mesh.shape["data"]:
+        parser.error(f"--batch-size {options.batch_size} must be a multiple of data={options.mesh.shape['data']}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:

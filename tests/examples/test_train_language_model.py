@@ -58,10 +58,52 @@ def test_a_resumed_run_ends_at_the_same_bits(tmp_path, capsys):
 def test_both_heads_have_one_gradient(tmp_path):
     options = example.parse(QUICK)
     text = example.load_text(600)
-    params = example.init(jax.random.key(0), options, len(text.words))
-    batch = example.windows(text.train, np.arange(10, 138), options.context)
+    params = example.place(example.init(jax.random.key(0), options, len(text.words)), options.mesh)
+    batch = example.windows(text.train, np.arange(10, 138), options)
     fused, full = (
         jax.jit(jax.value_and_grad(example.mean_loss(head)))(params, *batch) for head in example.HEADS.values()
     )
     for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(full)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * float(abs(b).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", example.HEADS)
+def test_a_mesh_changes_nothing(head, tmp_path, capsys):
+    """Two epochs on one device, against one on each of two meshes, the second from the first one's checkpoint."""
+    text = example.load_text(601)
+
+    def run(folder: str, epochs: str, *arguments: str):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        settings = [*QUICK, "--steps", "5", "--head", head, "--epochs", epochs, "--out", str(tmp_path / folder)]
+        options = example.parse([*settings, "--resume", *arguments])
+        params, history = example.train(text, options)
+        example.top_of_the_spectrum(params, text, options)
+        eigenvalues = [float(value) for value in re.findall(r"^ +([\d.]+) ±", capsys.readouterr().out, re.MULTILINE)]
+        return params, [(row["loss"], row["perplexity"]) for row in history], eigenvalues
+
+    params, history, eigenvalues = run("whole", "2")
+    run("parts", "1", "--mesh", "data=2,classes=2")
+    split, *found = run("parts", "2", "--mesh", "classes=4")
+    assert split["embeddings"].addressable_shards[0].data.shape == (640 // 4, 16)
+    np.testing.assert_allclose(found[0], history, rtol=1e-5)
+    np.testing.assert_allclose(found[1], eigenvalues, atol=2e-4)  # four digits are printed
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(params)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # of entries up to 1; Adam divides by small gradients
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "data=2,model=2"], "must be like data=2,classes=2, got 'data=2,model=2'"),
+        (["--mesh", "data=2,data=2"], "must be like data=2,classes=2, got 'data=2,data=2'"),
+        (["--mesh", "data=0"], "must be like data=2,classes=2, got 'data=0'"),
+        (["--mesh", "classes=3"], "classes must divide 128, got 3"),
+        (["--mesh", "data=4,classes=4"], "16 devices needed, 8 of platform cpu found; CPUs .*device_count=16"),
+        (["--mesh", "data=2", "--batch-size", "511"], "--batch-size 511 must be a multiple of data=2"),
+    ],
+)
+def test_wrong_meshes(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        example.parse(arguments)
+    assert re.search(message, capsys.readouterr().err)
