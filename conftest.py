@@ -8,6 +8,7 @@ Two of three workers compile quickly, with little optimization, which halves the
 The environment variables come before `import jax`, which reads them when it starts.
 """
 
+import gc
 import os
 
 QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "0"
@@ -74,6 +75,7 @@ def fresh_caches():
     """What one file compiles is dropped before the next: a process may hold 65,530 memory maps, a program has some."""
     yield
     jax.clear_caches()
+    gc.collect()  # programs in reference cycles hold gigabytes
 
 
 @pytest.fixture
