@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import PartitionSpec as P
 
 from jaxsoftmax import softmax_cross_entropy_with_integer_labels
@@ -364,11 +365,11 @@ def test_narrow_labels():
 
 def test_symbolic_number_of_tokens():
     (x, weights, _, _), labels, _ = arguments(jnp.float32)
-    (n,) = jax.export.symbolic_shape("n")
+    (n,) = export.symbolic_shape("n")
     head = functools.partial(linear_softmax_cross_entropy_loss, ignore_index=4, reduction="mean")
     f = jax.value_and_grad(lambda x, labels, weights: head(x, labels, weights), (0, 2))
     shapes = (jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype) for a in (x, labels))
-    exported = jax.export.export(jax.jit(f))(*shapes, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
+    exported = export.export(jax.jit(f))(*shapes, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
     assert_close(exported.call(x, labels, weights), f(x, labels, weights), ulps=16)
 
 
