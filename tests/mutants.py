@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "focal: a slope too many",
         "losses/focal.py",
-        "return jnp.exp(-gamma * softplus(near)) * softplus(-near) + (near - s)",
-        "return jnp.exp(-(gamma + 1) * softplus(near)) * softplus(-near) + (near - s)",
+        "jnp.exp(-gamma * softplus(near)) * softplus(-near)",
+        "jnp.exp(-(gamma + 1) * softplus(near)) * softplus(-near)",
         f"{LOSSES} -k 'combination and focal'",
     ),
     Mutant(

@@ -110,7 +110,7 @@ def _focal_loss(logits, labels, alpha, gamma) -> Array:
     near = jnp.clip(whole, -1e4, 1e4)  # beyond, the loss is linear, and a product of the power's slope, 0, overflows
     weight = focal_weight(near, y, gamma)
     linear = lax.stop_gradient(weight) * (jnp.maximum(whole, 0.0) - y * whole)
-    loss = jnp.where(jnp.abs(whole) > 1e4, linear, weight * logistic(near, y, jnp.ones_like(x)))
+    loss = jnp.where(jnp.abs(whole) >= 1e4, linear, weight * logistic(near, y, jnp.ones_like(x)))
     loss = infinite_at((x == jnp.inf) & (y < 1) | (x == -jnp.inf) & (y > 0), loss)
     return loss if alpha is None else weigh(_balance(alpha.astype(x.dtype), y), loss)
 

@@ -154,7 +154,7 @@ def _poly_loss(logits, labels, epsilon, mask, axes) -> Array:
 def focal(s: Array, gamma: Array) -> Array:
     """(1 - σ(s))^γ · (-log σ(s)); the power as exp(-γ softplus(s)), whose derivatives have no power of 0."""
     near = jnp.maximum(s, -1e4)  # below it the power is 1, and a product of its slope, 0, would overflow
-    return jnp.where(s < -1e4, -s, jnp.exp(-gamma * softplus(near)) * softplus(-near))
+    return jnp.where(s <= -1e4, -s, jnp.exp(-gamma * softplus(near)) * softplus(-near))
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
