@@ -9,7 +9,8 @@ from jax import Array, lax
 from jaxsoftmax._core import class_axis as num
 
 # The class with p > 1/2 as an indicator, in forms that differ although they are equal: XLA's CPU backend materialises
-# a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own.
+# a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own. Comparisons in
+# their place take 49 to 86 MiB more and 2 to 5 times as long at (64, 50257).
 
 
 def is_top(p: Array) -> Array:

@@ -225,7 +225,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
             _, a, b, c = self._means(damping)
             last = a * a + b * c
             logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
-        return jnp.where(negative % 2 == 1, jnp.nan, logs)[..., 0]
+        return num.undefined(negative % 2 == 1, logs)[..., 0]
 
     # Definiteness and factor. With d = |d| - 2|d_c| u_c, Pᵀ diag(d) P = L (I - bbᵀ) Lᵀ, where L = Pᵀ diag(√|d|) and
     # Lb = √(2|d_c|) Pᵀu_c. The shortest such b decides: it is positive semidefinite iff |b| ≤ 1, and then

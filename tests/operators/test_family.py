@@ -156,3 +156,12 @@ def test_an_excluded_class_stays_excluded_under_a_soft_cap():
     np.testing.assert_allclose(linear(jnp.zeros((1, 2)), label, jnp.zeros((2, 3))), want, rtol=1e-6)
     hessian = np.asarray(logits_hessian(CE, z, label, logit_softcap=2.0).as_matrix())[0]
     assert np.all(hessian[1] == 0) and np.all(hessian[:, 1] == 0) and np.all(hessian[0, [0, 2]] != 0)
+
+
+@over_operators
+def test_no_nan_arises_on_the_way(name):
+    """Op by op under jax.debug_nans, as compiled: a NaN is where there is no number, and nowhere else."""
+    with jax.debug_nans(True), jax.disable_jit():
+        operator = OPERATORS[name](jnp.asarray(Z))
+        for result in (operator.mv(V), operator.solve(V, 0.5), operator.logdet(0.5), operator.frobenius_norm()):
+            assert np.all(np.isfinite(result))
