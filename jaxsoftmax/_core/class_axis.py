@@ -108,7 +108,7 @@ def _per_slice(f: Callable[..., Array]) -> Callable[..., Array]:
 
 
 @_per_slice
-def finite(m: Array) -> Array:
+def finite_top(m: Array) -> Array:
     """m, with the largest number in the place of infinity."""
     limit = dtypes.largest(m.dtype)
     return -jnp.minimum(-jnp.minimum(m, limit), limit)
@@ -117,12 +117,12 @@ def finite(m: Array) -> Array:
 @_per_slice
 def infinite(m: Array) -> Array:
     """1 where m = inf, 0 where it is finite, -inf where m = -inf."""
-    return jnp.minimum(m - finite(m), 1)
+    return jnp.minimum(m - finite_top(m), 1)
 
 
 def shift(z: Array, m: Array) -> Array:
     """z - m, with infinite logits in their limits: 0 where z = m = inf, -inf where z = m = -inf."""
-    return jnp.minimum(z, dtypes.largest(z.dtype)) - finite(m)  # a dropped NaN is huge here: its exponential is inf
+    return jnp.minimum(z, dtypes.largest(z.dtype)) - finite_top(m)  # a dropped NaN is huge here: its exponential is inf
 
 
 FUSED = 4096  # XLA's CPU backend makes one kernel of sums over classes and what is done to this many of them
@@ -135,7 +135,7 @@ def _is_fused(m: Array) -> bool:
 def below(z: Array, m: Array) -> Array:
     """As `shift`, for logarithms: beside +inf everything finite is -inf, not just very small."""
     # In other words where it would be an array that two kernels share.
-    shifted = shift(z, m) if _is_fused(m) else -(jnp.maximum(-z, -dtypes.largest(z.dtype)) - -finite(m))
+    shifted = shift(z, m) if _is_fused(m) else -(jnp.maximum(-z, -dtypes.largest(z.dtype)) - -finite_top(m))
     return shifted * (1 + 3 * infinite(m) ** 2)
 
 

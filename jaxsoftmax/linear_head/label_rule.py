@@ -38,7 +38,7 @@ class LabelSums(NamedTuple):
 # and what stands at the label is selected, not scattered: XLA reuses no buffer for a scatter.
 
 
-def label_sums(head: Head, z: Array, constants, options) -> LabelSums:
+def token_sums(head: Head, z: Array, constants, options) -> LabelSums:
     axis, labels = head.class_axis, constants[0][:, None]
     found = num.take_class(z, jnp.maximum(labels, 0), axis)
     z_label = num.undefined(labels < 0, found)
@@ -61,7 +61,7 @@ def class_weight(head: Head, class_weights: Array, labels: Array) -> Array:
 
 def label_rule(head: Head, z: Array, constants, options, a: Array) -> tuple[Array, Cotangents]:
     """Losses and a ∂l/∂z = s E, where E_k = exp(z_k - m) and E_label = -Σ of the others."""
-    sums = label_sums(head, z, constants, options)
+    sums = token_sums(head, z, constants, options)
     gap, rest, total = sums.gap, sums.rest, sums.total
     losses = jnp.where(gap > -1, jnp.log1p(rest / sums.at_label), jnp.log(total) - gap)
 
@@ -76,7 +76,7 @@ def label_rule_along(head: Head, z, dz, constants, options, a: Array, da: Array 
 
     ż is measured from its value r at the class with p > 1/2, the label or another, so that nothing cancels there.
     """
-    axis, sums = head.class_axis, label_sums(head, z, constants, options)
+    axis, sums = head.class_axis, token_sums(head, z, constants, options)
     losses, r, mean, moved_at_label = jnp.zeros(z.shape[0], z.dtype), *3 * [jnp.zeros_like(sums.rest)]
     if dz is not None:
         at_label = sums.at_label / sums.total
