@@ -22,6 +22,9 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
         raise ValueError("x must have a feature axis, (..., D), got a scalar")
     if weights.ndim != 2:
         raise ValueError(f"weights must have shape (D, V), or (V, D) with vocab_axis=0, got {weights.shape}")
+    if not all(isinstance(n, int) for n in weights.shape):
+        sizes = f"weights must have known sizes, got {weights.shape}"
+        raise TypeError(f"{sizes}: only the number of tokens may be symbolic")
     axis = checks.axis_index(vocab_axis, 2, "vocab_axis")
     if weights.shape[1 - axis] != x.shape[-1]:
         raise ValueError(

@@ -371,6 +371,8 @@ def test_symbolic_number_of_tokens():
     shapes = (jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype) for a in (x, labels))
     exported = export.export(jax.jit(f))(*shapes, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
     assert_close(exported.call(x, labels, weights), f(x, labels, weights), ulps=16)
+    with pytest.raises(TypeError, match="only the number of tokens may be symbolic"):
+        export.export(jax.jit(f))(x, labels, jax.ShapeDtypeStruct((weights.shape[0], n), weights.dtype))
 
 
 @pytest.mark.parametrize(
