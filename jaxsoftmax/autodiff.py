@@ -244,7 +244,7 @@ def _type(x):
     return x.aval if _is_symbolic_zero(x) else jax.typeof(x)
 
 
-def _varying(kind) -> frozenset[str]:
+def varying_axes(kind) -> frozenset[str]:
     """The axes of a `shard_map` that arrays of this type vary over."""
     kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
     return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
@@ -265,7 +265,7 @@ def _summed_over_the_mesh(bwd: Callable) -> Callable:
         if cotangent is None or _is_symbolic_zero(cotangent):
             return cotangent
         own = _type(cotangent)
-        if extra := tuple(_varying(own) - _varying(kind)):
+        if extra := tuple(varying_axes(own) - varying_axes(kind)):
             cotangent = jax.lax.psum(cotangent, extra)
         split_otherwise = own.shape == kind.shape and _spec(own) != _spec(kind)
         return jax.sharding.reshard(cotangent, kind.sharding) if split_otherwise else cotangent
@@ -275,7 +275,7 @@ def _summed_over_the_mesh(bwd: Callable) -> Callable:
         *static, (residuals, types), ct = args
         cotangents = bwd(*static, residuals, ct)
         fits = isinstance(cotangents, tuple) and len(cotangents) == len(types.of_arguments)  # else JAX says so
-        if not fits or not any(_varying(k) or any(_spec(k)) for k in map(_type, jax.tree.leaves(ct))):
+        if not fits or not any(varying_axes(k) or any(_spec(k)) for k in map(_type, jax.tree.leaves(ct))):
             return cotangents
         return tuple(c if c is None else jax.tree.map(total, a, c) for a, c in zip(types.of_arguments, cotangents))
 

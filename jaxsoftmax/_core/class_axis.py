@@ -1,4 +1,4 @@
-"""Shifts, masks and sums over the class axis: every reduction of the library's heads lives here.
+"""Shifts, masks, and sums over the class axis: what the maps and heads reduce their classes with.
 
 docs/mathematics.md, section 5. With m = max z and e = exp(z - m), the sums leave out one class (the top one, or the
 label), so that nothing small is ever added to, or subtracted from, a 1. What meets a whole array is sums, products,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsoftmax.autodiff import varying_axes
+
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -74,9 +76,7 @@ def zero_of(arrays) -> Array:
 
 def mesh_axes(x) -> frozenset[str]:
     """The axes of a `shard_map` that x varies over; none where JAX keeps no account of them in types (before 0.7)."""
-    kind = jax.typeof(x)
-    kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
-    return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+    return varying_axes(jax.typeof(x))
 
 
 def varying(x: Array, axes: frozenset[str]) -> Array:
