@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 if hasattr(jax, "shard_map"):
     shard_map = jax.shard_map
@@ -24,6 +26,11 @@ def assert_close(got, want, rtol: float, scale=None) -> None:
         assert a.shape == b.shape
         bound = rtol * max(np.max(np.abs(b), initial=0.0) if scale is None else scale, np.finfo(np.float64).tiny)
         assert np.all(np.abs(a - b) <= bound), f"off by {np.max(np.abs(a - b))}, allowed {bound}"
+
+
+def one_in(n: int, cases: Iterable, start: int = 0) -> list:
+    """The cases of a test; from `start` on one in n runs by default, the others with -m slow."""
+    return [case if i % n == start else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
 @contextlib.contextmanager

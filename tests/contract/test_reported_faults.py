@@ -9,7 +9,7 @@ from jax import export
 
 import jaxsoftmax as js
 from jaxsoftmax._core import class_axis as num
-from tests.helpers import enable_x64
+from tests.helpers import enable_x64, one_in
 from tests.registry import CASES, HEADS, case_id
 from tests.registry.samples import MASK as KEPT
 from tests.registry.samples import Z
@@ -92,8 +92,8 @@ def test_complex_terms_and_factors():
 # No NaN on the way to a finite result: jax.debug_nans(True) must not stop there, op by op or compiled.
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", one_in(2, CASES), ids=case_id)
+@pytest.mark.parametrize("order", one_in(2, [1, 2]))
 def test_debug_nans(case, order):
     args = case.cast("float32")
     derivative = value_and_gradient(case)
@@ -112,7 +112,7 @@ def value_and_gradient(case):
 # jax.export: symbolic batches, and every platform from one that has only a CPU.
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.batched], ids=case_id)
+@pytest.mark.parametrize("case", one_in(3, [case for case in CASES if case.batched], 1), ids=case_id)
 def test_export_with_symbolic_batch(case):
     (b,) = export.symbolic_shape("b")
     specs = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in case.cast("float32")]
@@ -211,28 +211,29 @@ def test_ignored_labels_of_narrow_types():
 # Extremes: what is finite has a finite loss and derivatives, and nothing is lost on the way.
 
 
+@jax.jit
+def values_and_derivatives(z):
+    """Of functions that meet huge logits: values, and gradients with their derivatives along (1, 2, 3)."""
+    small, y = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.25, 0.25, 0.5])
+    functions = [
+        lambda z: js.softmax_kl_divergence(z, small),
+        lambda z: js.softmax_kl_divergence(small, z),
+        lambda z: js.softmax_kl_divergence(z, -z),
+        lambda z: js.jensen_shannon_divergence(z, small),
+        lambda z: js.sigmoid_focal_loss(z, y).sum(),
+        *(lambda z, c=c: js.focal_loss_with_integer_labels(z, c) for c in range(3)),
+        *(lambda z, c=c: js.natural_gradient_norm(z, c) for c in range(3)),
+    ]
+    return [f(z) for f in functions], [(jax.grad(f)(z), jax.jvp(jax.grad(f), (z,), (small,))[1]) for f in functions]
+
+
 @pytest.mark.parametrize("x", [[1e38, 0.0, -1e38], [2e38, -2e38, 0.0], [3e38, 1.0, 0.0]])
 def test_huge_logits(x):
-    x, small, y = jnp.array(x), jnp.array([1.0, 2.0, 3.0]), jnp.array([0.25, 0.25, 0.5])
+    x = jnp.array(x)
     assert np.all(js.entmax(x, 3.0) == js.softmax(x))
-
-    @jax.jit
-    def everything(x):
-        functions = [
-            lambda z: js.softmax_kl_divergence(z, small),
-            lambda z: js.softmax_kl_divergence(small, z),
-            lambda z: js.softmax_kl_divergence(z, -z),
-            lambda z: js.jensen_shannon_divergence(z, small),
-            lambda z: js.sigmoid_focal_loss(z, y).sum(),
-            *(lambda z, c=c: js.focal_loss_with_integer_labels(z, c) for c in range(3)),
-            *(lambda z, c=c: js.natural_gradient_norm(z, c) for c in range(3)),
-        ]
-        values = [f(x) for f in functions]
-        return values, [(jax.grad(f)(x), jax.jvp(jax.grad(f), (x,), (small,))[1]) for f in functions]
-
-    values, derivatives = everything(x)
+    values, derivatives = values_and_derivatives(x)
     assert not np.any(np.isnan(values)) and not np.any(np.isnan(derivatives))
-    p, q = np.asarray(jax.nn.softmax(x), float), np.asarray(jax.nn.softmax(small), float)
+    p, q = np.asarray(jax.nn.softmax(x), float), np.asarray(jax.nn.softmax(jnp.array([1.0, 2.0, 3.0])), float)
     wanted = np.sum(q * (np.log(q) - (np.asarray(x, float) - float(x[0]))))
     if np.ptp(np.asarray(x, float)) < 3.4e38:  # else a difference of logits overflows
         np.testing.assert_allclose(values[0], wanted, rtol=1e-5)
@@ -259,7 +260,7 @@ def test_heads_of_nothing(head, shape):
     """No example: no loss. No class: an index has none to name, so NaN; a sum over none is 0."""
     z = jnp.zeros(shape)
     args = [jnp.zeros(shape[:-1], "int32") if a.dtype.kind == "i" else z for a in head.args]
-    loss, gradient = head.loss(z, *args), jax.grad(lambda z: jnp.sum(head.loss(z, *args)))(z)
+    loss, gradient = jax.jit(lambda z: (head.loss(z, *args), jax.grad(lambda z: jnp.sum(head.loss(z, *args)))(z)))(z)
     assert gradient.shape == shape and loss.shape == (shape if head.elementwise else shape[:-1])
     assert np.all(np.isnan(loss) if "label" in head.kinds else loss == 0) or 0 in shape[:-1]
     if head.hessian and shape[-1] == 0:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxsoftmax as js
-from tests.helpers import enable_x64
+from tests.helpers import enable_x64, one_in
 from tests.registry import HEADS
 from tests.registry.heads import HARD, INF, L2, NAN, NO_LIMIT, ZEROS, broken, certain, excluded, none, two
 
@@ -127,7 +127,7 @@ def test_table_in_other_dtypes(name, dtype):
         check(name, dtype)
 
 
-@pytest.mark.parametrize("name", ["softmax", "softmax_cross_entropy"])
+@pytest.mark.parametrize("name", one_in(2, ["softmax", "softmax_cross_entropy"]))
 def test_table_without_jit(name):
     check(name, wrap=lambda f: f)
 
@@ -161,7 +161,7 @@ MASKED: dict[str, Callable] = {
 }
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", one_in(2, MASKED))
 def test_what_stands_behind_a_mask_is_nothing(name):
     """NaN and inf behind a mask, a fully masked slice among them: the same bits, derivatives 0, no NaN on the way."""
     f = jax.jit(lambda z: everything(lambda z, _: MASKED[name](z, jnp.asarray(KEPT)), z, None))
@@ -208,7 +208,6 @@ def test_maps_of_nothing(name, shape):
 
 
 OVER_CLASSES = [head for head in HEADS if not head.elementwise]
-over_heads = pytest.mark.parametrize("head", OVER_CLASSES, ids=lambda head: head.name)
 
 
 def loss_and_gradient(head, z, label):
@@ -219,19 +218,10 @@ def loss_and_gradient(head, z, label):
     return value, pullback(jnp.ones_like(value))[0]
 
 
-@over_heads
-def test_losses_of_nothing(head):
-    """No example: no loss. No class: a label has none to name, so NaN; a sum over none is 0."""
-    for shape in ((0, 3), (2, 0)):
-        loss, gradient = loss_and_gradient(head, jnp.zeros(shape), 0)
-        assert loss.shape == shape[:1] and gradient.shape == shape
-    np.testing.assert_array_equal(loss, [np.nan if "label" in head.kinds else 0.0] * 2)
-
-
 @pytest.mark.parametrize("head", [h for h in OVER_CLASSES if not h.absolute], ids=lambda head: head.name)
 def test_one_class(head):
     """p = 1, so loss and gradient are 0, of any logit."""
-    loss, gradient = loss_and_gradient(head, jnp.array([[0.0], [-3e4], [1e30]]), 1)
+    loss, gradient = jax.jit(lambda z: loss_and_gradient(head, z, 1))(jnp.array([[0.0], [-3e4], [1e30]]))
     assert np.all(np.asarray(loss) == 0) and np.all(np.asarray(gradient) == 0)
 
 

@@ -15,8 +15,15 @@ from jax.test_util import check_grads
 from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, shard_map
 from tests.registry import CASES, HEADS, case_id
 
-over_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
-over_batched = pytest.mark.parametrize("case", [c for c in CASES if c.batched], ids=case_id)
+DEFAULT = CASES[::2]  # the same half in every test, since the tests of a case share `computed`
+
+
+def over(cases: list):
+    marked = [case if case in DEFAULT else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=case_id)
+
+
+BATCHED = [c for c in CASES if c.batched]
 
 # One of each kind: all share the one decorator that knows of meshes.
 ON_A_MESH = {"softmax", "logsumexp_b", "entmax", "softmax_vjp", "softmax_cross_entropy_with_integer_labels"}
@@ -97,13 +104,13 @@ def transformed(case):
     return jax.jit(everything)
 
 
-@over_cases
+@over(CASES)
 def test_jit(case, x64):
     assert_close(case.fn(*case.cast("float64")), computed(case)["value"], VALUE_RTOL["float64"])
 
 
 @pytest.mark.slow
-@over_cases
+@over(CASES)
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
 def test_order_three(case, mode, x64):
     args = case.cast("float64")
@@ -118,7 +125,7 @@ def test_order_three(case, mode, x64):
     check_grads(f, tuple(args[i] for i in argnums), order=3, modes=(mode,), atol=1e-4, rtol=1e-4)
 
 
-@over_cases
+@over(CASES)
 def test_jvp_vjp_jacfwd_jacrev_agree(case, x64):
     got, args = computed(case), case.cast("float64")
     forward, value = got["jacfwd"], got["value"]
@@ -132,7 +139,7 @@ def test_jvp_vjp_jacfwd_jacrev_agree(case, x64):
 
 
 @pytest.mark.slow
-@over_cases
+@over(CASES)
 def test_hessian_vector_products_in_all_four_compositions(case, x64):
     args = case.cast("float64")
     tangents, (weights,) = directions(args), directions([jax.eval_shape(case.fn, *args)], seed=5)
@@ -159,7 +166,7 @@ def test_hessian_vector_products_in_all_four_compositions(case, x64):
     np.testing.assert_allclose(twice, dot(first), rtol=1e-9, atol=1e-12)
 
 
-@over_batched
+@over(BATCHED)
 def test_vmap_with_all_in_axes(case, x64):
     args, one = case.cast("float64"), jax.jit(case.fn)
     for axes, got in zip(all_axes(args), computed(case)["vmap"]):
@@ -167,7 +174,7 @@ def test_vmap_with_all_in_axes(case, x64):
         assert_close(got, np.stack([one(*row) for row in rows]), VALUE_RTOL["float64"])
 
 
-@over_batched
+@over(BATCHED)
 def test_batch_is_a_vmap(case):
     """Nothing flows from one example to another."""
     got, first = computed(case), case.args[case.argnums[0]]
@@ -178,20 +185,20 @@ def test_batch_is_a_vmap(case):
     assert_close(joint.sum(value_ndim), blocks, DERIVATIVE_RTOL["float64"])
 
 
-@over_batched
+@over(BATCHED)
 def test_scan_and_remat(case):
     got = computed(case)
     assert_close(got["scan"], got["value"], VALUE_RTOL["float64"])
     assert_close(got["scan and remat"], [got["jacfwd"][0]] * 2, DERIVATIVE_RTOL["float64"])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.batched], ids=case_id)
+@over([c for c in CASES if not c.batched])
 def test_remat(case):
     got = computed(case)
     assert_close(got["remat"], [got["jacfwd"][0]] * 2, DERIVATIVE_RTOL["float64"])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in {h.name for h in HEADS}], ids=case_id)
+@over([c for c in CASES if c.name not in {h.name for h in HEADS}])
 def test_dtypes(case):
     """Value and gradient in each dtype, against float64 at the same arguments; of heads in test_losses_optimized.py."""
 
@@ -212,7 +219,7 @@ def test_dtypes(case):
         assert_close(got, gradient, DERIVATIVE_RTOL[dtype], scale=scale)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ON_A_MESH], ids=case_id)
+@over([c for c in CASES if c.name in ON_A_MESH])
 def test_batch_sharded_over_a_mesh(case):
     """shard_map with its replication checks on, over the batch, in value and in both modes."""
     size = len(case.args[0])

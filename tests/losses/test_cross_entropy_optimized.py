@@ -12,6 +12,8 @@ from tests.losses.test_cross_entropy import ce
 
 EPS = float(np.finfo(np.float32).eps)
 
+DIFFERENTIATED = {f: (jax.value_and_grad(f), jax.jit(jax.value_and_grad(f))) for f in (ce, js.softmax_cross_entropy)}
+
 
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -27,7 +29,7 @@ def test_accuracy_over_gaps(gap, offset, label):
     bound = 2 * EPS * (1 + 2 * np.max(np.abs(z - z.max())))
     one_hot = jnp.asarray(np.eye(4, dtype=np.float32)[label])
     for f, target in ((ce, jnp.array(label)), (js.softmax_cross_entropy, one_hot)):
-        for g in (jax.value_and_grad(f), jax.jit(jax.value_and_grad(f))):
+        for g in DIFFERENTIATED[f]:
             value, slope = g(jnp.asarray(z), target)
             assert abs(float((mpmath.mpf(float(value)) - loss) / loss)) <= bound
             assert all(abs(float((mpmath.mpf(float(s)) - w) / w)) <= bound for s, w in zip(slope, gradient))

@@ -9,7 +9,10 @@ from tests.network.test_backpropagation import ACTIVATIONS, assert_close, backpr
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("batch", "bias"), [((), True), ((5,), False), ((2, 3), True)])
+@pytest.mark.parametrize(
+    ("batch", "bias"),
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in (((), True), ((5,), False))), ((2, 3), True)],
+)
 def test_backprop_is_grad(activation, batch, bias):
     """To a few ulp: the two sum in the same order."""
     loss, activation = jaxsoftmax.softmax_cross_entropy_with_integer_labels, ACTIVATIONS[activation]
