@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from tests.contract.test_losses import cast, over_heads
+from tests.contract.test_losses import cast
+from tests.helpers import one_in
+from tests.registry import HEADS
 from tests.registry.samples import Z
 
 
-@over_heads
+@pytest.mark.parametrize("head", one_in(2, HEADS), ids=lambda head: head.name)
 def test_half_precision_logits(head):
     """The loss is that of the same logits in float32; its gradient comes back in their dtype, rounded once."""
 

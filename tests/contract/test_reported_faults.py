@@ -254,7 +254,7 @@ def test_kl_gradient_where_log1p_is_off():
         np.testing.assert_allclose(got, 0.414207152253845805, rtol=1e-15)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+@pytest.mark.parametrize("head", one_in(2, HEADS), ids=lambda head: head.name)
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
 def test_heads_of_nothing(head, shape):
     """No example: no loss. No class: an index has none to name, so NaN; a sum over none is 0."""

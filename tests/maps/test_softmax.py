@@ -1,5 +1,7 @@
 """softmax, log_softmax and logsumexp: accuracy, special values, masks, residuals, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,9 @@ SPECIAL = [
 ]
 
 
+MAPS = "softmax", "log_softmax", "logsumexp"
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("logits, p, logp, lse", SPECIAL)
 def test_special_values(wrap, logits, p, logp, lse):
@@ -33,30 +38,34 @@ def test_special_values(wrap, logits, p, logp, lse):
         np.testing.assert_allclose(wrap(f)(z), np.array([want, plain], np.float32), rtol=3e-7)
 
 
+def derivatives(f):
+    return jax.jit(lambda z: (f(z), jax.jacfwd(f)(z), jax.jacrev(f)(z), jax.hessian(f)(z)))
+
+
+KEPT = np.array([True, False, True, True, False])
+MASKED = {name: derivatives(functools.partial(getattr(js, name), where=KEPT)) for name in MAPS}
+
+
 def test_an_excluded_class_has_no_derivative():
     z = jnp.array([1.0, -INF, 0.0])
     for f in (js.softmax, lambda z: js.log_softmax(z)[::2], js.logsumexp):
-        for differentiate in (jax.jacfwd, jax.jacrev):
-            assert np.all(np.asarray(differentiate(f)(z))[..., 1] == 0)
-        second = np.asarray(jax.hessian(f)(z))
+        _, forward, reverse, second = map(np.asarray, derivatives(f)(z))
+        assert np.all(forward[..., 1] == 0) and np.all(reverse[..., 1] == 0)
         assert np.all(second[..., 1, :] == 0) and not np.any(np.isnan(second))
 
 
 @pytest.mark.parametrize("behind", [0.0, NAN, INF, -INF])
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("name", MAPS)
 def test_masked_equals_compressed(name, behind):
     """Where a class is masked, everything is as if it were not there, whatever stands behind the mask."""
-    kept = np.array([True, False, True, True, False])
-    small = np.array([0.3, -1.0, 2.0], np.float32)
+    kept, small = KEPT, np.array([0.3, -1.0, 2.0], np.float32)
     z = np.full(5, behind, np.float32)
     z[kept] = small
     absent = 0.0 if name == "softmax" else -INF
     f, z = getattr(js, name), jnp.asarray(z)
     with jax.debug_nans(True):
-        got = np.asarray(f(z, where=kept))
-        grads = [np.asarray(d(lambda z: f(z, where=kept))(z)) for d in (jax.jacfwd, jax.jacrev)]
-        hessian = np.asarray(jax.hessian(lambda z: f(z, where=kept))(z))
-    want, jacobian = np.asarray(f(jnp.asarray(small))), np.asarray(jax.jacrev(f)(jnp.asarray(small)))
+        got, *grads, hessian = map(np.asarray, MASKED[name](z))
+    want, jacobian, _, second = map(np.asarray, derivatives(f)(jnp.asarray(small)))
     if name != "logsumexp":
         assert np.all(got[~kept] == absent)
         got, grads, hessian = got[kept], [g[kept] for g in grads], hessian[kept]
@@ -65,8 +74,7 @@ def test_masked_equals_compressed(name, behind):
         np.testing.assert_allclose(g[..., kept], jacobian, rtol=1e-5, atol=1e-7)
         assert np.all(g[..., ~kept] == 0)
     assert np.all(hessian[..., ~kept, :] == 0) and np.all(hessian[..., ~kept] == 0)
-    want = jax.hessian(f)(jnp.asarray(small))
-    np.testing.assert_allclose(hessian[..., kept, :][..., kept], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(hessian[..., kept, :][..., kept], second, rtol=1e-5, atol=1e-6)
 
 
 def test_fully_masked_slice():

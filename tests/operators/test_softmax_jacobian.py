@@ -130,26 +130,26 @@ def test_from_probs_is_from_logits(case):
     assert_close((one.probs, one.scale), (other.probs, other.scale), rtol=0.0)
 
 
-def test_dense_derivatives_are_autodiffs(x64):
-    for z in (logits((4,)), logits((2, 3), gap=6.0), logits((3, 1))):
-        z = jnp.asarray(z)
-        batch = (lambda f: jax.jit(jax.vmap(f))) if z.ndim > 1 else jax.jit
-        second = batch(jax.jacfwd(jax.jacrev(jax.nn.softmax)))(z)
-        third = batch(jax.jacfwd(jax.jacfwd(jax.jacrev(jax.nn.softmax))))(z)
-        assert_close(softmax_jacobian(z), batch(jax.jacrev(jax.nn.softmax))(z), rtol=1e-15, scale=1.0)
-        assert_close(softmax_hessian(z), second, rtol=1e-15, scale=1.0)
-        assert_close(batch(jax.jacfwd(softmax_jacobian))(z), second, rtol=1e-15, scale=1.0)
-        assert_close(batch(jax.jacrev(softmax_jacobian))(z), second, rtol=1e-15, scale=1.0)
-        assert_close(batch(jax.jacrev(jax.jacfwd(softmax_jacobian)))(z), third, rtol=3e-15, scale=1.0)
-        assert_close(batch(jax.jacrev(softmax_hessian))(z), third, rtol=3e-15, scale=1.0)
-        p = jax.nn.softmax(z)
-        u, v, w = (logits(z.shape, seed=s) for s in (1, 2, 3))
-        products = (
-            jnp.einsum("...ijk,...j,...k->...i", second, u, v),
-            jnp.einsum("...ijkl,...j,...k,...l->...i", third, u, v, w),
-        )
-        got = softmax_second_derivative(u, v, p), softmax_third_derivative(u, v, w, p)
-        assert_close(got, products, rtol=1e-14, scale=1.0)
+@pytest.mark.parametrize("z", one_in(3, [logits((4,)), logits((2, 3), gap=6.0), logits((3, 1))], 1), ids=np.shape)
+def test_dense_derivatives_are_autodiffs(z, x64):
+    z = jnp.asarray(z)
+    batch = (lambda f: jax.jit(jax.vmap(f))) if z.ndim > 1 else jax.jit
+    second = batch(jax.jacfwd(jax.jacrev(jax.nn.softmax)))(z)
+    third = batch(jax.jacfwd(jax.jacfwd(jax.jacrev(jax.nn.softmax))))(z)
+    assert_close(softmax_jacobian(z), batch(jax.jacrev(jax.nn.softmax))(z), rtol=1e-15, scale=1.0)
+    assert_close(softmax_hessian(z), second, rtol=1e-15, scale=1.0)
+    assert_close(batch(jax.jacfwd(softmax_jacobian))(z), second, rtol=1e-15, scale=1.0)
+    assert_close(batch(jax.jacrev(softmax_jacobian))(z), second, rtol=1e-15, scale=1.0)
+    assert_close(batch(jax.jacrev(jax.jacfwd(softmax_jacobian)))(z), third, rtol=3e-15, scale=1.0)
+    assert_close(batch(jax.jacrev(softmax_hessian))(z), third, rtol=3e-15, scale=1.0)
+    p = jax.nn.softmax(z)
+    u, v, w = (logits(z.shape, seed=s) for s in (1, 2, 3))
+    products = (
+        jnp.einsum("...ijk,...j,...k->...i", second, u, v),
+        jnp.einsum("...ijkl,...j,...k,...l->...i", third, u, v, w),
+    )
+    got = softmax_second_derivative(u, v, p), softmax_third_derivative(u, v, w, p)
+    assert_close(got, products, rtol=1e-14, scale=1.0)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1, -3])
