@@ -20,7 +20,7 @@ def their_tests(module, ours: set[str]) -> list[unittest.TestCase]:
     return [case(method) for case in cases for method in unittest.defaultTestLoader.getTestCaseNames(case)]
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("kind", ["regression", pytest.param("classification", marks=pytest.mark.slow)])
 def test_theirs(kind, monkeypatch):
     module = pytest.importorskip(f"optax.losses._{kind}_test")
     theirs, used = getattr(module, f"_{kind}"), set()
