@@ -173,7 +173,7 @@ MUTANTS = [
         "losses/divergences_of_logits.py",
         "return ct * difference(x, z, sums, axis), ct * dz",
         "return ct * difference(x, z, sums, axis), -ct * dz",
-        f"{TRANSFORMS} -k 'softmax_kl and jacrev'",
+        f"{TRANSFORMS} -k 'softmax_kl and quotients'",
     ),
     Mutant(
         "logistic: positive weight missing in the gradient",
@@ -298,7 +298,6 @@ def who_notices(mutant: Mutant, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {} if "_optimized" in mutant.tests else QUICK
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
-    command += shlex.split(mutant.tests)
     try:
         done = subprocess.run(
             [*command, *shlex.split(mutant.tests)],
@@ -310,7 +309,7 @@ def who_notices(mutant: Mutant, folder: Path) -> str:
         )
     finally:
         path.write_text(whole, encoding="utf-8")
-    if done.returncode == 0:
+    if done.returncode in (0, 5):  # all passed, or none of them runs by default
         return ""
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     if done.returncode != 1 or found is None:
