@@ -133,7 +133,7 @@ def test_equals_full_logits_in_every_order(options, reduction, x64):
     assert_equal_to_full_logits(orders, fused, options, reduction)
 
 
-@pytest.mark.parametrize("options,reduction", [pytest.param("weighted", "mean", marks=SLOW), ("everything", "none")])
+@pytest.mark.parametrize("options,reduction", [("weighted", "mean"), ("everything", "none")])
 def test_equals_full_logits(options, reduction, x64):
     assert_equal_to_full_logits(first_orders, fused, options, reduction)
 
