@@ -170,7 +170,36 @@ J = [
         out=WHOLE,
     ),
 ]
-CASES = HEADS + MAPS + J
+
+
+def hessian(name, loss, *args, **options):
+    """Products, solution and norms of a loss Hessian at logits z; the labels where `args` have no targets."""
+
+    def fn(z, v, *rest, axis_name):
+        *targets, labels, mask = rest
+        where = {"where": mask} if "where" in options else {}
+        H = js.logits_hessian(loss, z, *(targets or [labels]), axis_name=axis_name, **{**options, **where})
+        numbers = H.frobenius_norm() + H.logdet(30.0) + H.trace() + H.quadratic_form(v)
+        return H.mv(v) + 10 * H.solve(v, 30.0) + H.diagonal() + numbers[:, None]
+
+    return case(f"hessian_{name}", fn, Z, X, *args, out=CLASSES, reductions=None)
+
+
+HESSIANS = [
+    hessian("options", ce, label_smoothing=0.1, z_loss=0.1, ignore_index=4, logit_softcap=3.0, where=MASK),
+    hessian("focal", js.focal_loss_with_integer_labels, where=MASK),
+    hessian("soft", js.softmax_cross_entropy, Y, logit_temperature=2.0),
+    hessian("poly", js.poly_loss_cross_entropy, Y),
+    hessian("brier", js.brier_loss, Y, logit_softcap=3.0),
+    hessian("divergence", js.softmax_kl_divergence, X, where=MASK),
+    hessian("jensen_shannon", js.jensen_shannon_divergence, X),
+    hessian("entmax", js.entmax_loss, where=MASK),
+    hessian("sparsemax", js.multiclass_sparsemax_loss),
+    hessian("kl", js.kl_divergence, Y),
+    hessian("generalized_kl", js.generalized_kl_divergence, Y),
+    hessian("squared", js.sum_squared_error, X),
+]
+CASES = HEADS + MAPS + J + HESSIANS
 
 
 @functools.cache
@@ -203,8 +232,10 @@ def everywhere(args):
 
 @pytest.mark.parametrize(
     ("case", "place"),
-    [(c, TWO) for c in CASES] + [(c, FOUR) for c in FEW],
-    ids=[c.name for c in CASES] + [f"{c.name}_four" for c in FEW],
+    [
+        *(pytest.param(c, TWO, id=c.name, marks=pytest.mark.slow if c in HESSIANS[2:] else ()) for c in CASES),
+        *(pytest.param(c, FOUR, id=f"{c.name}_four") for c in FEW),
+    ],
 )
 def test_value_and_gradient_are_those_of_one_device(case, place, x64):
     args = tuple(map(jnp.asarray, case.args))
@@ -236,7 +267,7 @@ def test_forward_mode_and_hessian_products(case, x64):
     assert_close(got, products(case.on(None))(*args), 10 * DERIVATIVE_RTOL["float64"])
 
 
-@few
+@pytest.mark.parametrize("case", FEW + HESSIANS[:1], ids=lambda case: case.name)
 def test_without_the_checks_of_shard_map(case, x64):
     """With check_vma=False the cotangent of a shared result reaches the devices in shares, in both modes."""
     args = tuple(map(jnp.asarray, case.args))
@@ -346,7 +377,7 @@ def test_samples_have_the_covariance():
 
 
 @pytest.mark.parametrize(
-    "method", ["as_matrix", "eigvalsh", "eigh", "spectral_norm"] + [lambda J: J.null_space().frobenius_norm()]
+    "method", ["as_matrix", "eigvalsh", "eigh", "spectral_norm"] + [lambda J: J.null_space().as_matrix()]
 )
 def test_what_needs_all_classes_says_so(method):
     def call(z):
@@ -356,6 +387,21 @@ def test_what_needs_all_classes_says_so(method):
     split = shard_map(call, mesh=meshes(), in_specs=P(None, "columns"), out_specs=P())
     with pytest.raises(TypeError, match=r"all classes.*all_gather.*shard_map"):
         jax.eval_shape(split, jnp.zeros((B, K)))
+
+
+@pytest.mark.parametrize("dense", [js.softmax_jacobian, js.softmax_hessian])
+def test_dense_derivatives_need_all_classes(dense):
+    split = shard_map(
+        functools.partial(dense, axis_name="columns"), mesh=meshes(), in_specs=P(None, "columns"), out_specs=P()
+    )
+    with pytest.raises(TypeError, match=f"{dense.__name__} needs all classes.*all_gather.*products"):
+        jax.eval_shape(split, jnp.zeros((B, K)))
+
+
+def test_what_works_element_by_element_takes_no_axis_name():
+    zeros = jnp.zeros((B, K))
+    with pytest.raises(TypeError, match="axis_name='columns' .* sigmoid_binary_cross_entropy works element by element"):
+        js.logits_hessian(js.sigmoid_binary_cross_entropy, zeros, zeros, axis_name="columns")
 
 
 @pytest.mark.parametrize(

@@ -133,13 +133,19 @@ def axes(axis: Any, ndim: int, name: str = "axis") -> tuple[int, ...]:
     return found
 
 
-def mesh_axes(axis_name: Any) -> tuple[str, ...]:
-    """The mesh axes that `axis_name` (a name, a tuple of names, or None for none) stands for."""
-    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+def axis_names(argument: str, value: Any) -> tuple[str, ...]:
+    """The mesh axes that the value of an argument (a name, a tuple of names, or None for none) stands for."""
+    names = () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}")
+        raise TypeError(f"{argument} must be the name of a mesh axis or a tuple of names, got {value!r}")
     if len(set(names)) != len(names):
-        raise ValueError(f"axis_name={axis_name!r} names a mesh axis twice")
+        raise ValueError(f"{argument}={value!r} names a mesh axis twice")
+    return names
+
+
+def mesh_axes(axis_name: Any) -> tuple[str, ...]:
+    """The mesh axes of a `jax.shard_map` that `axis_name` stands for."""
+    names = axis_names("axis_name", axis_name)
     try:
         lax.psum(1, names)
     except NameError:
@@ -147,6 +153,16 @@ def mesh_axes(axis_name: Any) -> tuple[str, ...]:
             f"axis_name={axis_name!r} needs a jax.shard_map over a mesh with that axis around it"
         ) from None
     return names
+
+
+def all_classes(what: str, names: tuple[str, ...]) -> None:
+    """Raise where the classes are split over mesh axes, for what cannot be had of blocks of them."""
+    if names:
+        raise TypeError(
+            f"{what} needs all classes, and they are split over {names}: take the whole logits, "
+            f"jax.lax.all_gather(x, {names}, axis=-1, tiled=True), or work on global arrays outside jax.shard_map; "
+            "products with an operator at split logits need no gathering"
+        )
 
 
 def integer(name: str, value: Any) -> int:

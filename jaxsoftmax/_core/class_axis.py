@@ -92,8 +92,17 @@ def shared_cotangent(ct: Array, axis: Axis) -> Array:
 
     With `check_vma=False` nobody keeps track of what they share, and each device gets a part of it.
     """
+    return lax.psum(ct, _mesh_axes(axis)) if _in_parts(axis) else ct
+
+
+def part_of_one(axis: Axis) -> float:
+    """The device's part of the cotangent 1 of a result that every device shares."""
+    return 1 / lax.psum(1, _mesh_axes(axis)) if _in_parts(axis) else 1.0
+
+
+def _in_parts(axis: Axis) -> bool:
     names = _mesh_axes(axis)
-    return lax.psum(ct, names) if names and not mesh_axes(lax.axis_index(names)) else ct
+    return bool(names) and not mesh_axes(lax.axis_index(names))
 
 
 def _per_slice(f: Callable[..., Array]) -> Callable[..., Array]:
@@ -146,7 +155,7 @@ def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     if _is_fused(m) or _mesh_axes(axis):
         return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
     # Both sums as one, over an axis of length 2 before that of the classes, so that e is not kept for a second one.
-    (position,) = positions(axis)
+    position = positions(axis)[0] % z.ndim
     e, tops = jnp.expand_dims(e, position), jnp.expand_dims(tops, position)
     without = lax.broadcasted_iota(z.dtype, [2 if i == position else 1 for i in range(e.ndim)], position)
     both = class_sum(e - without * tops, position + 1)

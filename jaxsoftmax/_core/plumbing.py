@@ -24,11 +24,21 @@ def typed_like(z: Array, x: Array) -> Array:
 
 
 def sharded_like(z: Array, x: Array) -> Array:
-    """x, of the shape of z, split as z is by mesh axes of type Explicit."""
+    """x, split as z is by mesh axes of type Explicit."""
     wanted = getattr(jax.typeof(z), "sharding", None)
     if wanted is None or wanted.spec == jax.typeof(x).sharding.spec:
         return x
     return jax.sharding.reshard(x, wanted)
+
+
+def whole(x: Array) -> Array:
+    """x, on every device in full also where mesh axes of type Explicit split it."""
+    return jax.sharding.reshard(x, placement(x)) if any(split_axes_of(x)) else x
+
+
+def placement(x: Array, *names: Any) -> jax.sharding.NamedSharding:
+    """A sharding on the mesh of x by the mesh axes that split each axis, None for none."""
+    return jax.sharding.NamedSharding(jax.typeof(x).sharding.mesh, jax.sharding.PartitionSpec(*names))
 
 
 def split_axes_of(x: Array) -> tuple:
@@ -36,15 +46,33 @@ def split_axes_of(x: Array) -> tuple:
     return tuple(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
 
 
-def in_auto_mode(fun: Callable, x: Array, *specs: tuple) -> Any:
-    """fun(x), where XLA and not the types divide the work if mesh axes of type Explicit split x.
+def tensordot(a: Array, b: Array, axes: tuple, like: Array | None = None) -> Array:
+    """`jnp.tensordot`, also where mesh axes of type Explicit split what it sums over.
+
+    Args:
+      a, b, axes: as there, the axes an integer or a tuple for each.
+      like: an array that is split as the result is to be; None for as a, then b are along their other axes.
+    """
+    of_a, of_b = (tuple(i % x.ndim for i in ((n,) if isinstance(n, int) else n)) for n, x in zip(axes, (a, b)))
+    out, split = None, [x for x in (a, b) if any(split_axes_of(x))]
+    if split and like is not None:
+        out = placement(split[0], *split_axes_of(like))
+    elif split:
+        kept = [name for x, gone in ((a, of_a), (b, of_b)) for i, name in enumerate(split_axes_of(x)) if i not in gone]
+        out = placement(split[0], *(name if name not in kept[:i] else None for i, name in enumerate(kept)))
+    return lax.dot_general(a, b, ((of_a, of_b), ((), ())), out_sharding=out)
+
+
+def in_auto_mode(fun: Callable, x: Any, *specs: tuple) -> Any:
+    """fun(x), where XLA and not the types divide the work if mesh axes of type Explicit split arrays of x.
 
     Args:
       fun: function of x.
-      x: an array.
-      specs: for each result and each of its axes the mesh axes that split it, None for none.
+      x: a pytree of arrays.
+      specs: for each result, a pytree of arrays too, and each of its first axes the mesh axes that split it, None for
+        none.
     """
-    if not any(split_axes_of(x)):
+    if not any(any(split_axes_of(leaf)) for leaf in jax.tree.leaves(x)):
         return fun(x)
     out = tuple(jax.sharding.PartitionSpec(*spec) for spec in specs)
     return jax.sharding.auto_axes(fun, out_sharding=out if len(specs) > 1 else out[0])(x)

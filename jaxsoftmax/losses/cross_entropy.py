@@ -318,50 +318,57 @@ soft_label_gradient.defvjp(_soft_label_gradient_fwd, _soft_label_gradient_bwd)
 
 @curvature_of(softmax_cross_entropy_with_integer_labels)
 def _integer_curvature(
-    logits, labels, axis=-1, where=None, *, label_smoothing=0.0, class_weights=None, ignore_index=None, z_loss=0.0
-) -> Curvature:
+    logits, labels, axis=-1, where=None, *, label_smoothing=0.0, class_weights=None, ignore_index=None, z_loss=0.0,
+    axis_name=None,
+) -> Curvature:  # fmt: skip
     options = label_smoothing, class_weights, ignore_index, z_loss
-    return _integer_operators(*on_last_axis(*_integer_arguments(logits, labels, axis, None, where, *options)))
+    return _integer_operators(*on_last_axis(*_integer_arguments(logits, labels, axis, axis_name, where, *options)))
 
 
 @curvature_of(softmax_cross_entropy, safe_softmax_cross_entropy)
-def _soft_curvature(logits, labels, axis=-1, where=None) -> Curvature:
-    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, axis, None, where)))
+def _soft_curvature(logits, labels, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, axis, axis_name, where)))
 
 
-@functools.partial(jax.jit, inline=True)
-def _integer_operators(logits, labels, mask, class_weights, smooth, penalty) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, -1)
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axis) -> Curvature:
+    z = num.present(*dtypes.widen(logits), mask, axis)
     weights = jnp.broadcast_to(1.0 if class_weights is None else class_weights, z.shape).astype(z.dtype)
     weights = sharded_like(z, weights)
-    weight = num.take_class(weights, num.class_labels(labels, z.shape[-1])[..., None], -1)
+    weight = num.take_class(weights, num.class_labels(labels, num.num_classes(z, axis))[..., None], axis)
     if smooth is not None:
         exists = z > -jnp.inf
-        count = jnp.maximum(num.class_sum(exists.astype(z.dtype), -1), 1)
+        count = jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)
         smooth = jnp.asarray(smooth, z.dtype)
-        weight = (1 - smooth) * weight + smooth * num.class_sum(jnp.where(exists, weights / count, 0.0), -1)
-    return categorical(z, only_examples(mask, weight), draw_labels, _label_score, penalty, mask)
+        weight = (1 - smooth) * weight + smooth * num.class_sum(jnp.where(exists, weights / count, 0.0), axis)
+    return categorical(z, only_examples(mask, weight, axis), draw_labels, _label_score, axis, penalty, mask)
 
 
-@functools.partial(jax.jit, inline=True)
-def _soft_operators(logits, labels, mask) -> Curvature:
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _soft_operators(logits, labels, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, weight = num.present(logits, mask, -1), num.class_sum(num.zero_absent(y, mask), -1)
-    return categorical(z, only_examples(mask, weight), draw_one_hot, soft_label_score)
+    z, weight = num.present(logits, mask, axis), num.class_sum(num.zero_absent(y, mask), axis)
+    return categorical(z, only_examples(mask, weight, axis), draw_one_hot, soft_label_score, axis)
 
 
 def categorical(
-    z: Array, weight: Array, draw: Callable, score: Callable, penalty: Any = None, mask: Array | None = None
+    z: Array,
+    weight: Array,
+    draw: Callable,
+    score: Callable,
+    axis: num.ClassAxis,
+    penalty: Any = None,
+    mask: Array | None = None,
 ) -> Curvature:
     """The operators of weight · (lse(z) - …) + ζ lse(z)², whose second term is no part of the likelihood."""
-    p = softmax_of(z, z.ndim - 1)
-    likelihood = SoftmaxJacobian(p, weight)
-    fisher = SoftmaxJacobian(p, weight, Likelihood(z, weight, draw, score))
+    p = softmax_of(z, axis)
+    likelihood = SoftmaxJacobian(p, weight, axis=axis)
+    fisher = SoftmaxJacobian(p, weight, Likelihood(z, weight, draw, score), axis)
     if penalty is None:
         return Curvature(likelihood, likelihood, fisher)
-    slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape))
-    hessian = DiagonalPlusLowRank((weight + slope * logsumexp_of(z, z.ndim - 1)) * p, p, slope)
-    return Curvature(hessian, DiagonalPlusLowRank(weight * p, p, slope), fisher)
+    slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape), axis)
+    hessian = DiagonalPlusLowRank((weight + slope * logsumexp_of(z, axis)) * p, p, slope, axis=axis)
+    return Curvature(hessian, DiagonalPlusLowRank(weight * p, p, slope, axis=axis), fisher)
 
 
 def draw_labels(key: Array, z: Array, shape: tuple[int, ...]) -> Array:

@@ -284,18 +284,19 @@ log_ratio.defvjp(_log_ratio_fwd, _log_ratio_bwd)
 
 
 @curvature_of(softmax_kl_divergence)
-def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -> Curvature:
-    return _kl_operators(*on_last_axis(*_arguments(logits, target_logits, axis, None, where, temperature)))
+def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0, *, axis_name=None) -> Curvature:
+    return _kl_operators(*on_last_axis(*_arguments(logits, target_logits, axis, axis_name, where, temperature)))
 
 
-@functools.partial(jax.jit, inline=True)
-def _kl_operators(logits, targets, mask, temperature) -> Curvature:
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
     x, z = dtypes.widen(logits, targets)
-    x, z = _tempered(x, z, mask, temperature, x.ndim - 1)
-    p = softmax_of(x, x.ndim - 1)
-    scale = only_examples(mask, jnp.ones_like(p[..., :1])) / jnp.asarray(temperature, x.dtype) ** 2
-    hessian, model = SoftmaxJacobian(p, scale), Likelihood(x, scale, _draw_target_logits, _target_score)
-    return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, model))
+    x, z = _tempered(x, z, mask, temperature, axis)
+    p = softmax_of(x, axis)
+    one = jnp.ones_like(num.class_max(lax.stop_gradient(p), axis))
+    scale = only_examples(mask, one, axis) / jnp.asarray(temperature, x.dtype) ** 2
+    hessian, model = SoftmaxJacobian(p, scale, axis=axis), Likelihood(x, scale, _draw_target_logits, _target_score)
+    return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, model, axis))
 
 
 def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
@@ -307,17 +308,20 @@ def _target_score(x: Array, target_logits: Array) -> Array:
 
 
 @curvature_of(jensen_shannon_divergence)
-def _jensen_shannon_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0) -> Curvature:
-    return _jensen_shannon_operators(*on_last_axis(*_arguments(logits, target_logits, axis, None, where, temperature)))
+def _jensen_shannon_curvature(
+    logits, target_logits, axis=-1, where=None, temperature=1.0, *, axis_name=None
+) -> Curvature:
+    arguments = _arguments(logits, target_logits, axis, axis_name, where, temperature)
+    return _jensen_shannon_operators(*on_last_axis(*arguments))
 
 
-@functools.partial(jax.jit, inline=True)
-def _jensen_shannon_operators(logits, targets, mask, temperature) -> Curvature:
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _jensen_shannon_operators(logits, targets, mask, temperature, axis) -> Curvature:
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
     x, z = dtypes.widen(logits, targets)
-    axis, scale = x.ndim - 1, 1 / jnp.asarray(temperature, x.dtype)
+    scale = 1 / jnp.asarray(temperature, x.dtype)
     x, z = _tempered(x, z, mask, temperature, axis)
     ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)
     gradient = jacobian_product(log_double_sigmoid(ratio), p, axis) / 2
-    operators = of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask)
+    operators = of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask, axis)
     return Curvature(operators.hessian.scaled(scale * scale), operators.gauss_newton.scaled(scale * scale))

@@ -232,22 +232,24 @@ _excess.defvjp(lambda logq, t: (_excess(logq, t), logq), lambda logq, ct: (ct * 
 
 
 @curvature_of(kl_divergence)
-def _kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
-    return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, None, where)))
+def _kl_curvature(log_predictions, targets, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, axis_name, where)))
 
 
 @curvature_of(kl_divergence_with_log_targets)
-def _log_kl_curvature(log_predictions, log_targets, axis=-1, where=None) -> Curvature:
-    return _no_curvature(*on_last_axis(*_arguments(log_predictions, log_targets, "log_targets", axis, None, where)))
+def _log_kl_curvature(log_predictions, log_targets, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    arguments = _arguments(log_predictions, log_targets, "log_targets", axis, axis_name, where)
+    return _no_curvature(*on_last_axis(*arguments))
 
 
-def _no_curvature(log_predictions: Array, *_) -> Curvature:
-    zero = DiagonalPlusLowRank(jnp.zeros_like(*dtypes.widen(log_predictions)))
+def _no_curvature(log_predictions: Array, _, __, axis: num.ClassAxis) -> Curvature:
+    zero = DiagonalPlusLowRank(jnp.zeros_like(*dtypes.widen(log_predictions)), axis=axis)
     return Curvature(zero, zero)
 
 
 @curvature_of(generalized_kl_divergence)
-def _generalized_kl_curvature(log_predictions, targets, axis=-1, where=None) -> Curvature:
-    log_predictions, _, mask = on_last_axis(*_arguments(log_predictions, targets, "targets", axis, None, where))
-    hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask))
+def _generalized_kl_curvature(log_predictions, targets, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    arguments = _arguments(log_predictions, targets, "targets", axis, axis_name, where)
+    log_predictions, _, mask, axis = on_last_axis(*arguments)
+    hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask), axis=axis)
     return Curvature(hessian, hessian)

@@ -302,25 +302,24 @@ def _binary_residual(z: Array, y: Array) -> Array:
 
 
 @curvature_of(entmax_loss)
-def _entmax_curvature(logits, labels, alpha=1.5, axis=-1, where=None) -> Curvature:
-    return _entmax_operators(*on_last_axis(*_arguments(logits, labels, alpha, axis, None, where)))
+def _entmax_curvature(logits, labels, alpha=1.5, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _entmax_operators(*on_last_axis(*_arguments(logits, labels, alpha, axis, axis_name, where)))
 
 
 @curvature_of(multiclass_sparsemax_loss)
-def _sparsemax_curvature(scores, labels) -> Curvature:
+def _sparsemax_curvature(scores, labels, *, axis_name=None) -> Curvature:
     labels = checks.as_labels("labels", labels)
-    return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, None, None)))
+    return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, axis_name, None)))
 
 
-@functools.partial(jax.jit, static_argnames=("exact",), inline=True)
-def _entmax_operators(logits, labels, alpha, mask, exact) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, -1)
-    axis = z.ndim - 1
+@functools.partial(jax.jit, static_argnames=("exact", "axis"), inline=True)
+def _entmax_operators(logits, labels, alpha, mask, exact, axis) -> Curvature:
+    z = num.present(*dtypes.widen(logits), mask, axis)
     alpha = order_of(z, alpha, exact, axis)
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         total = total + 0.0 * num.class_sum(one_hot(labels, z, axis), axis)  # NaN for a label that is no class
-    hessian = SoftmaxJacobian(pi, only_examples(mask, total))
+    hessian = SoftmaxJacobian(pi, only_examples(mask, total, axis), axis=axis)
     return Curvature(hessian, hessian)
 
 

@@ -193,34 +193,34 @@ error.defvjp(_error_fwd, _error_bwd)
 
 
 @curvature_of(softmax_entropy)
-def _entropy_curvature(logits, axis=-1, where=None) -> Curvature:
-    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, None, where)))
+def _entropy_curvature(logits, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, axis_name, where)))
 
 
-@functools.partial(jax.jit, inline=True)
-def _entropy_operators(logits, mask) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, -1)
-    p, axis = softmax_of(z, z.ndim - 1), z.ndim - 1
-    return of_probabilities(p, -p, -jacobian_product(_below(z, num.class_max(z, axis)), p, axis), mask)
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _entropy_operators(logits, mask, axis) -> Curvature:
+    z = num.present(*dtypes.widen(logits), mask, axis)
+    p = softmax_of(z, axis)
+    return of_probabilities(p, -p, -jacobian_product(_below(z, num.class_max(z, axis)), p, axis), mask, axis)
 
 
 @curvature_of(brier_loss)
-def _brier_curvature(logits, labels, axis=-1, where=None) -> Curvature:
-    return _brier_operators(*on_last_axis(*_brier_arguments(logits, labels, axis, None, where)))
+def _brier_curvature(logits, labels, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _brier_operators(*on_last_axis(*_brier_arguments(logits, labels, axis, axis_name, where)))
 
 
-@functools.partial(jax.jit, inline=True)
-def _brier_operators(logits, labels, mask) -> Curvature:
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _brier_operators(logits, labels, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, y, axis = num.present(logits, mask, -1), num.zero_absent(y, mask), logits.ndim - 1
+    z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
     p = softmax_of(z, axis)
     others = num.class_sum(below_half(p), axis)
     # p - y as `error` has it, in arithmetic: the sums of the products fuse with it.
     off = (is_top(p) - y) + below_half(p) - is_top(p) * others
-    return of_probabilities(p, p * p, jacobian_product(off, p, axis), mask)
+    return of_probabilities(p, p * p, jacobian_product(off, p, axis), mask, axis)
 
 
-def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None) -> Curvature:
+def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None, axis: num.ClassAxis) -> Curvature:
     """The operators of Σ φ(p_k), from b = φ″ p² and the gradient in the logits."""
-    hessian = DiagonalPlusLowRank(only_examples(mask, b + gradient), centre=p)
-    return Curvature(hessian, DiagonalPlusLowRank(only_examples(mask, b), centre=p))
+    parts = (only_examples(mask, weights, axis) for weights in (b + gradient, b))
+    return Curvature(*(DiagonalPlusLowRank(weights, p, axis=axis) for weights in parts))

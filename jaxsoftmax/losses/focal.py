@@ -243,8 +243,8 @@ one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 
 
 @curvature_of(focal_loss_with_integer_labels)
-def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None) -> Curvature:
-    return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, None, where)))
+def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, axis_name, where)))
 
 
 @functools.partial(
@@ -283,7 +283,7 @@ class FunctionOfLoss(DiagonalPlusLowRank):
         # J and g see no constant: w = u - u_top, Ju = p∘(w - <p,w>) and <g,u> = <p,w> - w_c.
         p = self.centre
         assert p is not None
-        axis = p.ndim - 1
+        axis = self.axis
         top = num.class_sum(is_top(p) * u, axis)
         w = u - top
         mean = num.class_sum(below_half(p) * w, axis)
@@ -292,34 +292,33 @@ class FunctionOfLoss(DiagonalPlusLowRank):
         return self.first * (below_half(p) * w - p * mean) + self.second * along * gradient
 
 
-@functools.partial(jax.jit, inline=True)
-def _focal_operators(logits, labels, gamma, mask) -> Curvature:
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
-    z = num.present(*dtypes.widen(logits), mask, -1)
-    gamma, axis = jnp.asarray(gamma, z.dtype), z.ndim - 1
-    label = num.class_labels(labels, z.shape[-1])[..., None]
+    z = num.present(*dtypes.widen(logits), mask, axis)
+    gamma, label = jnp.asarray(gamma, z.dtype), num.class_labels(labels, num.num_classes(z, axis))[..., None]
     m, _, total = label_sums(z, label, axis)
     p = probabilities(z, m, total, axis)
     # u ≥ tiny^0.9, so that u^(γ-1) is finite for γ ≥ 0 and the last tenth is left to its factors; s as in `finite`.
     s = jnp.clip(margin(z, label, axis), -1e9, -0.9 * jnp.log(jnp.finfo(z.dtype).tiny))
     u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
-    slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)))
-    bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss))
+    slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)), axis)
+    bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss), axis)
     weights = slope * p + bend * (1 - num.other_classes(z, label, axis))
-    hessian = FunctionOfLoss(weights, p, first=slope, second=bend, label=label, missed=u)
-    return Curvature(hessian, SoftmaxJacobian(p, slope))
+    hessian = FunctionOfLoss(weights, p, axis=axis, first=slope, second=bend, label=label, missed=u)
+    return Curvature(hessian, SoftmaxJacobian(p, slope, axis=axis))
 
 
 @curvature_of(poly_loss_cross_entropy)
-def _poly_curvature(logits, labels, epsilon=2.0, axis=-1, where=None) -> Curvature:
-    return _poly_operators(*on_last_axis(*_poly_arguments(logits, labels, epsilon, axis, None, where)))
+def _poly_curvature(logits, labels, epsilon=2.0, axis=-1, where=None, *, axis_name=None) -> Curvature:
+    return _poly_operators(*on_last_axis(*_poly_arguments(logits, labels, epsilon, axis, axis_name, where)))
 
 
-@functools.partial(jax.jit, inline=True)
-def _poly_operators(logits, labels, epsilon, mask) -> Curvature:
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _poly_operators(logits, labels, epsilon, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, y = num.present(logits, mask, -1), num.zero_absent(y, mask)
-    p, mass = softmax_of(z, z.ndim - 1), num.class_sum(y, -1)
-    weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p))
-    outer = SoftmaxJacobian(p, only_examples(mask, mass))
-    return Curvature(DiagonalPlusLowRank(only_examples(mask, weights), centre=p), outer)
+    z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
+    p, mass = softmax_of(z, axis), num.class_sum(y, axis)
+    weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p, axis))
+    outer = SoftmaxJacobian(p, only_examples(mask, mass, axis), axis=axis)
+    return Curvature(DiagonalPlusLowRank(only_examples(mask, weights, axis), p, axis=axis), outer)

@@ -7,6 +7,7 @@ vector in U (`jaxsoftmax.operators`). Where the logits are capped first, x = x(z
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import class_axis as num
 from jaxsoftmax.losses.softcap import cap_derivatives, capped
 from jaxsoftmax.operators.base import SymmetricOperator
 
@@ -64,7 +66,8 @@ def logits_hessian(
       *args: what `loss` takes after the logits.
       logit_softcap: cap c, for the Hessian of loss(softcap_logits(logits, c), …).
       logit_temperature: T, for that of loss(logits / T, …); with a cap, of loss(softcap_logits(logits, c) / T, …).
-      **kwargs: the options of `loss`, `where` included; `axis`, if it is given, must be the last.
+      **kwargs: the options of `loss`, `where` included; `axis`, if it is given, must be the last. With `axis_name`,
+        inside `jax.shard_map`, every vector of the operator is this device's block of classes.
 
     Returns:
       Operator of shape (..., K, K): mv, @, quadratic_form, diagonal, trace, as_matrix, solve(v, damping),
@@ -87,7 +90,8 @@ def logits_hessian(
     if x is None:
         return head.hessian
     scale = 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, x.dtype)
-    gradient = jax.grad(lambda x: jnp.sum(loss(x * scale, *args, **kwargs)))(x)
+    part = num.part_of_one(head.hessian.axis)
+    gradient = jax.grad(lambda x: part * jnp.sum(loss(x * scale, *args, **kwargs)))(x)
     slope, bend = cap_derivatives(*dtypes.widen(jnp.asarray(logits)), logit_softcap)
     return head.hessian.transformed(slope, gradient * bend)
 
@@ -188,26 +192,30 @@ def loss_fisher(
 
 
 def on_last_axis(*arguments: Any) -> list:
-    """The checked arguments of a head, logits first, without the class axes at the end, which must be the last axis."""
+    """The checked arguments of a head, logits first, class axes at the end, which must be the last axis, as -1."""
     *kept, axes = arguments
     last = kept[0].ndim - 1
     if axes.positions != (last,):
         raise ValueError(f"axis must be the last, {last}, for an operator in the logits, got {axes.positions}; move it")
-    return kept
+    return [*kept, num.ClassAxis((-1,), axes.mesh_axes)]
 
 
-def only_examples(mask: Array | None, x: Array) -> Array:
+def only_examples(mask: Array | None, x: Array, axis: num.Axis) -> Array:
     """x (..., K) or (..., 1), and 0 where the mask leaves no class of the example."""
-    return x if mask is None else jnp.where(jnp.any(mask, -1, keepdims=True), x, 0.0)
+    return x if mask is None else jnp.where(num.class_any(mask, axis), x, 0.0)
 
 
 def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Array | None]:
     """The head's curvature in the capped logits, and these, None if there is no cap."""
-    head = _head(loss)
+    head, options = _head(loss), {**_options(loss), **kwargs}
+    if "axis_name" in options and "axis_name" not in inspect.signature(head).parameters:
+        raise TypeError(
+            f"axis_name={options['axis_name']!r} splits the classes of a head, and {_name(loss)} works element by "
+            "element: its operator on this device's block needs no axis_name"
+        )
     logits = checks.as_loss_float("logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have a last axis with at least one class, got shape {logits.shape}")
-    options = {**_options(loss), **kwargs}
     x = None if softcap is None else capped(*dtypes.widen(logits), checks.positive("logit_softcap", softcap))
     logits = logits if x is None else x
     if temperature is None:

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core import scalar_functions as elementary
+from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
 from jaxsoftmax.maps.softmax import Axis, AxisName
@@ -219,14 +220,14 @@ def _l2_curvature(predictions, targets=None) -> Curvature:
 
 
 @curvature_of(sum_squared_error)
-def _sum_squared_error_curvature(predictions, targets, axis=-1) -> Curvature:
+def _sum_squared_error_curvature(predictions, targets, axis=-1, *, axis_name=None) -> Curvature:
     errors = _errors(predictions, targets)
-    on_last_axis(errors, num.class_axis(axis, errors.ndim, None))
-    return _of_variance(0.5, errors, predictions)
+    errors, axis = on_last_axis(errors, num.class_axis(axis, errors.ndim, axis_name))
+    return _of_variance(0.5, errors, predictions, axis)
 
 
-def _of_variance(variance: float, errors: Array, predictions: ArrayLike) -> Curvature:
-    hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance))
+def _of_variance(variance: float, errors: Array, predictions: ArrayLike, axis: num.ClassAxis = AXIS) -> Curvature:
+    hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance), axis=axis)
     mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)
     model = Likelihood(mean, jnp.ones_like(mean), *NORMAL[variance])
     return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=model))

@@ -79,18 +79,19 @@ def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisNa
     return _product(p, {"g": g}, axis, axis_name)
 
 
-def softmax_jacobian(x: ArrayLike) -> Array:
+def softmax_jacobian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
     """The Jacobian of softmax over the last axis as a dense matrix: J = diag(p) - ppᵀ; O(K²), the size of the result.
 
     Args:
       x: real logits (..., K). Integers are promoted to the default float dtype.
+      axis_name: None. Of classes split over a mesh there are products, by `SoftmaxJacobian`, not the matrix.
 
     Returns:
       J (..., K, K), output class before input class (it is symmetric), in the floating dtype of `x`. Its diagonal
       p(1 - p) is accurate also where p is near 1. Differentiable, to any order.
 
     Raises:
-      TypeError: if `x` is complex.
+      TypeError: if `x` is complex, or `axis_name` given.
       ValueError: if `x` is a scalar.
 
     Example:
@@ -103,10 +104,11 @@ def softmax_jacobian(x: ArrayLike) -> Array:
 
     Reference: docs/mathematics.md, section 2; `SoftmaxJacobian` does without the matrix.
     """
+    checks.all_classes("softmax_jacobian", checks.mesh_axes(axis_name))
     return _dense_jacobian(_logits(x))
 
 
-def softmax_hessian(x: ArrayLike) -> Array:
+def softmax_hessian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
     """The second derivative of softmax over the last axis: T_ijk = ∂²p_i/∂x_j∂x_k; O(K³), the size of the result.
 
     T_iii = p_i (1 - p_i)(1 - 2p_i), T_iik = -p_i p_k (1 - 2p_i) and 2 p_i p_j p_k where all differ: the third cumulant
@@ -114,12 +116,13 @@ def softmax_hessian(x: ArrayLike) -> Array:
 
     Args:
       x: real logits (..., K). Integers are promoted to the default float dtype.
+      axis_name: None. Of classes split over a mesh there are products, by `softmax_second_derivative`, not the tensor.
 
     Returns:
       T (..., K, K, K) in the floating dtype of `x`. Differentiable, to any order.
 
     Raises:
-      TypeError: if `x` is complex.
+      TypeError: if `x` is complex, or `axis_name` given.
       ValueError: if `x` is a scalar.
 
     Example:
@@ -131,6 +134,7 @@ def softmax_hessian(x: ArrayLike) -> Array:
 
     Reference: docs/mathematics.md, section 2; `softmax_second_derivative` does without the tensor.
     """
+    checks.all_classes("softmax_hessian", checks.mesh_axes(axis_name))
     return _dense_hessian(_logits(x))
 
 

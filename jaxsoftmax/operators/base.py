@@ -278,11 +278,7 @@ class SymmetricOperator:
 
     def _whole(self, method: str) -> None:
         """Raise where the classes are split."""
-        if names := self.axis.mesh_axes:
-            raise TypeError(
-                f"{method} needs all classes, and they are split over {names}: build the operator of the whole logits, "
-                f"jax.lax.all_gather(x, {names}, axis=-1, tiled=True), or work on global arrays outside jax.shard_map"
-            )
+        checks.all_classes(method, self.axis.mesh_axes)
 
 
 def lead(x: Array, axes: int) -> Array:

@@ -20,12 +20,12 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import AXIS, about_centred, centred, centred_transpose, complement, is_top, root
-from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax._core.plumbing import compiled, in_auto_mode, sharded_like, split_axes_of
 from jaxsoftmax.operators.base import Likelihood, SymmetricOperator, lead
 
 
@@ -116,22 +116,30 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     @compiled
     def frobenius_norm(self) -> Array:
-        self._whole("frobenius_norm")
         # The diagonal, the row and column of the heaviest class, and the rest.
         w, m = self._off_diagonal()
         weight = jnp.sum(_dot(w, m) * w, -1)
-        heaviest = jnp.argmax(jnp.abs(weight), -1, keepdims=True)
-        row = jnp.take_along_axis(w, heaviest[..., None], -2)
-        other = num.other_classes(weight, heaviest, weight.ndim - 1)
+        size = lax.stop_gradient(jnp.abs(weight))
+        other = num.other_classes(weight, num.class_argmax(size, num.class_max(size, self.axis), self.axis), self.axis)
+        row = self._row_sum((1 - other)[..., None] * w)
         w = w * other[..., None]
-        gram = _dot(m, _dot(jnp.swapaxes(w, -1, -2), w))
-        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - jnp.sum((weight * other) ** 2, -1)
-        cross = jnp.sum(_dot(_dot(row, m), jnp.swapaxes(w, -1, -2)) ** 2, (-1, -2))
-        return root(jnp.sum(self.diagonal() ** 2, -1) + 2 * cross + jnp.maximum(rest, 0))
+        gram = _dot(m, jnp.concatenate([self._row_sum(w[..., i, None] * w) for i in range(w.shape[-1])], -2))
+        own = num.class_sum((weight * other) ** 2, self.axis)[..., 0]
+        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - own
+        cross = jnp.sum(_dot(row, m) * w, -1)
+        outer = num.class_sum(self.diagonal() ** 2 + 2 * cross**2, self.axis)[..., 0]
+        return root(outer + jnp.maximum(rest, 0))
+
+    def _row_sum(self, w: Array) -> Array:
+        """Σ over the classes, the last axis but one, which stays with length 1."""
+        return num.class_sum(w, num.ClassAxis((-2,), self.axis.mesh_axes))
 
     @compiled
     def as_matrix(self) -> Array:
         self._whole("as_matrix")
+        return in_auto_mode(type(self)._dense, self, (*split_axes_of(self.weights), None))
+
+    def _dense(self) -> Array:
         w, m = self._off_diagonal()
         out = _dot(_dot(w, m), jnp.swapaxes(w, -1, -2))
         eye = lead(jnp.eye(self.shape[-1], dtype=bool), out.ndim - 2)
@@ -145,7 +153,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         """
         if self.centre is None:
             w = jnp.zeros_like(self.weights)[..., None]
-            return w, jnp.zeros_like(w[..., :1, :])
+            return w, self._row_sum(w)
         p, d, top = self.centre, self.weights, is_top(self.centre)
         f = jnp.where(p > 0.5, d * complement(p, self.axis), d)
         rest, of_top = num.class_sum((1 - top) * d, self.axis) + self._kappa, num.class_sum(top * d, self.axis)
@@ -287,7 +295,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
         out = self._contract(root(jnp.abs(self.weights)) * centred(u, self.centre, self.axis))
         if self.mean_weight is None:
             return out
-        return jnp.concatenate([out, jnp.sqrt(self.mean_weight) * num.class_sum(self.centre * u, self.axis)], -1)
+        last = jnp.sqrt(self.mean_weight) * num.class_sum(self.centre * u, self.axis)
+        return jnp.concatenate([sharded_like(last, out), last], -1)  # K + 1 entries, which no mesh axis splits
 
 
 def _dot(a: Array, b: Array) -> Array:
