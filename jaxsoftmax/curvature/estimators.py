@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.plumbing import sharded_like, whole
 from jaxsoftmax._core.vectors import Product, ldexp, scale_of, scaled
 from jaxsoftmax.network.singular_values import beyond, unit
 
@@ -323,14 +324,14 @@ class _Flat(NamedTuple):
         like = jax.tree.map(lambda leaf: checks.as_loss_float("each array of like", leaf), like)
         checks.float_tree("like", like)
         dtype = dtypes.compute_dtype(dtypes.common_dtype(*jax.tree.leaves(like)))
-        flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), like))
-        narrow = lambda v: jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), unravel(v), like)
+        flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: whole(leaf.astype(dtype)), like))
+        narrow = lambda v: jax.tree.map(lambda leaf, x: sharded_like(x, leaf).astype(x.dtype), unravel(v), like)
 
         def flat_product(v):
             v = narrow(v)
             Av = product(v)
             checks.same_tree("product(v)", Av, "v", v)
-            return ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), Av))[0]
+            return ravel_pytree(jax.tree.map(lambda leaf: whole(leaf.astype(dtype)), Av))[0]
 
         generic = unit(jax.random.normal(jax.random.key(0), flat.shape, dtype))
         exponent = scale_of(flat_product, generic) + jnp.frexp(jnp.sqrt(flat.size))[1]  # of A, not of its mean entry

@@ -4,6 +4,8 @@ The seed's notation: z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x, and no act
 l = f(z_N) for a loss head f. Vectors are the rows of arrays: the leading axes of x, if any, are the batch.
 """
 
+import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxsoftmax._core.plumbing import in_auto_mode, sharded_like, split_axes_of, tensordot
 from jaxsoftmax.matrix_calculus.layouts import numerator_layout
 from jaxsoftmax.network.layers import Activation, Layer, Loss, Params, activated, affine, checked
 
@@ -151,7 +154,12 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
 
     Reference: docs/mathematics.md, sections 1 and 7.
     """
-    a, layers = checked(params, x, activation=activation), []
+    x = checked(params, x, activation=activation)
+    return in_auto_mode(functools.partial(_jacobians, activation), (params, x), split_axes_of(x)[:-1])
+
+
+def _jacobians(activation: Activation, arguments: tuple[Params, Array]) -> tuple[list[Array], list[Array]]:
+    (params, a), layers = arguments, []
     for layer in params[:-1]:
         z = affine(layer, a)
         jacobian = jax.jacobian(activation)
@@ -168,9 +176,9 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
 
 def _layer_derivative(layer: Layer, a: Array, dz: Array) -> Layer:
     """∂l/∂W = Σ dz aᵀ, shaped like W, and ∂l/∂b = Σ dz, over the examples."""
-    a, dz = a.reshape(-1, a.shape[-1]), dz.reshape(-1, dz.shape[-1])
-    W = jnp.matmul(dz.T, a).astype(layer.W.dtype)
-    return Layer(W, None if layer.b is None else jnp.sum(dz, 0).astype(layer.b.dtype))
+    examples = tuple(range(a.ndim - 1))
+    W = tensordot(dz, a, (examples, examples), like=layer.W).astype(layer.W.dtype)
+    return Layer(W, None if layer.b is None else sharded_like(layer.b, jnp.sum(dz, examples)).astype(layer.b.dtype))
 
 
 class Signals(NamedTuple):
@@ -188,8 +196,8 @@ def signals(params: Params, x: Array, targets: ArrayLike, loss: Loss, activation
         inputs.append(a)
         pullbacks.append(pullback)
     dzs, das = [_loss_derivative(loss, affine(params[-1], inputs[-1]), targets)], []
-    for layer, pullback in zip(params[:0:-1], pullbacks[::-1]):
-        das.append(jnp.matmul(dzs[-1], layer.W))
+    for layer, a, pullback in zip(params[:0:-1], inputs[:0:-1], pullbacks[::-1]):
+        das.append(tensordot(dzs[-1], layer.W, (-1, 0), like=a))
         dzs.append(pullback(das[-1])[0])
     return Signals(inputs, dzs[::-1], das[::-1])
 
@@ -205,5 +213,5 @@ def _loss_derivative(loss: Loss, z: Array, targets: ArrayLike) -> Array:
 def example_signals(params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
     """`signals` of each example's own loss, not of the mean."""
     found = signals(params, checked(params, x, activation=activation, loss=loss), targets, loss, activation)
-    count = found.z[-1][..., 0].size
+    count = math.prod(found.z[-1].shape[:-1])
     return found._replace(z=[dz * count for dz in found.z], a=[da * count for da in found.a])

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
+from jaxsoftmax._core.plumbing import in_auto_mode, split_axes_of
 from jaxsoftmax.network.backpropagation import example_signals
 from jaxsoftmax.network.layers import Activation, Loss, Params, affine, checked, output
 from jaxsoftmax.network.singular_values import extreme_singular_values
@@ -79,6 +80,12 @@ def gradient_flow(
 
 @functools.partial(jax.jit, static_argnames=("loss", "activation", "num_steps"))
 def _gradient_flow(params, x, targets, loss, activation, num_steps) -> GradientFlow:
+    work = functools.partial(_flow, loss, activation, num_steps)
+    return in_auto_mode(work, (params, x, targets), (None, *split_axes_of(x)[:-1]))
+
+
+def _flow(loss, activation, num_steps, arguments) -> GradientFlow:
+    params, x, targets = arguments
     found = example_signals(params, x, targets, loss, activation)
     z = [affine(layer, a) for layer, a in zip(params, found.inputs)]
     maps = [functools.partial(affine, params[0])]

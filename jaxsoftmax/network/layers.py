@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax._core import checks
+from jaxsoftmax._core.plumbing import tensordot
 
 Activation = Callable[[Array], Array]
 Loss = Callable[[Array, Any], Array]
@@ -110,7 +111,7 @@ def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> 
 
 
 def affine(layer: Layer, a: Array) -> Array:
-    z = jnp.matmul(a, layer.W.T)  # row by row: zᵀ = aᵀ Wᵀ
+    z = tensordot(a, layer.W, (-1, 1))  # row by row: zᵀ = aᵀ Wᵀ
     return z if layer.b is None else z + jnp.broadcast_to(layer.b, z.shape)
 
 

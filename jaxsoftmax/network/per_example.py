@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxsoftmax._core.plumbing import in_auto_mode, split_axes_of
 from jaxsoftmax.network.backpropagation import example_signals
 from jaxsoftmax.network.layers import Activation, Layer, Loss, Params
 
@@ -39,10 +40,15 @@ def per_example_gradients(
     """
     found = example_signals(params, x, targets, loss, activation)
     layers = [
-        Layer((dz[..., :, None] * a[..., None, :]).astype(layer.W.dtype), layer.b if layer.b is None else dz)
+        Layer(_outer(dz, a).astype(layer.W.dtype), layer.b if layer.b is None else dz)
         for layer, a, dz in zip(params, found.inputs, found.z)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(layers))
+
+
+def _outer(dz: Array, a: Array) -> Array:
+    work = lambda both: both[0][..., :, None] * both[1][..., None, :]
+    return in_auto_mode(work, (dz, a), split_axes_of(dz))
 
 
 def per_example_gradient_norms(
