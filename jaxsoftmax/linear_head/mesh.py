@@ -6,6 +6,7 @@ each other. How the arrays lie is read from their types where axes of the mesh a
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxsoftmax._core import checks
 from jaxsoftmax.linear_head.label_rule import class_weight
 from jaxsoftmax.linear_head.stream import stream
 from jaxsoftmax.linear_head.types import Axes, Head, Tokens
@@ -81,15 +83,15 @@ def _as_told(x: Array, weights: Array, vocab_axis: int, token_axes: Any, class_a
             "jax.device_put, or enter one with jax.set_mesh"
         )
     per_axis = isinstance(token_axes, PartitionSpec)
-    tokens = tuple(map(_names, token_axes)) if per_axis else (_names(token_axes),)
-    classes = _names(class_axes)
-    named = [*sum(tokens, ()), *classes]
+    tokens = [checks.axis_names("token_axes", names) for names in (token_axes if per_axis else (token_axes,))]
+    classes = checks.axis_names("class_axes", class_axes)
+    named = [*itertools.chain(*tokens), *classes]
     for axis in named:
         if axis not in mesh.axis_names:
             raise ValueError(f"token_axes and class_axes must be axes of the mesh, {mesh.axis_names}, got {axis!r}")
         if named.count(axis) > 1:
             raise ValueError(f"token_axes and class_axes must name an axis of the mesh once, got {axis!r} twice")
-    if len(tokens) >= x.ndim and sum(tokens, ()):
+    if len(tokens) >= x.ndim and any(tokens):
         raise ValueError(
             f"token_axes={token_axes!r} splits {len(tokens)} axes of tokens, x of shape {x.shape} has fewer"
         )

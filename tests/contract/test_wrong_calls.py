@@ -44,7 +44,10 @@ WHERE = (
 TANGENT = (*MAP, np.ones(K), np.ones((N, K + 1)))
 ALPHA = ("x", 1j, 0.5, float("nan"), np.ones(7))
 
-on_classes = {"axis": (-1, AXIS), "where": (MASK, WHERE)}
+MESH_AXIS = (3, 1.5, "nowhere", ("nowhere", 2), ("nowhere", "nowhere"), {"nowhere": 1})
+
+on_mesh = {"axis_name": (None, MESH_AXIS)}
+on_classes = {"axis": (-1, AXIS), "where": (MASK, WHERE), **on_mesh}
 
 
 LINEAR = {
@@ -61,6 +64,9 @@ LINEAR = {
     "logit_softcap": (30.0, (*POSITIVE[:3], 0.0, -1.0, float("nan"))),
     "chunk_size": (1, COUNT),
     "vocab_axis": (-1, (2, 0.5, "x")),
+    "token_axes": (None, MESH_AXIS),
+    "class_axes": (None, MESH_AXIS),
+    **on_mesh,
 }
 
 KINDS = {
@@ -88,7 +94,7 @@ def of_head(head) -> dict:
     for name, option in head.choices.items():
         value = option.values[-1]
         call[name] = (np.ones(K, np.float32) if isinstance(value, np.ndarray) else value, option.wrong)
-    common = {name: on_classes[name] for name in ("axis", "where") if name in head.parameters}
+    common = {name: wrong for name, wrong in on_classes.items() if name in head.parameters}
     return call | common | DIFFERENT.get(head.loss, {})
 
 
@@ -100,18 +106,19 @@ CALLS = {
     js.sparsemax: {"x": (Z, MAP), **on_classes},
     js.entmax15: {"x": (Z, MAP), **on_classes},
     js.entmax: {"x": (Z, MAP), "alpha": (1.5, (*ALPHA, float("inf"))), **on_classes},
-    js.softmax_jvp: {"t": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
-    js.softmax_vjp: {"g": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
-    js.softmax_jacobian: {"x": (Z, (*MAP, 1.0))},
-    js.softmax_hessian: {"x": (Z, (*MAP, 1.0))},
+    js.softmax_jvp: {"t": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS), **on_mesh},
+    js.softmax_vjp: {"g": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS), **on_mesh},
+    js.softmax_jacobian: {"x": (Z, (*MAP, 1.0)), **on_mesh},
+    js.softmax_hessian: {"x": (Z, (*MAP, 1.0)), **on_mesh},
     js.softmax_second_derivative: {"u": (V, TANGENT), "v": (V, TANGENT), "p": (P, LOGITS), "axis": (-1, ONE_AXIS)},
     js.softmax_third_derivative: {"u": (V, TANGENT), "v": (V, TANGENT), "w": (V, TANGENT), "p": (P, LOGITS)},
     js.SoftmaxJacobian.from_logits: {
         "x": (Z, (*MAP, 1.0, np.ones((2, 0)))),
         "where": (MASK, WHERE),
         "alpha": (1.5, ALPHA),
+        **on_mesh,
     },
-    js.SoftmaxJacobian.from_probs: {"p": (P, (*LOGITS, 1.0, -P, 2 * P)), "alpha": (1.5, ALPHA)},
+    js.SoftmaxJacobian.from_probs: {"p": (P, (*LOGITS, 1.0, -P, 2 * P)), "alpha": (1.5, ALPHA), **on_mesh},
     **{head.loss: of_head(head) for head in HEADS},
     js.softcap_logits: {"logits": (Z, LOGITS), "cap": (30.0, POSITIVE)},
     js.linear_softmax_cross_entropy_loss: LINEAR,
@@ -122,7 +129,7 @@ CALLS = {
         "target_weights": (W, (*NOT_NUMBERS, 1j * W, W[1:], W[:, 1:])),
         "target_bias": LINEAR["bias"],
         "temperature": (2.0, POSITIVE),
-        "vocab_axis": LINEAR["vocab_axis"],
+        **{name: LINEAR[name] for name in ("vocab_axis", "axis_name", "token_axes", "class_axes")},
     },
     js.weighted_mean: {"losses": (Z, LOGITS), "weights": (V, SOFT), "normalizer": (V, TARGETS)},
 }

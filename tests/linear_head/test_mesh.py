@@ -202,7 +202,14 @@ def test_errors():
     call = functools.partial(linear_softmax_cross_entropy_loss, x, labels, weights)
     with pytest.raises(ValueError, match="axes of the mesh"):
         call(token_axes="rows")
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="class_axes.*'data' twice"):
         call(token_axes="data", class_axes="data")
+    with pytest.raises(ValueError, match="class_axes=.*twice"):
+        call(class_axes=("data", "data"))
+    for wrong in (3, P(2), {"data": 1}):
+        with pytest.raises(TypeError, match="token_axes must be .* got"):
+            call(token_axes=wrong)
+    with pytest.raises(ValueError, match="number of classes, 23, .* 4 devices .* pad it"):
+        linear_softmax_cross_entropy_loss(x, labels, args.weights[:, 1:], class_axes="classes")
     with pytest.raises(ValueError, match="must be a multiple of the 8 devices"):
         linear_softmax_cross_entropy_loss(x[:12], labels[:12], weights, token_axes=("data", "classes"))
