@@ -213,7 +213,12 @@ TWO = dict(axis_name="columns", batch="rows")
 FOUR = dict(axis_name=("rows", "columns"), batch=None)
 REPRESENTATIVES = "cross_entropy_options softmax_cross_entropy softmax_kl_divergence log_softmax entmax J_solve"
 FEW = [c for c in CASES if c.name in REPRESENTATIVES.split()]
-few = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+OF_EACH_KIND = REPRESENTATIVES.split() + ["third", "J_numbers", "hessian_focal"]
+
+
+def shown(cases, default=OF_EACH_KIND):
+    """The cases as parameters, slow but for those of the default names."""
+    return [pytest.param(c, id=c.name, marks=() if c.name in default else pytest.mark.slow) for c in cases]
 
 
 def total(fn):
@@ -230,13 +235,8 @@ def everywhere(args):
     return tuple(range(len(args)))
 
 
-@pytest.mark.parametrize(
-    ("case", "place"),
-    [
-        *(pytest.param(c, TWO, id=c.name, marks=pytest.mark.slow if c in HESSIANS[2:] else ()) for c in CASES),
-        *(pytest.param(c, FOUR, id=f"{c.name}_four") for c in FEW),
-    ],
-)
+@pytest.mark.parametrize("place", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two", "four"])
+@pytest.mark.parametrize("case", shown(CASES))
 def test_value_and_gradient_are_those_of_one_device(case, place, x64):
     args = tuple(map(jnp.asarray, case.args))
 
@@ -249,7 +249,7 @@ def test_value_and_gradient_are_those_of_one_device(case, place, x64):
     assert_close(gradient, right, DERIVATIVE_RTOL["float64"])
 
 
-@few
+@pytest.mark.parametrize("case", shown(FEW, ["cross_entropy_options", "entmax"]))
 def test_forward_mode_and_hessian_products(case, x64):
     args = tuple(map(jnp.asarray, case.args))
     tangents = tuple(jnp.cos(1 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) for a in args)
@@ -267,7 +267,7 @@ def test_forward_mode_and_hessian_products(case, x64):
     assert_close(got, products(case.on(None))(*args), 10 * DERIVATIVE_RTOL["float64"])
 
 
-@pytest.mark.parametrize("case", FEW + HESSIANS[:1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", shown(FEW + HESSIANS[:1], ["softmax_kl_divergence", "J_solve"]))
 def test_without_the_checks_of_shard_map(case, x64):
     """With check_vma=False the cotangent of a shared result reaches the devices in shares, in both modes."""
     args = tuple(map(jnp.asarray, case.args))

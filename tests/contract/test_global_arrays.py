@@ -52,7 +52,7 @@ def on_one_device(case):
     return jax.jit(functools.partial(derivatives, case))(*case.cast("float64"))
 
 
-@pytest.mark.parametrize("split", ["batch", "both"])
+@pytest.mark.parametrize("split", [pytest.param("batch", marks=pytest.mark.slow), "both"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", EVERY)
 def test_as_on_one_device(case, kind, split, x64):
