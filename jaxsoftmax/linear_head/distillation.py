@@ -96,7 +96,7 @@ def linear_softmax_kl_divergence(
 def _token_divergences(head: Head, z: Array, constants, options) -> Array:
     """KL(q ‖ p) = log1p(E_q[expm1(d̃) - d̃]), d = (z - z̃) / T, d̃ = d - E_q d: never negative, nothing cancels."""
     (target_x, teacher), axis = constants, head.class_axis
-    target = times(target_x.astype(z.dtype), teacher["weights"], head.vocab_axis)
+    target = times(head, target_x.astype(z.dtype), teacher["weights"])
     if "bias" in teacher:
         target = target + teacher["bias"].astype(z.dtype)[None, :]
     logq = log_softmax_of(target / teacher["temperature"], axis)

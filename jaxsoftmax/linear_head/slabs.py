@@ -11,42 +11,42 @@ from jax import Array, lax
 
 from jaxsoftmax._core.plumbing import tied
 from jaxsoftmax.linear_head import budget
-from jaxsoftmax.linear_head.types import Arrays, Cotangents
+from jaxsoftmax.linear_head.types import Arrays, Cotangents, Head
 
 INTEGERS = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}
 
 
-def times(x: Array, weights: Array, vocab_axis: int) -> Array:
+def times(head: Head, x: Array, weights: Array) -> Array:
     """xW (C, V), in x's dtype; narrower weights widen by slabs."""
+    axis = head.vocab_axis
 
     def product(w):
-        return lax.dot_general(x, w, (((1,), (1 - vocab_axis,)), ((), ())))
+        return lax.dot_general(x, w, (((1,), (1 - axis,)), ((), ())))
 
     if weights.dtype == x.dtype:
         return product(weights)
 
     def step(start, size, z):
-        part = product(_slab(weights, start, size, vocab_axis, x.dtype))
+        part = product(_slab(weights, start, size, axis, x.dtype))
         return lax.dynamic_update_slice_in_dim(z, part, start, 1)
 
-    vocab, features = weights.shape[vocab_axis], weights.shape[1 - vocab_axis]
-    z = tied(jnp.zeros((x.shape[0], vocab), x.dtype), (x, weights))
-    return over_slabs(vocab, budget.slab_size(features, vocab), step, z)
+    z = tied(jnp.zeros((x.shape[0], weights.shape[axis]), x.dtype), (x, weights))
+    return over_slabs(*_sizes(head, weights, 1), step, z)
 
 
-def add_products(total: Arrays, cotangents: Cotangents, weights, xs, axis: int, devices: int) -> dict[str, Array]:
+def add_products(head: Head, total: Arrays, cotangents: Cotangents, weights, xs, devices: int) -> dict[str, Array]:
     """`total` plus Σ g wᵀ for x, Σ xᵀg for the weights and the first Σ g for the bias, slab by slab.
 
     Args:
+      head: the static part.
       total: what is added to, by name.
       cotangents: G, or Ġ and G.
       weights: their partners, or None, in the products for x: W, or W and Ẇ.
       xs: their partners, or None, in the products for the weights: x, or x and ẋ.
-      axis: the vocabulary's in the weights.
       devices: how many do the like beside this one.
     """
     contract = lambda a, b, i, j: lax.dot_general(a, b, (((i,), (j,)), ((), ())))
-    arrays, make, scale = cotangents
+    axis, (arrays, make, scale) = head.vocab_axis, cotangents
     scaled = lambda x: x if scale is None else scale[:, None] * x
     xs = [None if x is None else scaled(x) for x in xs]
 
@@ -69,9 +69,14 @@ def add_products(total: Arrays, cotangents: Cotangents, weights, xs, axis: int, 
             add(total, "bias", start, jnp.sum(made[0], 0) if scale is None else contract(scale, made[0], 0, 0), 0)
         return total
 
-    vocab, features = weights[0].shape[axis], weights[0].shape[1 - axis]
-    done = dict(over_slabs(vocab, budget.slab_size(features, vocab, devices), step, dict(total)))
+    done = dict(over_slabs(*_sizes(head, weights[0], devices), step, dict(total)))
     return {**done, "x": scaled(done["x"])} if "x" in done else done
+
+
+def _sizes(head: Head, weights: Array, devices: int) -> tuple[int, int]:
+    """Of the vocabulary and of a slab: all of it where XLA divides the work, which gathers a split one to cut slabs."""
+    vocab, features = weights.shape[head.vocab_axis], weights.shape[1 - head.vocab_axis]
+    return vocab, vocab if head.spread else budget.slab_size(features, vocab, devices)
 
 
 def _slab(weights: Array, start, size: int, axis: int, dtype) -> Array:

@@ -205,7 +205,7 @@ def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out
             weights, xs = [*weights, moving.get("weights")], [*xs, block.moving.get("x")]
         if "x" in rows:
             out["x"] = tied(jnp.zeros_like(xs[0]), (cotangents.arrays, weights))
-        out = add_products(out, cotangents, weights, xs, head.vocab_axis, _devices(head))
+        out = add_products(head, out, cotangents, weights, xs, _devices(head))
     return losses, out, out.get("x"), statistics
 
 
@@ -257,7 +257,7 @@ def _gradient_along(head: Head, rows, theta, moving, block: Block):
 
 
 def _logits(head: Head, x: Array, weights: Array, bias: Array | None) -> Array:
-    z = times(x, weights, head.vocab_axis)
+    z = times(head, x, weights)
     return z if bias is None else z + bias.astype(z.dtype)[None, :]
 
 

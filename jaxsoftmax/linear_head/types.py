@@ -63,7 +63,7 @@ class Head(NamedTuple):
       chunk_size: what the caller chose, or None.
       statistics: what else is wanted of the logits.
       every: whether the token weights are 1: how many tokens count is then known beforehand.
-      spread: whether XLA is to divide the tokens of each chunk.
+      spread: whether XLA is to divide the tokens of each chunk, and the classes.
       layout: how the arguments lie on a mesh, outside of a `shard_map`.
       axes: inside of one.
     """

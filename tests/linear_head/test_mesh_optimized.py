@@ -61,8 +61,9 @@ def test_work_is_divided(mesh):
 
 
 @pytest.mark.skipif(RELEASE < (0, 10), reason="XLA tells the trip counts of fewer loops")
-def test_xla_divides_the_tokens():
-    """Axes of type Auto of which nothing is told: no device does more than its part, and no token travels."""
-    text = compiled(Mesh((8, 1), WHOLE)).as_text()
+@pytest.mark.parametrize("mesh", [Mesh((8, 1), WHOLE), Mesh((2, 4), CLASSES), Mesh((1, 8), CLASSES)], ids=str)
+def test_xla_divides_the_work(mesh):
+    """Axes of type Auto of which nothing is told: no device does more than its part, and nothing is gathered."""
+    text = compiled(mesh).as_text()
     assert programs.multiplications(text) <= 1.05 * 3 * np.prod(SIZE) / 8
     assert {op.name for op in programs.collectives(text)} == {"all-reduce"}
