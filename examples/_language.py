@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jaxsoftmax import training
 
 LENGTH, BATCH = 64, 16
+DATA = "data"  # the axis of the mesh
 WORD = re.compile(r"\w+|[^\w\s]|\n")
 
 
@@ -46,14 +47,22 @@ def batches(stream: np.ndarray, count: int) -> Iterator[np.ndarray]:
         yield stream[starts[:, None] + np.arange(LENGTH + 1)]
 
 
-def train(loss: Callable[[Any, jax.Array], jax.Array], params: Any, text: Text, steps: int) -> tuple[Any, list[float]]:
-    """The parameters after `steps` batches, and the loss of each: clipped gradients, two batches to an Adam step."""
+def train(
+    loss: Callable[[Any, jax.Array], jax.Array], params: Any, text: Text, steps: int, devices: int = 1
+) -> tuple[Any, list[float]]:
+    """The parameters after `steps` batches, and the loss of each: clipped gradients, two batches to an Adam step.
+
+    Every batch is divided over the devices, the parameters are on each of them: nothing else is said of a mesh here.
+    """
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], (DATA,))
+    on_each, divided = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), (DATA,)))
+    params = jax.device_put(params, on_each)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
     optimizer = optax.MultiSteps(adam, every_k_schedule=2).gradient_transformation()
     state, step = training.TrainState.create(params, optimizer), training.make_train_step(loss, optimizer)
     losses = []
     for words in tqdm(batches(text.train, steps), total=steps, unit="step", leave=False, mininterval=1.0):
-        state, metrics = step(state, words)
+        state, metrics = step(state, jax.device_put(words, divided))
         losses.append(metrics["loss"])
     held_out = np.mean([jax.jit(loss)(state.params, words) for words in batches(text.held_out, 10)])
     losses = [float(x) for x in losses]
@@ -65,4 +74,5 @@ def options(description: str | None, arguments: list[str] | None) -> argparse.Na
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="batches")
     parser.add_argument("--head", choices=("fused", "full"), default="fused", help="full holds all logits, to compare")
+    parser.add_argument("--devices", type=int, default=1, help="over which every batch is divided")
     return parser.parse_args(arguments)

@@ -39,9 +39,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     chosen, text = options(__doc__, arguments), load()
     params, static = eqx.partition(Transformer(text.vocabulary, jax.random.key(0)), eqx.is_array)
     print("teacher: ", end="")
-    params, of_teacher = train(
-        lambda params, words: mean_loss(eqx.combine(params, static), words, chosen.head), params, text, chosen.steps
-    )
+    of_params = lambda params, words: mean_loss(eqx.combine(params, static), words, chosen.head)
+    params, of_teacher = train(of_params, params, text, chosen.steps, chosen.devices)
     teacher = eqx.combine(params, static)
 
     def loss(student: dict[str, Any], words: jax.Array) -> jax.Array:
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         return 0.5 * hard + 0.5 * TEMPERATURE**2 * soft
 
     print("student: ", end="")
-    _, of_student = train(loss, init(jax.random.key(1), text.vocabulary), text, chosen.steps)
+    _, of_student = train(loss, init(jax.random.key(1), text.vocabulary), text, chosen.steps, chosen.devices)
     return {"teacher": of_teacher, "student": of_student}
 
 

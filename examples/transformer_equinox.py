@@ -2,6 +2,7 @@
 
     python examples/transformer_equinox.py                   about a minute
     python examples/transformer_equinox.py --head full       with all logits in memory: the same losses
+    python examples/transformer_equinox.py --devices 2       every batch divided over two devices: the same losses
 
 Tied embeddings: the table of word vectors (V, D) is the head's weights as it is, with vocab_axis=0. The body's
 parameters are bfloat16, table and head float32; gradients are clipped, and every optimizer step takes two batches
@@ -11,7 +12,7 @@ parameters are bfloat16, table and head float32; gradients are clipped, and ever
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from _language import LENGTH, load, options, train
+from _language import DATA, LENGTH, load, options, train
 
 import jaxsoftmax as js
 
@@ -55,10 +56,11 @@ class Transformer(eqx.Module):
         return jax.vmap(norm)(x).astype(jnp.float32)
 
 
-def mean_loss(model: Transformer, words: jax.Array, head: str) -> jax.Array:
+def mean_loss(model: Transformer, words: jax.Array, head: str, token_axes: str | None = None) -> jax.Array:
     x, targets = jax.vmap(model)(words[:, :-1]), words[:, 1:]
     if head == "fused":
-        return js.linear_softmax_cross_entropy_loss(x, targets, model.table, reduction="mean", vocab_axis=0)
+        options = {"reduction": "mean", "vocab_axis": 0, "token_axes": token_axes}
+        return js.linear_softmax_cross_entropy_loss(x, targets, model.table, **options)
     return js.softmax_cross_entropy_with_integer_labels(x @ model.table.T, targets).mean()
 
 
@@ -67,8 +69,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     chosen, text = options(__doc__, arguments), load()
     model = Transformer(text.vocabulary, jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_array)
-    loss = lambda params, words: mean_loss(eqx.combine(params, static), words, chosen.head)
-    return train(loss, params, text, chosen.steps)[1]
+    token_axes = DATA if chosen.devices > 1 else None
+    loss = lambda params, words: mean_loss(eqx.combine(params, static), words, chosen.head, token_axes)
+    return train(loss, params, text, chosen.steps, chosen.devices)[1]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python examples/transformer_nnx.py                   about a minute
     python examples/transformer_nnx.py --head full       with all logits in memory: the same losses
+    python examples/transformer_nnx.py --devices 2       every batch divided over two devices: the same losses
 
 Tied embeddings: the table of word vectors (V, D) is the head's weights as it is, with vocab_axis=0. The body's
 parameters are bfloat16, table and head float32; gradients are clipped, and every optimizer step takes two batches
@@ -10,7 +11,7 @@ parameters are bfloat16, table and head float32; gradients are clipped, and ever
 
 import jax
 import jax.numpy as jnp
-from _language import LENGTH, load, options, train
+from _language import DATA, LENGTH, load, options, train
 from flax import nnx
 
 import jaxsoftmax as js
@@ -48,10 +49,11 @@ class Transformer(nnx.Module):
         return self.norm(x).astype(jnp.float32)
 
 
-def mean_loss(model: Transformer, words: jax.Array, head: str) -> jax.Array:
+def mean_loss(model: Transformer, words: jax.Array, head: str, token_axes: str | None = None) -> jax.Array:
     x, table, targets = model(words[:, :-1]), model.table[...], words[:, 1:]
     if head == "fused":
-        return js.linear_softmax_cross_entropy_loss(x, targets, table, reduction="mean", vocab_axis=0)
+        options = {"reduction": "mean", "vocab_axis": 0, "token_axes": token_axes}
+        return js.linear_softmax_cross_entropy_loss(x, targets, table, **options)
     return js.softmax_cross_entropy_with_integer_labels(x @ table.T, targets).mean()
 
 
@@ -59,8 +61,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     """The loss of every batch."""
     chosen, text = options(__doc__, arguments), load()
     graph, params, rest = nnx.split(Transformer(text.vocabulary, nnx.Rngs(0)), nnx.Param, ...)
-    loss = lambda params, words: mean_loss(nnx.merge(graph, params, rest), words, chosen.head)
-    return train(loss, params, text, chosen.steps)[1]
+    token_axes = DATA if chosen.devices > 1 else None
+    loss = lambda params, words: mean_loss(nnx.merge(graph, params, rest), words, chosen.head, token_axes)
+    return train(loss, params, text, chosen.steps, chosen.devices)[1]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ def test_transformer_learns_and_the_heads_agree(framework):
     np.testing.assert_allclose(fused[:2], full[:2], rtol=1e-5)  # before the first update
 
 
+@pytest.mark.parametrize("framework", ["equinox", "nnx"])
+def test_two_devices_take_the_same_steps(framework):
+    pytest.importorskip({"nnx": "flax"}.get(framework, framework))
+    one, two = (run(f"transformer_{framework}", "--steps", "4", "--devices", devices) for devices in "12")
+    np.testing.assert_allclose(two, one, rtol=2e-3)
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)
+
+
 def test_distillation_learns():
     pytest.importorskip("equinox")
     losses = run("distillation", "--steps", "40")
