@@ -1,6 +1,7 @@
 """How curvature products are called: any loss, options cut as the data, nothing remembered, reuse, derivatives."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,9 @@ def f(W, x):
     return x @ W.T
 
 
-def problem(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
+@jax.jit
+def problem():
+    keys = jax.random.split(jax.random.key(0), 4)
     x, labels = jax.random.normal(keys[0], (N, 4)), jax.random.randint(keys[1], (N,), 0, K)
     return jax.random.normal(keys[2], (K, 4)), x, labels, jax.random.normal(keys[3], (K, 4))
 
@@ -52,16 +54,16 @@ def test_any_loss(name, x64):
     p = jax.nn.softmax(f(W, x))
     J = np.einsum("bk,kl->bkl", p, np.eye(K)) - np.einsum("bk,bl->bkl", p, p)
     wanted = np.einsum("bkl,bi,bj,lj->ki", J, x, x, v) / N
-    for product in (hvp, ggn_vp):
-        for batch_size in (None, 3):
-            found = product(f, LOSSES[name], W, x, labels, v, batch_size=batch_size)
-            np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    for product, batch_size in ((hvp, 3), (ggn_vp, None)):
+        found = jax.jit(functools.partial(product, f, LOSSES[name], batch_size=batch_size))(W, x, labels, v)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_gauss_newton_of_a_loss_without_name(x64):
     """Any function of any function: (1 + Σ z⁴), whose Hessian is diagonal."""
     W, x, labels, v = problem()
-    found = ggn_vp(lambda W, x: jnp.tanh(f(W, x)), lambda z, _: 1 + jnp.sum(z**4, -1), W, x, labels, v)
+    product = functools.partial(ggn_vp, lambda W, x: jnp.tanh(f(W, x)), lambda z, _: 1 + jnp.sum(z**4, -1))
+    found = jax.jit(product)(W, x, labels, v)
     z = np.tanh(f(W, x))
     middle = (1 - z**2) * 12 * z**2 * (1 - z**2) * f(v, x)
     np.testing.assert_allclose(found, middle.T @ np.asarray(x) / N, rtol=1e-12)
@@ -98,43 +100,63 @@ def test_nothing_is_remembered_between_calls(product):
     np.testing.assert_allclose(two, (9 if product is empirical_fisher_vp else 3) * one, rtol=1e-6)
 
 
+def assert_parts_are_the_whole(product, losses, labels, batch_size):
+    """`losses`: for each name a loss, or a loss with labels of its own."""
+    W, x, _, v = problem()
+
+    @jax.jit
+    def found():
+        of = lambda loss, labels, size: product(f, loss, W, x, labels, v, batch_size=size)
+        pairs = {name: loss if isinstance(loss, tuple) else (loss, labels) for name, loss in losses.items()}
+        return {name: (of(*pair, batch_size), of(*pair, None)) for name, pair in pairs.items()}
+
+    for name, pair in found().items():
+        np.testing.assert_allclose(*pair, rtol=1e-12, atol=1e-14, err_msg=name)
+
+
 @over_products
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_masks_and_options_are_cut_as_the_data(product, batch_size, x64):
-    W, x, labels, v = problem()
-    options = {
-        "mask over classes": {"where": jnp.arange(N * K).reshape(N, K) % 4 != 0},
-        "mask over examples": {"where": jnp.arange(N) % 3 != 0},
-        "one mask for all": {"where": jnp.array([[True, True, False]])},
-        "class weights": {"class_weights": jnp.array([1.0, 2.0, 0.5]), "ignore_index": 1, "label_smoothing": 0.1},
+def test_options_are_cut_as_the_data(product, x64):
+    mask, weights = jnp.arange(N * K).reshape(N, K) % 4 != 0, jnp.array([1.0, 2.0, 0.5])
+    loss = functools.partial(CE, where=mask, class_weights=weights)
+    assert_parts_are_the_whole(product, {"mask and weights": loss}, problem()[2], 3)
+
+
+@pytest.mark.parametrize(
+    ("product", "batch_size"),
+    [(ggn_vp, 3), *(pytest.param(product, size, marks=pytest.mark.slow) for product in PRODUCTS for size in (1, 3, 4))],
+)
+def test_every_option_is_cut_as_the_data(product, batch_size, x64):
+    labels, key = problem()[2], jax.random.key(5)
+    losses = {
+        "mask over classes": functools.partial(CE, where=jnp.arange(N * K).reshape(N, K) % 4 != 0),
+        "mask over examples": functools.partial(CE, where=jnp.arange(N) % 3 != 0),
+        "one mask for all": functools.partial(CE, where=jnp.array([[True, True, False]])),
+        "class weights": functools.partial(
+            CE, class_weights=jnp.array([1.0, 2.0, 0.5]), ignore_index=1, label_smoothing=0.1
+        ),
+        "positive weights": (
+            functools.partial(js.sigmoid_binary_cross_entropy, pos_weight=uniforms(key)),
+            jnp.sqrt(uniforms(key)),
+        ),
     }
-    for given in options.values():
-        loss = functools.partial(CE, **given)
-        whole, parts = (product(f, loss, W, x, labels, v, batch_size=size) for size in (None, batch_size))
-        np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
-    bits, weights = (jax.random.uniform(key, (N, K)) for key in jax.random.split(jax.random.key(5)))
-    loss = functools.partial(js.sigmoid_binary_cross_entropy, pos_weight=weights)
-    whole, parts = (product(f, loss, W, x, bits, v, batch_size=size) for size in (None, batch_size))
-    np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
     if product is not fisher_vp:  # labels may be a tree, for a loss that takes one
-        loss = lambda z, data: data["weight"] * CE(z, data["labels"])
         data = {"labels": labels, "weight": jnp.arange(1.0, N + 1)}
-        whole, parts = (product(f, loss, W, x, data, v, batch_size=size) for size in (None, batch_size))
-        np.testing.assert_allclose(parts, whole, rtol=1e-12, atol=1e-14)
+        losses["tree of labels"] = lambda z, data: data["weight"] * CE(z, data["labels"]), data
+    assert_parts_are_the_whole(product, losses, labels, batch_size)
 
 
-@pytest.mark.parametrize("product", [hvp, ggn_vp, fisher_vp, empirical_fisher_vp])
+@over_products
 def test_one_linearization_serves_many_products(product, x64):
     """The reused product is the product, without the nonlinear part of the network: no tanh in it."""
     params = network.init(jax.random.key(0), (4, 5, K))
     _, x, labels, _ = problem()
     bound = functools.partial(product, network.forward, CE, params, x, labels)
-    reused = jax.jit(lambda: linearized(bound, params))()
+    reused, whole = jax.jit(lambda: linearized(bound, params))(), jax.jit(bound)
     text = str(jax.make_jaxpr(lambda product, v: product(v))(reused, params))
-    assert "tanh" not in text and "tanh" in str(jax.make_jaxpr(bound)(params))
-    for seed in (1, 2):
-        v = network.init(jax.random.key(seed), (4, 5, K))
-        for found, wanted in zip(jax.tree.leaves(reused(v)), jax.tree.leaves(bound(v))):
+    assert "tanh" not in text and "tanh" in str(whole.trace(params).jaxpr)
+    apply = jax.jit(lambda product, v: product(v))
+    for v in (params, jax.tree.map(jnp.cos, params)):
+        for found, wanted in zip(jax.tree.leaves(apply(reused, v)), jax.tree.leaves(whole(v))):
             np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-15)
 
 
@@ -155,21 +177,43 @@ def dense(theta, b, damping):
     return jnp.linalg.solve(matrix(theta) + damping * jnp.eye(4), b)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-200])
-def test_solutions_differentiate_in_both_modes(scale, x64):
-    arguments = jnp.array([0.3, -1.0, 2.0]), scale * jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array(0.2)
-    for options in ({}, {"start": {"v": scale * jnp.ones(4)}}, {"preconditioner": lambda r: {"v": r["v"] / 3}}):
-        call = functools.partial(solved, **options)
-        for mode in (jax.jacfwd, jax.jacrev):
-            found, wanted = (jax.jit(mode(g, argnums=(0, 1, 2)))(*arguments) for g in (call, dense))
-            for a, b in zip(found, wanted):
-                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())
-    total = lambda g: lambda *args: jnp.sum(g(*args) ** 2) / scale**2
-    if scale == 1:
-        found, wanted = (jax.jit(jax.hessian(total(g)))(*arguments) for g in (solved, dense))
-        np.testing.assert_allclose(found, wanted, rtol=1e-8)
-    batched = jax.vmap(solved, (None, 0, 0))(arguments[0], jnp.stack([arguments[1]] * 2), jnp.array([0.1, 0.2]))
-    np.testing.assert_allclose(batched[1], solved(*arguments), rtol=1e-10)
+OPTIONS = {
+    "plain": lambda scale: {},
+    "started and preconditioned": lambda scale: {
+        "start": {"v": scale * jnp.ones(4)},
+        "preconditioner": lambda r: {"v": r["v"] / 3},
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_solutions_differentiate_in_both_modes(options, x64):
+    """At the scale 1 and at one where squares underflow: to the second order, forward over reverse."""
+
+    @jax.jit
+    def derivatives(scale, theta, b, damping, direction):
+        ours = lambda *arguments: solved(*arguments, **options(scale))
+
+        def both(g):
+            at = theta, scale * b, damping
+            gradient = jax.grad(lambda *at: jnp.sum(jnp.sin(b) * g(*at)), (0, 1, 2))
+            along = direction[0], scale * direction[1], direction[2]
+            return jax.jacfwd(g, (0, 1, 2))(*at), jax.jacrev(g, (0, 1, 2))(*at), jax.jvp(gradient, at, along)
+
+        return both(ours), both(dense)
+
+    arguments = jnp.array([0.3, -1.0, 2.0]), jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array(0.2)
+    for scale in (1.0, 1e-200):
+        pairs = derivatives(scale, *arguments, jax.tree.map(jnp.cos, arguments))
+        for found, wanted in zip(*map(jax.tree.leaves, pairs)):
+            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-10 * np.abs(wanted).max())
+
+
+def test_solutions_are_batched(x64):
+    theta, b, damping = jnp.array([0.3, -1.0, 2.0]), jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array([0.1, 0.2])
+    b = jnp.stack([b, jnp.zeros(4)])
+    found, wanted = (jax.jit(jax.vmap(g, (None, 0, 0)))(theta, b, damping) for g in (solved, dense))
+    np.testing.assert_allclose(found, wanted, rtol=1e-10)
 
 
 def test_solutions_over_trees_differentiate_where_only_a_part_is_asked(x64):
@@ -182,25 +226,27 @@ def test_solutions_over_trees_differentiate_where_only_a_part_is_asked(x64):
     wanted = lambda c, t: (1 - 0.1 * (c - 0.1 / 1.5) / (t + 0.5 - 0.01 / 1.5)) / 1.5
     arguments = jnp.array([1.0, 2.0]), jnp.array(2.0)
     for mode in (jax.jacfwd, jax.jacrev):
-        for a, b in zip(mode(part, (0, 1))(*arguments), mode(wanted, (0, 1))(*arguments)):
+        for a, b in zip(*(jax.jit(mode(g, (0, 1)))(*arguments) for g in (part, wanted))):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
 def test_no_key_is_used_twice():
     W, x, labels, v = problem()
-    key = jax.random.key(0)
-    product = lambda v: ggn_vp(f, CE, W, x, labels, v)
+    product = lambda v: 2 * v
+    calls = {
+        "fisher": lambda key: fisher_vp(f, CE, W, x, labels, v, key=key, num_samples=2, batch_size=3),
+        "trace": lambda key: estimators.hutchinson_trace(product, W, key, 4),
+        "diagonal": lambda key: estimators.hutchinson_diagonal(product, W, key, 4),
+        "hutch++": lambda key: estimators.hutchpp_trace(product, W, key, 6),
+        "eigenpairs": lambda key: estimators.top_eigenpairs(product, W, key, 2),
+        "density": lambda key: estimators.spectral_density(product, W, key, 4),
+    }
+    twice = lambda key: jax.random.bits(key) + jax.random.bits(key)
     with jax.debug_key_reuse(True):
-        jax.jit(lambda key: fisher_vp(f, CE, W, x, labels, v, key=key, num_samples=2, batch_size=3))(key)
-        calls = {
-            "trace": lambda key: estimators.hutchinson_trace(product, W, key, 4),
-            "diagonal": lambda key: estimators.hutchinson_diagonal(product, W, key, 4),
-            "hutch++": lambda key: estimators.hutchpp_trace(product, W, key, 6),
-            "eigenpairs": lambda key: estimators.top_eigenpairs(product, W, key, 2),
-            "density": lambda key: estimators.spectral_density(product, W, key, 4),
-        }
         for call in calls.values():
-            jax.jit(call)(jax.random.clone(key))
+            jax.jit(call).trace(jax.random.key(0))
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(twice).trace(jax.random.key(0))
 
 
 # On a mesh
@@ -233,29 +279,31 @@ def kinds():
     return {name.lower(): {"axis_types": (getattr(jax.sharding.AxisType, name),) * 2} for name in ("Auto", "Explicit")}
 
 
-@pytest.mark.parametrize("kind", kinds().values(), ids=kinds())
-def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind):
-    def everything(params, x, labels, v):
-        at = mlp, CE, params, x, labels
-        found = {}
-        for product in PRODUCTS:
-            for batch_size in (None, 8, 16):
-                found[f"{product.__name__} {batch_size}"] = product(*at, v, batch_size=batch_size)
-        for batch_size in (None, 8):
-            found[f"sampled {batch_size}"] = fisher_vp(
-                *at, v, key=jax.random.key(1), num_samples=3, batch_size=batch_size
-            )
-        mask = functools.partial(CE, where=labels != 2)
-        found["masked"] = ggn_vp(mlp, mask, params, x, labels, v, batch_size=8)
-        found["solved"] = damped_solve(functools.partial(ggn_vp, *at), v, 0.1, tol=1e-6).x
-        return found
+def everything(params, x, labels, v):
+    """Products and solutions by name; of each way through the examples one, then all."""
+    at, key = (mlp, CE, params, x, labels), jax.random.key(1)
+    mask = functools.partial(CE, where=labels != 2)
+    yield "hvp", lambda: hvp(*at, v)
+    yield "batches and a rest", lambda: ggn_vp(*at, v, batch_size=16)
+    yield "sampled, masked", lambda: fisher_vp(mlp, mask, params, x, labels, v, key=key, num_samples=3, batch_size=8)
+    yield "solved", lambda: damped_solve(functools.partial(ggn_vp, *at), v, 0.1, tol=1e-6).x
+    yield "masked", lambda: ggn_vp(mlp, mask, params, x, labels, v, batch_size=8)
+    yield "sampled", lambda: fisher_vp(*at, v, key=key, num_samples=3)
+    for product in PRODUCTS:
+        for size in (None, 8, 16):
+            yield f"{product.__name__} {size}", functools.partial(product, *at, v, batch_size=size)
 
-    wanted = jax.jit(everything)(*sharded_problem(None))
+
+@pytest.mark.parametrize("count", [4, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("kind", kinds().values(), ids=kinds())
+def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind, count):
+    found = jax.jit(lambda *arguments: {name: of() for name, of in itertools.islice(everything(*arguments), count)})
+    wanted = found(*sharded_problem(None))
     arguments = sharded_problem(kind)
     mesh = arguments[1].sharding.mesh
     context = jax.set_mesh(mesh) if hasattr(jax, "set_mesh") and "axis_types" in kind else mesh
     with context:
-        found = jax.jit(everything)(*arguments)
+        found = found(*arguments)
     for name in wanted:
         a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree[name])]) for tree in (found, wanted))
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=str(name))
@@ -263,14 +311,15 @@ def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind):
 
 def test_gauss_newton_takes_any_loss(x64):
     W, x, labels, _ = problem()
-    value_fn = lambda W: CE(f(W, x), labels).mean()
-    value, gradient = jax.value_and_grad(value_fn)(W)
-    steps = []
-    for loss in (CE, LOSSES["by hand"]):
+
+    def step(loss):
+        value_fn = lambda W: loss(f(W, x), labels).mean()
+        value, gradient = jax.value_and_grad(value_fn)(W)
         optimizer = gauss_newton(f, loss, damping=0.1, tol=1e-12)
         extra = {"batch": (x, labels), "value": value, "value_fn": value_fn}
-        steps.append(optimizer.update(gradient, optimizer.init(W), W, **extra)[0])
-    np.testing.assert_allclose(*steps, rtol=1e-9)
+        return optimizer.update(gradient, optimizer.init(W), W, **extra)[0]
+
+    np.testing.assert_allclose(*jax.jit(lambda: (step(CE), step(LOSSES["by hand"])))(), rtol=1e-9)
 
 
 # The Fisher information with options.
@@ -330,17 +379,27 @@ def test_fisher_counts_observations(x64):
     """An example of weight 3 is three of weight 1; smoothing, z-loss and drawn labels have no part."""
     W, x, labels, v = problem()
     weights = jnp.array([3.0, 1.0, 2.0])
-    found = fisher_vp(f, functools.partial(CE, class_weights=weights), W, x, labels, v)
     copies = np.repeat(np.arange(N), np.asarray(weights)[np.asarray(labels)].astype(int))
-    wanted = fisher_vp(f, CE, W, x[copies], labels[copies], v) * len(copies) / N
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
-    plain = fisher_vp(f, CE, W, x, labels, v)
-    for options in ({"label_smoothing": 0.2}, {"z_loss": 0.5}):
-        np.testing.assert_allclose(fisher_vp(f, functools.partial(CE, **options), W, x, labels, v), plain, rtol=1e-12)
+
+    @jax.jit
+    def products():
+        of = lambda **options: fisher_vp(f, functools.partial(CE, **options), W, x, labels, v)
+        copied = fisher_vp(f, CE, W, x[copies], labels[copies], v) * len(copies) / N
+        return of(class_weights=weights), copied, of(), of(label_smoothing=0.2), of(z_loss=0.5)
+
+    weighted, copied, plain, *others = products()
+    np.testing.assert_allclose(weighted, copied, rtol=1e-12)
+    for other in others:
+        np.testing.assert_allclose(other, plain, rtol=1e-12)
 
 
 def test_fisher_of_capped_logits(x64):
     logits, label, cap = jnp.array([3.0, -1.0, 0.5]), jnp.array(0), 2.0
-    F = js.loss_fisher(CE, logits, label, logit_softcap=cap, logit_temperature=1.5)
-    g = F.sample_scores(jax.random.key(0), (200_000,))
-    np.testing.assert_allclose(g.T @ g / len(g), F.as_matrix(), atol=5 * 0.2 / np.sqrt(200_000))
+
+    @jax.jit
+    def sampled_and_exact():
+        F = js.loss_fisher(CE, logits, label, logit_softcap=cap, logit_temperature=1.5)
+        g = F.sample_scores(jax.random.key(0), (200_000,))
+        return g.T @ g / len(g), F.as_matrix()
+
+    np.testing.assert_allclose(*sampled_and_exact(), atol=5 * 0.2 / np.sqrt(200_000))

@@ -36,6 +36,16 @@ def tree_product(A):
     return lambda v: unravel(A @ ravel_pytree(v)[0])
 
 
+def of_tree(method):
+    """The method of (A, key, …), compiled, with A a matrix over trees like LIKE."""
+    return jax.jit(lambda A, key, *counts: method(tree_product(A), LIKE, key, *counts), static_argnums=(2, 3))
+
+
+trace, diagonal, plusplus, eigenpairs, density_of = map(
+    of_tree, (hutchinson_trace, hutchinson_diagonal, hutchpp_trace, top_eigenpairs, spectral_density)
+)
+
+
 def assert_within(estimate, exact, errors=4.0):
     assert jnp.all(jnp.abs(estimate.mean - exact) <= errors * estimate.standard_error)
 
@@ -43,7 +53,7 @@ def assert_within(estimate, exact, errors=4.0):
 def test_hutchinson_trace_and_its_standard_error(key, x64):
     """Each probe has variance 2 Σ_{i≠j} A_ij²: the reported error is that, to 10 %, and covers the truth."""
     A = symmetric(np.linspace(-1, 3, N))
-    estimate = jax.jit(lambda key: hutchinson_trace(tree_product(A), LIKE, key, 2000))(key)
+    estimate = trace(A, key, 2000)
     variance = 2 * (np.sum(A**2) - np.sum(np.diag(A) ** 2))
     np.testing.assert_allclose(estimate.standard_error, np.sqrt(variance / 2000), rtol=0.1)
     assert_within(estimate, np.trace(A))
@@ -51,7 +61,7 @@ def test_hutchinson_trace_and_its_standard_error(key, x64):
 
 def test_hutchinson_diagonal_and_its_standard_error(key, x64):
     A = symmetric(np.linspace(-1, 3, N))
-    estimate = hutchinson_diagonal(tree_product(A), LIKE, key, 4000)
+    estimate = diagonal(A, key, 4000)
     assert jax.tree.map(jnp.shape, estimate.mean) == jax.tree.map(jnp.shape, LIKE)
     flat = type(estimate)(*(ravel_pytree(part)[0] for part in estimate))
     assert_within(flat, np.diag(A), 5.0)
@@ -65,12 +75,11 @@ def test_one_probe_claims_nothing(key):
 
 def test_hutchpp_is_exact_on_low_rank_and_better_on_decay(key, x64):
     low = symmetric([5.0, 3.0, 1.0] + [0.0] * (N - 3))
-    estimate = hutchpp_trace(tree_product(low), LIKE, key, 12)
-    np.testing.assert_allclose(estimate.mean, 9.0, rtol=1e-12)
+    np.testing.assert_allclose(plusplus(low, key, 30).mean, 9.0, rtol=1e-12)
     full = symmetric(np.linspace(-1, 3, N))
-    np.testing.assert_allclose(hutchpp_trace(tree_product(full), LIKE, key, 3 * N).mean, np.trace(full), rtol=1e-12)
+    np.testing.assert_allclose(plusplus(full, key, 3 * N).mean, np.trace(full), rtol=1e-12)
     decay = symmetric(0.5 ** np.arange(N))
-    plain, better = (method(tree_product(decay), LIKE, key, 30) for method in (hutchinson_trace, hutchpp_trace))
+    plain, better = trace(decay, key, 30), plusplus(decay, key, 30)
     assert better.standard_error < plain.standard_error / 20
     assert_within(better, np.trace(decay))
 
@@ -83,12 +92,12 @@ def test_hutchpp_is_exact_on_low_rank_and_better_on_decay(key, x64):
 def test_lanczos_to_the_end_finds_every_eigenvalue(eigenvalues, key, x64):
     """As many steps as dimensions: the whole spectrum with multiplicities, and an orthonormal eigenbasis."""
     A = symmetric(eigenvalues)
-    found, vectors, residuals = top_eigenpairs(tree_product(A), LIKE, key, N, N)
+    found, vectors, residuals = eigenpairs(A, key, N, N)
     scale = max(np.abs(eigenvalues).max(), 1e-300)
     np.testing.assert_allclose(np.sort(found), np.sort(eigenvalues), atol=1e-13 * scale)
-    V = jax.vmap(lambda v: ravel_pytree(v)[0])(vectors)
+    V = np.concatenate([np.reshape(leaf, (N, -1)) for leaf in jax.tree.leaves(vectors)], 1)
     np.testing.assert_allclose(V @ V.T, np.eye(N), atol=1e-12)
-    np.testing.assert_allclose(A @ V.T, V.T * found[None], atol=1e-12 * scale)
+    np.testing.assert_allclose(A @ V.T, V.T * np.asarray(found), atol=1e-12 * scale)
     assert jnp.all(residuals <= 1e-12 * scale)
     assert jnp.all(jnp.diff(jnp.abs(found)) <= 1e-15)
 
@@ -96,19 +105,19 @@ def test_lanczos_to_the_end_finds_every_eigenvalue(eigenvalues, key, x64):
 def test_top_eigenpairs_of_a_large_matrix_and_their_bounds(key, x64):
     """A few steps: every eigenvalue within its residual of a true one, the reported residual being the real one."""
     eigenvalues = np.concatenate([np.linspace(-1, 1, 396), [8.0, 7.0, -6.0, 5.0]])
-    A = jnp.asarray(symmetric(eigenvalues))
-    found, vectors, residuals = jax.jit(lambda key: top_eigenpairs(lambda v: A @ v, A[0], key, 4, 30))(key)
-    np.testing.assert_allclose(found, [8.0, 7.0, -6.0, 5.0], rtol=1e-10)
-    few, vectors, residuals = top_eigenpairs(lambda v: A @ v, A[0], key, 3, 6)
-    np.testing.assert_allclose(jnp.linalg.norm(A @ vectors.T - vectors.T * few[None], axis=0), residuals, rtol=1e-6)
-    nearest = np.abs(np.asarray(few)[:, None] - eigenvalues).min(1)
+    A = symmetric(eigenvalues)
+    pairs = jax.jit(lambda A, key, *counts: top_eigenpairs(lambda v: A @ v, A[0], key, *counts), static_argnums=(2, 3))
+    np.testing.assert_allclose(pairs(A, key, 4, 30)[0], [8.0, 7.0, -6.0, 5.0], rtol=1e-10)
+    few, vectors, residuals = map(np.asarray, pairs(A, key, 3, 6))
+    np.testing.assert_allclose(np.linalg.norm(A @ vectors.T - vectors.T * few, axis=0), residuals, rtol=1e-6)
+    nearest = np.abs(few[:, None] - eigenvalues).min(1)
     assert np.all(nearest <= residuals) and residuals[0] > 1e-6
 
 
 def test_spectral_density_is_exact_where_the_theory_says(key, x64):
     """Per probe: weights sum to 1, and m steps integrate vᵀA^k v exactly up to k = 2m - 1; with m = n, everything."""
     A = symmetric(np.linspace(0.5, 3, N))
-    density = spectral_density(tree_product(A), LIKE, key, num_steps=5, num_probes=300)
+    density = density_of(A, key, 5, 300)
     np.testing.assert_allclose(jnp.sum(density.weights, 1), 1.0, rtol=1e-12)
     assert density.nodes.shape == (300, 5) and jnp.all(density.weights >= 0)
     for power in (1, 3, 9):
@@ -116,48 +125,52 @@ def test_spectral_density_is_exact_where_the_theory_says(key, x64):
         assert_within(moment, np.mean(np.linspace(0.5, 3, N) ** power))
     probe = jax.random.rademacher(jax.random.split(jax.random.split(key, 300)[0])[0], (N,), float)
     moments = [probe @ np.linalg.matrix_power(A, k) @ probe / N for k in range(10)]
-    quadrature = [jnp.sum(density.weights[0] * density.nodes[0] ** k) for k in range(10)]
+    weights, nodes = np.asarray(density.weights[0]), np.asarray(density.nodes[0])
+    quadrature = [np.sum(weights * nodes**k) for k in range(10)]
     np.testing.assert_allclose(quadrature, moments, rtol=1e-11)
-    whole = spectral_density(tree_product(A), LIKE, key, num_steps=N, num_probes=2000)
+    whole = density_of(A, key, N, 2000)
     assert_within(whole.mean_of(jnp.log), np.linalg.slogdet(A)[1] / N)
 
 
 def test_density_integrates_to_one_and_peaks_at_the_eigenvalues(key):
-    diagonal = jnp.array([0.0] * 3 + [2.0])
-    density = spectral_density(lambda v: diagonal * v, diagonal, key, num_probes=8)
-    grid = jnp.linspace(-1, 3, 4001)
-    values = density.density(grid, 0.1)
+    d, grid = jnp.array([0.0] * 3 + [2.0]), np.linspace(-1, 3, 4001, dtype=np.float32)
+    values = jax.jit(lambda d: spectral_density(lambda v: d * v, d, key, num_probes=8).density(grid, 0.1))(d)
     np.testing.assert_allclose(jnp.sum(values) * 1e-3, 1.0, rtol=1e-3)
     height = 1 / (0.1 * np.sqrt(2 * np.pi))
-    np.testing.assert_allclose(values[jnp.array([1000, 3000])], [0.75 * height, 0.25 * height], rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(values)[[1000, 3000]], [0.75 * height, 0.25 * height], rtol=1e-4)
 
 
 def test_on_a_network(key, x64):
     """Trace, top eigenpair and density of a network's Gauss-Newton matrix and Hessian against the dense ones."""
-    keys = jax.random.split(key, 3)
-    params = network.init(keys[0], (5, 4, 3))
-    x, y = jax.random.normal(keys[1], (9, 5)), jax.random.randint(keys[2], (9,), 0, 3)
     loss = js.softmax_cross_entropy_with_integer_labels
-    flat, unravel = ravel_pytree(params)
-    H = jax.hessian(lambda flat: jnp.mean(loss(network.forward(unravel(flat), x), y)))(flat)
-    product = functools.partial(hvp, network.forward, loss, params, x, y)
-    found, _, _ = top_eigenpairs(product, params, key, 5, len(flat))
+
+    @jax.jit
+    def everything(key):
+        keys = jax.random.split(key, 3)
+        params = network.init(keys[0], (5, 4, 3))
+        x, y = jax.random.normal(keys[1], (9, 5)), jax.random.randint(keys[2], (9,), 0, 3)
+        flat, unravel = ravel_pytree(params)
+        H = jax.hessian(lambda flat: jnp.mean(loss(network.forward(unravel(flat), x), y)))(flat)
+        hessian, ggn = (functools.partial(of, network.forward, loss, params, x, y) for of in (hvp, ggn_vp))
+        found, _, _ = top_eigenpairs(hessian, params, key, 5, len(flat))
+        trace = hutchinson_trace(hessian, params, key, 500)
+        rank = hutchpp_trace(ggn, params, key, 3 * 9 * 2)  # its rank is at most 2 per example
+        return H, found, trace, rank, hutchinson_trace(ggn, params, key, 500)
+
+    H, found, trace, rank, of_ggn = everything(key)
     eigenvalues = np.linalg.eigvalsh(H)
     np.testing.assert_allclose(found, eigenvalues[np.argsort(-np.abs(eigenvalues))][:5], rtol=1e-9)
-    assert_within(hutchinson_trace(product, params, key, 500), np.trace(H))
-    ggn = functools.partial(ggn_vp, network.forward, loss, params, x, y)
-    rank = hutchpp_trace(ggn, params, key, 3 * 9 * 2)  # its rank is at most 2 per example
-    trace = hutchinson_trace(ggn, params, key, 500)
+    assert_within(trace, np.trace(H))
     assert rank.standard_error < 1e-12
-    assert_within(trace, rank.mean)
+    assert_within(of_ggn, rank.mean)
 
 
 def test_mixed_dtypes_are_computed_in_the_wider():
     like = {"half": jnp.zeros(2, jnp.bfloat16), "single": jnp.zeros(2)}
     product = lambda v: {"half": 2 * v["half"], "single": 3 * v["single"]}
-    estimate = hutchinson_diagonal(product, like, jax.random.key(0), 2)
+    estimate = jax.jit(lambda key: hutchinson_diagonal(product, like, key, 2))(jax.random.key(0))
     assert jax.tree.map(lambda leaf: str(leaf.dtype), estimate.mean) == {"half": "bfloat16", "single": "float32"}
-    assert hutchinson_trace(product, like, jax.random.key(0), 2).mean == 10.0
+    assert jax.jit(lambda key: hutchinson_trace(product, like, key, 2))(jax.random.key(0)).mean == 10.0
 
 
 def test_estimators_refuse(key):

@@ -13,6 +13,7 @@ import jaxsoftmax as js
 from jaxsoftmax import network
 from jaxsoftmax.curvature import damped_solve, empirical_fisher_vp, fisher_vp, ggn_vp, hvp
 from jaxsoftmax.losses.binary import sigmoid_binary_cross_entropy
+from tests.helpers import assert_close
 
 BATCH, WIDTHS = 7, (5, 4, 3)
 f = network.forward
@@ -49,29 +50,47 @@ class Problem:
     """A small network in float64, with the dense matrices of the reference loss."""
 
     def __init__(self, loss):
-        keys = jax.random.split(jax.random.key(0), 4)
         self.loss, (labels, self.reference) = loss, HEADS[loss]
-        self.params = network.init(keys[0], WIDTHS)
-        self.x, self.y = 2 * jax.random.normal(keys[1], (BATCH, WIDTHS[0])), labels(keys[2])
+
+        @jax.jit
+        def drawn():
+            keys = jax.random.split(jax.random.key(0), 4)
+            params = network.init(keys[0], WIDTHS)
+            v = jax.tree.map(lambda leaf: jax.random.normal(keys[3], leaf.shape), params)
+            return params, 2 * jax.random.normal(keys[1], (BATCH, WIDTHS[0])), labels(keys[2]), v
+
+        self.params, self.x, self.y, self.v = drawn()
         self.flat, self.unravel = ravel_pytree(self.params)
-        self.v = self.unravel(jax.random.normal(keys[3], self.flat.shape))
-        self.arguments = f, self.loss, self.params, self.x, self.y
 
     def logits(self, flat):
         return f(self.unravel(flat), self.x)
 
-    def mean(self, flat):
-        return jnp.mean(self.reference(self.logits(flat), self.y))
-
-    def assert_product(self, product, matrix, rtol=1e-13):
-        wanted = matrix @ ravel_pytree(self.v)[0]
-        assert jax.tree.map(jnp.shape, product) == jax.tree.map(jnp.shape, self.params)
-        np.testing.assert_allclose(ravel_pytree(product)[0], wanted, rtol=0, atol=rtol * np.abs(wanted).max())
+    def losses(self, flat):
+        return self.reference(self.logits(flat), self.y).reshape(-1)
 
     def sandwich(self, middle):
         """Jᵀ diag(middle) J for middle (BATCH, 3, 3)."""
-        J = jax.jit(jax.jacrev(self.logits))(self.flat)
-        return np.einsum("bki,bkl,blj->ij", J, middle, J)
+        J = jax.jacrev(self.logits)(self.flat)
+        return jnp.einsum("bki,bkl,blj->ij", J, middle, J)
+
+    def gauss_newton(self):
+        """E[JᵀHJ], H from jax.hessian of the reference."""
+        z = self.logits(self.flat)
+        H = jax.vmap(jax.hessian(lambda z, y: jnp.sum(self.reference(z, y))))(z, self.y)
+        return self.sandwich(H) / self.reference(z, self.y).size
+
+    def assert_products(self, dense, *products):
+        """All of `products`, each a function and its options, are `dense()` times v."""
+
+        @jax.jit
+        def all_of_them():
+            at = f, self.loss, self.params, self.x, self.y, self.v
+            return dense() @ ravel_pytree(self.v)[0], [product(*at, **options) for product, options in products]
+
+        wanted, found = all_of_them()
+        for product in found:
+            assert jax.tree.map(jnp.shape, product) == jax.tree.map(jnp.shape, self.params)
+            assert_close(ravel_pytree(product)[0], wanted, 1e-13)
 
 
 @pytest.fixture
@@ -85,29 +104,24 @@ def with_problem(*heads):
 
 @with_problem(js.softmax_cross_entropy_with_integer_labels, sigmoid_binary_cross_entropy)
 def test_hvp_is_the_hessian_times_v(problem):
-    dense = jax.jit(jax.hessian(problem.mean))(problem.flat)
-    problem.assert_product(hvp(*problem.arguments, problem.v), dense)
-    problem.assert_product(hvp(*problem.arguments, problem.v, batch_size=3), dense)
+    dense = lambda: jax.hessian(lambda flat: jnp.mean(problem.losses(flat)))(problem.flat)
+    problem.assert_products(dense, (hvp, {}), (hvp, {"batch_size": 3}))
 
 
 @with_problem()
 def test_ggn_and_exact_fisher(problem):
-    """H from jax.hessian of the reference; the Fisher matrix is JᵀHJ too, for all of these heads."""
-    total = lambda z, y: jnp.sum(problem.reference(z, y))
-    H = jax.jit(jax.vmap(jax.hessian(total)))(problem.logits(problem.flat), problem.y)
-    values = problem.reference(problem.logits(problem.flat), problem.y).size
-    dense = problem.sandwich(H) / values
-    problem.assert_product(ggn_vp(*problem.arguments, problem.v), dense)
-    problem.assert_product(ggn_vp(*problem.arguments, problem.v, batch_size=2), dense)
-    problem.assert_product(fisher_vp(*problem.arguments, problem.v, batch_size=6), dense)
+    """The Fisher matrix is JᵀHJ too, for all of these heads."""
+    products = (ggn_vp, {}), (ggn_vp, {"batch_size": 2}), (fisher_vp, {"batch_size": 6})
+    problem.assert_products(problem.gauss_newton, *products)
 
 
 @with_problem(js.softmax_cross_entropy, js.squared_error)
 def test_empirical_fisher_is_the_second_moment_of_the_gradients(problem):
-    gradients = jax.jacrev(lambda flat: problem.reference(problem.logits(flat), problem.y).reshape(-1))(problem.flat)
-    dense = gradients.T @ gradients / len(gradients)
-    problem.assert_product(empirical_fisher_vp(*problem.arguments, problem.v), dense)
-    problem.assert_product(empirical_fisher_vp(*problem.arguments, problem.v, batch_size=4), dense)
+    def dense():
+        gradients = jax.jacrev(problem.losses)(problem.flat)
+        return gradients.T @ gradients / len(gradients)
+
+    problem.assert_products(dense, (empirical_fisher_vp, {}), (empirical_fisher_vp, {"batch_size": 4}))
 
 
 @with_problem(js.softmax_cross_entropy_with_integer_labels, js.sum_squared_error, sigmoid_binary_cross_entropy)
@@ -116,74 +130,82 @@ def test_sampled_fisher_agrees_within_its_standard_error(problem):
     v = ravel_pytree(problem.v)[0]
 
     @jax.jit
-    def draws(keys):
-        product = lambda key: fisher_vp(*problem.arguments, problem.v, key=key, num_samples=2)
-        return jax.lax.map(lambda key: v @ ravel_pytree(product(key))[0], keys)
+    def draws(key):
+        at = f, problem.loss, problem.params, problem.x, problem.y, problem.v
+        of = lambda **options: ravel_pytree(fisher_vp(*at, **options))[0]
+        forms = jax.lax.map(lambda key: v @ of(key=key, num_samples=2), jax.random.split(key, 400))
+        return forms, v @ of(), of(key=key, num_samples=3), of(key=key, num_samples=3, batch_size=3)
 
-    forms = draws(jax.random.split(jax.random.key(1), 400))
-    exact = v @ ravel_pytree(fisher_vp(*problem.arguments, problem.v))[0]
+    forms, exact, whole, batched = draws(jax.random.key(1))
     error = jnp.std(forms, ddof=1) / 20
     assert 0 < error < 0.05 * exact
     assert abs(jnp.mean(forms) - exact) < 4 * error
-    keyed = functools.partial(fisher_vp, *problem.arguments, problem.v, key=jax.random.key(2), num_samples=3)
-    whole, batched = (ravel_pytree(keyed(batch_size=size))[0] for size in (None, 3))
     np.testing.assert_allclose(whole, batched, rtol=1e-12, atol=1e-14)
 
 
 def test_fisher_is_the_expectation_over_the_model_and_ignores_the_labels(x64):
     """Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ, summed over the classes in turn."""
     problem = Problem(js.softmax_cross_entropy_with_integer_labels)
-    z = problem.logits(problem.flat)
-    per_label = jnp.stack([jax.nn.softmax(z) - jax.nn.one_hot(jnp.full(BATCH, c), 3) for c in range(3)])
-    middle = np.einsum("bc,cbk,cbl->bkl", jax.nn.softmax(z), per_label, per_label)
-    dense = problem.sandwich(middle) / BATCH
-    problem.assert_product(fisher_vp(*problem.arguments, problem.v), dense)
-    problem.assert_product(fisher_vp(*problem.arguments[:-1], jnp.zeros(BATCH, int), problem.v), dense)
+
+    def dense():
+        z = problem.logits(problem.flat)
+        per_label = jnp.stack([jax.nn.softmax(z) - jax.nn.one_hot(jnp.full(BATCH, c), 3) for c in range(3)])
+        return problem.sandwich(jnp.einsum("bc,cbk,cbl->bkl", jax.nn.softmax(z), per_label, per_label)) / BATCH
+
+    others = functools.partial(lambda f, loss, params, x, y, v: fisher_vp(f, loss, params, x, (y + 1) % 3, v))
+    problem.assert_products(dense, (fisher_vp, {}), (others, {}))
 
 
 def test_linear_network_in_closed_form(x64):
     """l = ‖Wx - y‖²: Hessian, Gauss-Newton and Fisher are all 2 I⊗E[xxᵀ], whatever the labels."""
     problem = Problem(js.sum_squared_error)
-    params, V = jnp.ones((3, 5)), jax.random.normal(jax.random.key(5), (3, 5))
+    params, V = jnp.ones((3, 5)), jnp.sin(jnp.arange(15.0)).reshape(3, 5)
     linear = lambda W, x: x @ W.T
     wanted = 2 * V @ (problem.x.T @ problem.x / BATCH)
     for product in (hvp, ggn_vp, fisher_vp):
-        found = product(linear, js.sum_squared_error, params, problem.x, problem.y, V)
+        found = jax.jit(functools.partial(product, linear, problem.loss))(params, problem.x, problem.y, V)
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_softmax_regression_in_closed_form(x64):
     """l = cross-entropy of Wx: the Hessian is E[(diag(p) - ppᵀ) ⊗ xxᵀ]."""
     problem = Problem(js.softmax_cross_entropy_with_integer_labels)
-    W, V = 0.1 * jnp.ones((3, 5)), jax.random.normal(jax.random.key(5), (3, 5))
+    W, V = 0.1 * jnp.ones((3, 5)), jnp.sin(jnp.arange(15.0)).reshape(3, 5)
     linear = lambda W, x: x @ W.T
     p = jax.nn.softmax(problem.x @ W.T)
     J = np.einsum("bk,kl->bkl", p, np.eye(3)) - np.einsum("bk,bl->bkl", p, p)
     wanted = np.einsum("bkl,bi,bj,lj->ki", J, problem.x, problem.x, V) / BATCH
     for product in (hvp, ggn_vp, fisher_vp):
-        np.testing.assert_allclose(product(linear, problem.loss, W, problem.x, problem.y, V), wanted, rtol=1e-12)
+        found = jax.jit(functools.partial(product, linear, problem.loss))(W, problem.x, problem.y, V)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_sequences_any_tree_and_options():
     """Logits (B, T, K), inputs and parameters as dicts, a head with an option bound to it, inside jit."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"W": jax.random.normal(keys[0], (4, 3)), "b": jnp.zeros(3)}
-    x, y = {"tokens": jax.random.normal(keys[1], (6, 2, 4))}, jax.random.randint(keys[2], (6, 2), 0, 3)
     model = lambda p, x: jnp.einsum("btd,dk->btk", x["tokens"], p["W"]) + p["b"][None, None]
     smooth = functools.partial(js.softmax_cross_entropy_with_integer_labels, label_smoothing=0.1)
-    flat, unravel = ravel_pytree(params)
-    dense = jax.hessian(lambda flat: jnp.mean(smooth(model(unravel(flat), x), y)))(flat)
-    for product in (hvp, ggn_vp):
-        for batch_size in (None, 4):
-            vector = jax.jit(lambda v, b=batch_size, p=product: p(model, smooth, params, x, y, v, batch_size=b))(params)
-            np.testing.assert_allclose(ravel_pytree(vector)[0], dense @ flat, atol=2e-6)
+
+    @jax.jit
+    def everything():
+        keys = jax.random.split(jax.random.key(0), 3)
+        params = {"W": jax.random.normal(keys[0], (4, 3)), "b": jnp.zeros(3)}
+        x, y = {"tokens": jax.random.normal(keys[1], (6, 2, 4))}, jax.random.randint(keys[2], (6, 2), 0, 3)
+        flat, unravel = ravel_pytree(params)
+        dense = jax.hessian(lambda flat: jnp.mean(smooth(model(unravel(flat), x), y)))(flat)
+        calls = ((product, size) for product in (hvp, ggn_vp) for size in (None, 4))
+        products = [product(model, smooth, params, x, y, params, batch_size=size) for product, size in calls]
+        return dense @ flat, [ravel_pytree(product)[0] for product in products]
+
+    wanted, found = everything()
+    for product in found:
+        np.testing.assert_allclose(product, wanted, atol=2e-6)
 
 
 def test_half_precision_parameters():
     """bfloat16 in, bfloat16 out; sums over batches are float32, so 512 of them lose nothing."""
     linear = lambda w, x: x * w[None]
     w, v, x = jnp.ones(1, jnp.bfloat16), jnp.ones(1, jnp.bfloat16), jnp.ones((512, 1), jnp.bfloat16)
-    product = ggn_vp(linear, js.l2_loss, w, x, jnp.zeros((512, 1)), v, batch_size=1)
+    product = jax.jit(functools.partial(ggn_vp, linear, js.l2_loss, batch_size=1))(w, x, jnp.zeros((512, 1)), v)
     assert product.dtype == jnp.bfloat16
     assert product[0] == 1.0
 
@@ -257,14 +279,20 @@ def tree_product(A):
 
 def test_solution_meets_its_stopping_rule(x64):
     A, b = spd(20, 1e4)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def solve(tol, max_steps=500):
+        solution = damped_solve(tree_product(A), split(b), 0.1, tol=tol, max_steps=max_steps)
+        return solution._replace(x=ravel_pytree(solution.x)[0])
+
     for tol in (1e-2, 1e-6, 1e-10):
-        solution = damped_solve(tree_product(A), split(b), 0.1, tol=tol, max_steps=500)
-        x = ravel_pytree(solution.x)[0]
+        solution = solve(tol)
+        x = np.asarray(solution.x)
         residual = np.linalg.norm(b - A @ x - 0.1 * x) / np.linalg.norm(b)
         assert solution.converged and residual <= 1.01 * tol
         np.testing.assert_allclose(solution.residual, residual, rtol=0.01, atol=1e-13)
-        fewer = damped_solve(tree_product(A), split(b), 0.1, tol=tol, max_steps=int(solution.steps) - 1)
-        assert not fewer.converged and fewer.residual > tol and fewer.steps == solution.steps - 1
+    fewer = solve(1e-6, int(solve(1e-6).steps) - 1)
+    assert not fewer.converged and fewer.residual > 1e-6 and fewer.steps == solve(1e-6).steps - 1
     np.testing.assert_allclose(x, np.linalg.solve(A + 0.1 * np.eye(20), b), rtol=1e-6)
 
 
@@ -272,32 +300,32 @@ def test_distinct_eigenvalues_bound_the_steps(x64):
     """Conjugate gradients end after as many steps as A has distinct eigenvalues; with M = A + λI, after one."""
     diagonal = jnp.repeat(jnp.array([1.0, 10.0, 100.0]), 5)
     b = jnp.asarray(spd(15, 1.0)[1])
-    product = lambda v: diagonal * v
-    assert damped_solve(product, b, 1.0, tol=1e-12).steps == 3
-    solution = damped_solve(product, b, 1.0, tol=1e-12, preconditioner=lambda r: r / (diagonal + 1))
+    solve = jax.jit(lambda **options: damped_solve(lambda v: diagonal * v, b, 1.0, tol=1e-12, **options))
+    assert solve().steps == 3
+    preconditioner = jax.tree_util.Partial(lambda r: r / (diagonal + 1))
+    solution = solve(preconditioner=preconditioner)
     assert solution.steps == 1
     np.testing.assert_allclose(solution.x, b / (diagonal + 1), rtol=1e-14)
-    again = damped_solve(product, b, 1.0, tol=1e-12, start=solution.x)
+    again = solve(start=solution.x)
     assert again.steps == 0 and again.converged
 
 
 def test_solver_at_the_edges(x64):
-    zero = damped_solve(lambda v: v, jnp.zeros(3), 1.0)
+    solve = jax.jit(lambda d, b, damping=0.0, tol=1e-5: damped_solve(lambda v: d * v, b, damping, tol=tol))
+    zero = solve(jnp.ones(3), jnp.zeros(3), 1.0)
     assert zero.steps == 0 and zero.converged and zero.residual == 0 and not jnp.any(zero.x)
-    indefinite = damped_solve(lambda v: jnp.array([1.0, -1.0]) * v, jnp.ones(2), 0.0)
+    indefinite = solve(jnp.array([1.0, -1.0, 0.0]), jnp.array([1.0, 1.0, 0.0]))
     assert not indefinite.converged and jnp.all(jnp.isfinite(indefinite.x)) and indefinite.steps == 1
-    exact = damped_solve(lambda v: 2 * v, jnp.ones(3), 0.0, tol=0.0)
+    exact = solve(jnp.full(3, 2.0), jnp.ones(3), tol=0.0)
     assert exact.converged and jnp.all(exact.x == 0.5)
 
 
 def test_solver_with_a_network_inside_jit(x64):
     problem = Problem(js.softmax_cross_entropy_with_integer_labels)
-    G = problem.sandwich(
-        jax.vmap(jax.hessian(lambda z, y: problem.reference(z, y)))(problem.logits(problem.flat), problem.y)
-    )
-    product = functools.partial(ggn_vp, *problem.arguments)
+    G = np.asarray(jax.jit(problem.gauss_newton)())
+    product = functools.partial(ggn_vp, f, problem.loss, problem.params, problem.x, problem.y)
     solution = jax.jit(lambda b, damping: damped_solve(product, b, damping, tol=1e-11))(problem.v, 0.01)
-    wanted = np.linalg.solve(G / BATCH + 0.01 * np.eye(len(G)), ravel_pytree(problem.v)[0])
+    wanted = np.linalg.solve(G + 0.01 * np.eye(len(G)), ravel_pytree(problem.v)[0])
     np.testing.assert_allclose(ravel_pytree(solution.x)[0], wanted, rtol=1e-8)
 
 

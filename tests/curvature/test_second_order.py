@@ -22,7 +22,6 @@ probabilities = jax.jit(LastLayerLaplace.probabilities, static_argnames="num_sam
 with_best_prior = jax.jit(LastLayerLaplace.with_best_prior)
 
 
-
 def linear(W, x):
     return x @ W.T
 
