@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, vectors
-from jaxsoftmax._core.vectors import Product, axpy, dot, exponent, ldexp, like, norm
+from jaxsoftmax._core.vectors import Product, axpy, dot, exponent, in_range, ldexp, like, norm
 
 
 class Solution(NamedTuple):
@@ -61,7 +61,7 @@ def damped_solve(
       preconditioner: r -> M⁻¹ r, symmetric and positive definite, M near A + λI.
       start: first iterate; zero if it is not given.
       tol: relative tolerance of the residual.
-      max_steps: largest number of steps, one product each; two more find the scale and the residual.
+      max_steps: largest number of steps, one product each; one more finds the residual, and with `start` two.
 
     Returns:
       A `Solution`.
@@ -111,49 +111,65 @@ def _joined(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
+class _Iterate(NamedTuple):
+    x: Any
+    r: Any
+    p: Any
+    rz: Array
+    residual: Array  # ‖r‖ / ‖b‖
+    steps: Array
+    indefinite: Array
+
+
 def _conjugate_gradients(apply, precondition, b, start, tol, max_steps):
-    """(x, (steps, residual, converged)), computed at scale 1: 2^(of_A - of_b) x for 2^-of_A A and 2^-of_b b."""
+    """(x, (steps, residual, converged)), computed for b of scale 1.
+
+    x and p are kept times h, A being of scale 1/h²: then pᵀAp is of scale 1, and half of A's scale is taken away before
+    its product and half after it, with no pass over a vector of its own.
+    """
     of_b = exponent(b)
-    b = ldexp(b, -of_b)
-    of_A = vectors.scale_of(apply, b)
-    apply, size, of_x = vectors.scaled(apply, of_A), norm(b), of_b - of_A
+    b = z = ldexp(b, -of_b)
     if precondition is not None:
-        precondition = vectors.scaled(precondition, vectors.scale_of(precondition, b))
-    goal = tol * size
+        shift, z = in_range(precondition, b)
+        precondition, z = vectors.scaled(precondition, exponent(z) - shift), ldexp(z, -exponent(z))
+    shift, Az = in_range(apply, z)
+    half, size = (exponent(Az) - shift) // 2, norm(b)
+    size, of_x = jnp.where(size == 0, 1.0, size), of_b - half
+    h = jnp.ldexp(jnp.ones_like(size), -half)
 
-    def unfinished(state):
-        _, r, _, _, steps, indefinite = state
-        return (norm(r) > goal) & (steps < max_steps) & ~indefinite
-
-    def step(state):
-        x, r, p, rz, steps, _ = state
-        Ap = apply(p)
-        curvature = dot(p, Ap)
-        indefinite = ~(curvature > 0)
-        alpha = jnp.where(indefinite, 0.0, rz / jnp.where(indefinite, 1.0, curvature))
-        x, r = axpy(alpha, p, x), axpy(-alpha, Ap, r)
+    def iterate(x, r, steps, indefinite):
         z = r if precondition is None else precondition(r)
-        rz, previous = dot(r, z), rz
-        p = axpy(jnp.where(indefinite, 0.0, rz / jnp.where(previous == 0, 1.0, previous)), p, z)
-        return x, r, p, rz, steps + 1, indefinite
+        return _Iterate(x, r, vectors.scale(h, z), dot(r, z), norm(r) / size, steps, indefinite)
+
+    def unfinished(at):
+        return (at.residual > tol) & (at.steps < max_steps) & ~at.indefinite
+
+    def step(at, Ap):
+        curvature = dot(at.p, Ap)
+        indefinite = ~(curvature > 0)
+        alpha = jnp.where(indefinite, 0.0, at.rz / jnp.where(indefinite, 1.0, curvature))
+        new = iterate(axpy(alpha, at.p, at.x), axpy(-alpha * h, Ap, at.r), at.steps + 1, indefinite)
+        beta = jnp.where(indefinite, 0.0, new.rz / jnp.where(at.rz == 0, 1.0, at.rz))
+        return new._replace(p=axpy(beta, at.p, new.p))
+
+    def restarted(x, steps, indefinite):
+        return iterate(x, axpy(-h, apply(x), b), steps, indefinite)
 
     # The recurrence for r drifts away from b - Ax. Where that is beyond the goal, and has halved, it starts once more.
-    def worthwhile(state):
-        _, r, steps, indefinite, before = state
-        return (norm(r) > goal) & (steps < max_steps) & ~indefinite & ~(norm(r) > before / 2)
-
     def run(state):
-        x, r, steps, indefinite, _ = state
-        before, z = norm(r), r if precondition is None else precondition(r)
-        x, _, _, _, steps, indefinite = lax.while_loop(unfinished, step, (x, r, z, dot(r, z), steps, indefinite))
-        x = ldexp(ldexp(x, of_x), -of_x)  # what of x is in the range
-        return x, axpy(-1.0, apply(x), b), steps, indefinite, before
+        at, before, _ = state
+        at = lax.while_loop(unfinished, lambda at: step(at, apply(at.p)), at)
+        x = ldexp(ldexp(at.x, of_x), -of_x)  # what of x is in the range
+        at = restarted(x, at.steps, at.indefinite)
+        return at, at.residual, at.residual <= before / 2
 
-    if start is None:
-        x, r = jax.tree.map(jnp.zeros_like, b), b
+    none = jnp.int32(0), jnp.array(False)
+    if start is None:  # the product that found the scale is that of the first step
+        at, Ap = iterate(jax.tree.map(jnp.zeros_like, b), b, *none), ldexp(Az, -shift - half)
+        before, at = at.residual, lax.cond(unfinished(at), lambda at: step(at, Ap), lambda at: at, at)
     else:
-        x = ldexp(start, -of_x)
-        r = axpy(-1.0, apply(x), b)
-    state = x, r, jnp.int32(0), jnp.array(False), jnp.full_like(size, jnp.inf)
-    x, r, steps, *_ = lax.while_loop(worthwhile, run, state)
-    return ldexp(x, of_x), (steps, norm(r) / jnp.where(size == 0, 1.0, size), norm(r) <= goal)
+        at = restarted(ldexp(start, -of_x), *none)
+        before = at.residual
+    worthwhile = lambda state: unfinished(state[0]) & state[2]
+    at, _, _ = lax.while_loop(worthwhile, run, (at, before, jnp.array(True)))
+    return ldexp(at.x, of_x), (at.steps, at.residual, at.residual <= tol)

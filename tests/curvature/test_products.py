@@ -318,6 +318,26 @@ def test_solver_at_the_edges(x64):
     assert not indefinite.converged and jnp.all(jnp.isfinite(indefinite.x)) and indefinite.steps == 1
     exact = solve(jnp.full(3, 2.0), jnp.ones(3), tol=0.0)
     assert exact.converged and jnp.all(exact.x == 0.5)
+    nothing = solve(jnp.ones(0), jnp.ones(0))
+    assert nothing.converged and nothing.x.shape == (0,)
+    for unknown in (jnp.nan, jnp.inf):
+        for d, b in ((1.0, unknown), (unknown, 1.0), (-unknown, 1.0)):
+            assert not solve(jnp.array([1.0, d, 2.0]), jnp.array([1.0, b, 1.0])).converged
+
+
+def test_products_that_a_solution_takes():
+    """One for each step and one for the residual; with a start, two for the residual and one for the scale."""
+    d, calls = jnp.array([1.0, 2.0, 3.0, 4.0]), []
+
+    def product(v):
+        jax.debug.callback(lambda: calls.append(None))
+        return d * v
+
+    for start, more in ((None, 1), (jnp.ones(4), 3)):
+        calls.clear()
+        solution = jax.jit(lambda start: damped_solve(product, jnp.ones(4), 0.0, start=start))(start)
+        jax.effects_barrier()
+        assert solution.steps == 4 - (start is not None) and len(calls) == solution.steps + more
 
 
 def test_solver_with_a_network_inside_jit(x64):
