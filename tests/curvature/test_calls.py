@@ -85,17 +85,20 @@ FACTOR = [1.0]
 @over_products
 def test_nothing_is_remembered_between_calls(product):
     w, x, labels = jnp.array([[1.0, 0.0]]), jnp.ones((1, 1)), jnp.zeros(1, int)
-    model = Scaled(1.0)
-    first = product(model, CE, w, x, labels, w)
+    model, call = (
+        Scaled(1.0),
+        lambda model, loss=CE: np.asarray(jax.jit(lambda w: product(model, loss, w, x, labels, w))(w)),
+    )
+    first = call(model)
     model.factor = 2.0
-    np.testing.assert_array_equal(product(model, CE, w, x, labels, w), product(Scaled(2.0), CE, w, x, labels, w))
-    assert jnp.any(first != product(model, CE, w, x, labels, w))
+    np.testing.assert_array_equal(call(model), call(Scaled(2.0)))
+    assert np.any(first != call(model))
     if product is fisher_vp:
         return
     loss = lambda z, y: FACTOR[0] * CE(z, y)
-    one = product(model, loss, w, x, labels, w)
+    one = call(model, loss)
     FACTOR[0] = 3.0
-    two = product(model, loss, w, x, labels, w)
+    two = call(model, loss)
     FACTOR[0] = 1.0
     np.testing.assert_allclose(two, (9 if product is empirical_fisher_vp else 3) * one, rtol=1e-6)
 
@@ -177,28 +180,19 @@ def dense(theta, b, damping):
     return jnp.linalg.solve(matrix(theta) + damping * jnp.eye(4), b)
 
 
-OPTIONS = {
-    "plain": lambda scale: {},
-    "started and preconditioned": lambda scale: {
-        "start": {"v": scale * jnp.ones(4)},
-        "preconditioner": lambda r: {"v": r["v"] / 3},
-    },
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["options", "plain"])
 def test_solutions_differentiate_in_both_modes(options, x64):
-    """At the scale 1 and at one where squares underflow: to the second order, forward over reverse."""
+    """At the scale 1 and at one where squares underflow: forward, reverse, and forward over reverse."""
 
     @jax.jit
     def derivatives(scale, theta, b, damping, direction):
-        ours = lambda *arguments: solved(*arguments, **options(scale))
+        given = {"start": {"v": scale * jnp.ones(4)}, "preconditioner": lambda r: {"v": r["v"] / 3}} if options else {}
+        ours = lambda *arguments: solved(*arguments, **given)
 
         def both(g):
-            at = theta, scale * b, damping
+            at, along = (theta, scale * b, damping), (direction[0], scale * direction[1], direction[2])
             gradient = jax.grad(lambda *at: jnp.sum(jnp.sin(b) * g(*at)), (0, 1, 2))
-            along = direction[0], scale * direction[1], direction[2]
-            return jax.jacfwd(g, (0, 1, 2))(*at), jax.jacrev(g, (0, 1, 2))(*at), jax.jvp(gradient, at, along)
+            return jax.jvp(g, at, along), jax.jvp(gradient, at, along)
 
         return both(ours), both(dense)
 
@@ -225,9 +219,9 @@ def test_solutions_over_trees_differentiate_where_only_a_part_is_asked(x64):
 
     wanted = lambda c, t: (1 - 0.1 * (c - 0.1 / 1.5) / (t + 0.5 - 0.01 / 1.5)) / 1.5
     arguments = jnp.array([1.0, 2.0]), jnp.array(2.0)
-    for mode in (jax.jacfwd, jax.jacrev):
-        for a, b in zip(*(jax.jit(mode(g, (0, 1)))(*arguments) for g in (part, wanted))):
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+    derivatives = lambda g: (jax.jacfwd(g, 1)(*arguments), jax.jacrev(g, (0, 1))(*arguments))
+    for a, b in zip(*map(jax.tree.leaves, jax.jit(lambda: (derivatives(part), derivatives(wanted)))())):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
 def test_no_key_is_used_twice():
@@ -283,7 +277,6 @@ def everything(params, x, labels, v):
     """Products and solutions by name; of each way through the examples one, then all."""
     at, key = (mlp, CE, params, x, labels), jax.random.key(1)
     mask = functools.partial(CE, where=labels != 2)
-    yield "hvp", lambda: hvp(*at, v)
     yield "batches and a rest", lambda: ggn_vp(*at, v, batch_size=16)
     yield "sampled, masked", lambda: fisher_vp(mlp, mask, params, x, labels, v, key=key, num_samples=3, batch_size=8)
     yield "solved", lambda: damped_solve(functools.partial(ggn_vp, *at), v, 0.1, tol=1e-6).x
@@ -294,9 +287,12 @@ def everything(params, x, labels, v):
             yield f"{product.__name__} {size}", functools.partial(product, *at, v, batch_size=size)
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
-@pytest.mark.parametrize("kind", kinds().values(), ids=kinds())
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [([*kinds()][-1], 3), *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in kinds())],
+)
 def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind, count):
+    kind = kinds()[kind]
     found = jax.jit(lambda *arguments: {name: of() for name, of in itertools.islice(everything(*arguments), count)})
     wanted = found(*sharded_problem(None))
     arguments = sharded_problem(kind)
@@ -357,7 +353,11 @@ FISHER = {
 }
 
 
-@pytest.mark.parametrize("name", FISHER)
+def repeated(name):
+    return name in ("class_weights", "label_smoothing", "mask over examples", "squared_error", "sum_squared_error")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * repeated(name)) for name in FISHER])
 def test_sampled_fisher_with_options_agrees_within_its_standard_error(name, x64):
     """Entries of F from independent estimates, each within 5 standard errors of the exact one, which are small."""
     loss, labels = FISHER[name]
@@ -373,6 +373,12 @@ def test_sampled_fisher_with_options_agrees_within_its_standard_error(name, x64)
     error = estimates.std(0, ddof=1) / 20
     assert np.all(np.abs(estimates.mean(0) - exact) <= 5 * error + 1e-15)
     assert 0 < np.linalg.norm(error) < 0.1 * np.linalg.norm(exact)
+
+
+def test_draws_do_not_depend_on_the_batches(x64):
+    W, x, labels, v = problem()
+    sampled = functools.partial(fisher_vp, f, CE, W, x, labels, v, key=jax.random.key(2), num_samples=3)
+    np.testing.assert_allclose(*jax.jit(lambda: (sampled(), sampled(batch_size=3)))(), rtol=1e-12, atol=1e-14)
 
 
 def test_fisher_counts_observations(x64):

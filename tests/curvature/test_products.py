@@ -98,17 +98,18 @@ def problem(request, x64):
     return Problem(request.param)
 
 
-def with_problem(*heads):
-    return pytest.mark.parametrize("problem", heads or HEADS, indirect=True, ids=lambda loss: loss.__name__)
+def with_problem(*heads, slow=()):
+    heads = [*heads, *(pytest.param(head, marks=pytest.mark.slow) for head in slow)]
+    return pytest.mark.parametrize("problem", heads, indirect=True, ids=lambda loss: loss.__name__)
 
 
-@with_problem(js.softmax_cross_entropy_with_integer_labels, sigmoid_binary_cross_entropy)
+@with_problem(js.softmax_cross_entropy_with_integer_labels, slow=[sigmoid_binary_cross_entropy])
 def test_hvp_is_the_hessian_times_v(problem):
     dense = lambda: jax.hessian(lambda flat: jnp.mean(problem.losses(flat)))(problem.flat)
     problem.assert_products(dense, (hvp, {}), (hvp, {"batch_size": 3}))
 
 
-@with_problem()
+@with_problem(js.softmax_cross_entropy, sigmoid_binary_cross_entropy, slow=[*HEADS][:1] + [*HEADS][2:5])
 def test_ggn_and_exact_fisher(problem):
     """The Fisher matrix is JᵀHJ too, for all of these heads."""
     products = (ggn_vp, {}), (ggn_vp, {"batch_size": 2}), (fisher_vp, {"batch_size": 6})
@@ -124,9 +125,10 @@ def test_empirical_fisher_is_the_second_moment_of_the_gradients(problem):
     problem.assert_products(dense, (empirical_fisher_vp, {}), (empirical_fisher_vp, {"batch_size": 4}))
 
 
+@pytest.mark.slow
 @with_problem(js.softmax_cross_entropy_with_integer_labels, js.sum_squared_error, sigmoid_binary_cross_entropy)
 def test_sampled_fisher_agrees_within_its_standard_error(problem):
-    """vᵀFv from 400 independent draws: the mean within 4 standard errors, which are small; batches change nothing."""
+    """vᵀFv from 400 independent draws: the mean within 4 standard errors, which are small."""
     v = ravel_pytree(problem.v)[0]
 
     @jax.jit
@@ -134,13 +136,12 @@ def test_sampled_fisher_agrees_within_its_standard_error(problem):
         at = f, problem.loss, problem.params, problem.x, problem.y, problem.v
         of = lambda **options: ravel_pytree(fisher_vp(*at, **options))[0]
         forms = jax.lax.map(lambda key: v @ of(key=key, num_samples=2), jax.random.split(key, 400))
-        return forms, v @ of(), of(key=key, num_samples=3), of(key=key, num_samples=3, batch_size=3)
+        return forms, v @ of()
 
-    forms, exact, whole, batched = draws(jax.random.key(1))
+    forms, exact = draws(jax.random.key(1))
     error = jnp.std(forms, ddof=1) / 20
     assert 0 < error < 0.05 * exact
     assert abs(jnp.mean(forms) - exact) < 4 * error
-    np.testing.assert_allclose(whole, batched, rtol=1e-12, atol=1e-14)
 
 
 def test_fisher_is_the_expectation_over_the_model_and_ignores_the_labels(x64):
@@ -167,19 +168,6 @@ def test_linear_network_in_closed_form(x64):
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-def test_softmax_regression_in_closed_form(x64):
-    """l = cross-entropy of Wx: the Hessian is E[(diag(p) - ppᵀ) ⊗ xxᵀ]."""
-    problem = Problem(js.softmax_cross_entropy_with_integer_labels)
-    W, V = 0.1 * jnp.ones((3, 5)), jnp.sin(jnp.arange(15.0)).reshape(3, 5)
-    linear = lambda W, x: x @ W.T
-    p = jax.nn.softmax(problem.x @ W.T)
-    J = np.einsum("bk,kl->bkl", p, np.eye(3)) - np.einsum("bk,bl->bkl", p, p)
-    wanted = np.einsum("bkl,bi,bj,lj->ki", J, problem.x, problem.x, V) / BATCH
-    for product in (hvp, ggn_vp, fisher_vp):
-        found = jax.jit(functools.partial(product, linear, problem.loss))(W, problem.x, problem.y, V)
-        np.testing.assert_allclose(found, wanted, rtol=1e-12)
-
-
 def test_sequences_any_tree_and_options():
     """Logits (B, T, K), inputs and parameters as dicts, a head with an option bound to it, inside jit."""
     model = lambda p, x: jnp.einsum("btd,dk->btk", x["tokens"], p["W"]) + p["b"][None, None]
@@ -192,7 +180,7 @@ def test_sequences_any_tree_and_options():
         x, y = {"tokens": jax.random.normal(keys[1], (6, 2, 4))}, jax.random.randint(keys[2], (6, 2), 0, 3)
         flat, unravel = ravel_pytree(params)
         dense = jax.hessian(lambda flat: jnp.mean(smooth(model(unravel(flat), x), y)))(flat)
-        calls = ((product, size) for product in (hvp, ggn_vp) for size in (None, 4))
+        calls = (hvp, None), (ggn_vp, 4)
         products = [product(model, smooth, params, x, y, params, batch_size=size) for product, size in calls]
         return dense @ flat, [ravel_pytree(product)[0] for product in products]
 
@@ -297,15 +285,13 @@ def test_solution_meets_its_stopping_rule(x64):
 
 
 def test_distinct_eigenvalues_bound_the_steps(x64):
-    """Conjugate gradients end after as many steps as A has distinct eigenvalues; with M = A + λI, after one."""
+    """Conjugate gradients end after as many steps as A has distinct eigenvalues, and do not begin at the solution."""
     diagonal = jnp.repeat(jnp.array([1.0, 10.0, 100.0]), 5)
     b = jnp.asarray(spd(15, 1.0)[1])
     solve = jax.jit(lambda **options: damped_solve(lambda v: diagonal * v, b, 1.0, tol=1e-12, **options))
-    assert solve().steps == 3
-    preconditioner = jax.tree_util.Partial(lambda r: r / (diagonal + 1))
-    solution = solve(preconditioner=preconditioner)
-    assert solution.steps == 1
-    np.testing.assert_allclose(solution.x, b / (diagonal + 1), rtol=1e-14)
+    solution = solve()
+    assert solution.steps == 3
+    np.testing.assert_allclose(solution.x, b / (diagonal + 1), rtol=1e-13)
     again = solve(start=solution.x)
     assert again.steps == 0 and again.converged
 
@@ -340,6 +326,7 @@ def test_products_that_a_solution_takes():
         assert solution.steps == 4 - (start is not None) and len(calls) == solution.steps + more
 
 
+@pytest.mark.slow
 def test_solver_with_a_network_inside_jit(x64):
     problem = Problem(js.softmax_cross_entropy_with_integer_labels)
     G = np.asarray(jax.jit(problem.gauss_newton)())

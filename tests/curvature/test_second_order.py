@@ -103,6 +103,7 @@ def test_damping_rises_where_the_model_fails_and_bad_steps_are_not_taken(x64):
     np.testing.assert_allclose(w, np.log(400) / 3, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_a_train_step_it_needs_fewer_steps_than_adam():
     x, labels, _ = data(200)
     params = init(jax.random.key(0), (5, 8, 3))
