@@ -21,6 +21,7 @@ from jaxsoftmax.curvature import (
     hvp,
     linearized,
 )
+from tests.helpers import one_in
 
 CE = js.softmax_cross_entropy_with_integer_labels
 N, K = 7, 3
@@ -353,11 +354,7 @@ FISHER = {
 }
 
 
-def repeated(name):
-    return name in ("class_weights", "label_smoothing", "mask over examples", "squared_error", "sum_squared_error")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * repeated(name)) for name in FISHER])
+@pytest.mark.parametrize("name", one_in(2, FISHER))
 def test_sampled_fisher_with_options_agrees_within_its_standard_error(name, x64):
     """Entries of F from independent estimates, each within 5 standard errors of the exact one, which are small."""
     loss, labels = FISHER[name]

@@ -140,6 +140,7 @@ def test_density_integrates_to_one_and_peaks_at_the_eigenvalues(key):
     np.testing.assert_allclose(np.asarray(values)[[1000, 3000]], [0.75 * height, 0.25 * height], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_a_network(key, x64):
     """Trace, top eigenpair and density of a network's Gauss-Newton matrix and Hessian against the dense ones."""
     loss = js.softmax_cross_entropy_with_integer_labels
