@@ -323,6 +323,8 @@ class _Flat(NamedTuple):
         checks.function("product", product)
         like = jax.tree.map(lambda leaf: checks.as_loss_float("each array of like", leaf), like)
         checks.float_tree("like", like)
+        if not sum(leaf.size for leaf in jax.tree.leaves(like)):
+            raise ValueError("like must have at least one entry, got arrays of size 0 alone")
         dtype = dtypes.compute_dtype(dtypes.common_dtype(*jax.tree.leaves(like)))
         flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: whole(leaf.astype(dtype)), like))
         narrow = lambda v: jax.tree.map(lambda leaf, x: sharded_like(x, leaf).astype(x.dtype), unravel(v), like)

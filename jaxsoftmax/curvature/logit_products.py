@@ -35,13 +35,17 @@ def fisher_product(loss: Loss, z: Array, labels: Any, options: dict, u: Array) -
 def sampled_fisher_product(
     loss: Loss, z: Array, data: Any, options: dict, u: Array, *, impl: Any, num_samples: int
 ) -> Array:
-    """The mean of g <g,u> over draws, with one key for each example, so that batches do not change what is drawn."""
+    """The mean of c g <g,u> over draws, with one key for each example, so that batches do not change what is drawn."""
     keys, labels = data
-    fisher = loss_fisher(loss, z, labels, **options)
-    draw = lambda fisher, key: fisher.sample_scores(jax.random.wrap_key_data(key, impl=impl), (num_samples,))
-    g, u = jax.vmap(draw, out_axes=1)(fisher, _beside(keys, z)), u[None]
+    model: Any = loss_fisher(loss, z, labels, **options).likelihood
+
+    def draw(logits, key):
+        targets = model.draw(jax.random.wrap_key_data(key, impl=impl), logits, (num_samples,))
+        return model.score(jnp.broadcast_to(logits, (num_samples, *logits.shape)), targets)
+
+    g, u = jax.vmap(draw, out_axes=1)(model.logits, _beside(keys, z)), u[None]
     by_logit = jax.eval_shape(loss, z, labels, **options).ndim == z.ndim
-    return jnp.mean(g * (g * u if by_logit else jnp.sum(g * u, -1, keepdims=True)), 0)
+    return model.weight * jnp.mean(g * (g * u if by_logit else jnp.sum(g * u, -1, keepdims=True)), 0)
 
 
 def _beside(keys: Array, z: Array) -> Array:

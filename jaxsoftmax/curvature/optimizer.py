@@ -110,6 +110,7 @@ def gauss_newton(
         checks.at_least("batch_size", batch_size, 1)
 
     def init(params: Any) -> GaussNewtonState:
+        checks.float_tree("params", params)
         dtype = dtypes.compute_dtype(dtypes.common_dtype(*map(jnp.asarray, jax.tree.leaves(params))))
         zero = jnp.zeros((), dtype)
         direction = jax.tree.map(jnp.zeros_like, params)

@@ -118,7 +118,8 @@ def fisher_vp(
     Gauss-Newton matrix of c (-log p).
 
     Args:
-      f, params, x, labels, v, batch_size: as in `hvp`; of the labels only shapes and weights matter.
+      f, params, x, labels, v, batch_size: as in `hvp`; of the labels only shapes and weights matter. With a key, x and
+        labels lead with the batch axis.
       loss: a softmax, sigmoid or squared-error head, or a `functools.partial` of one.
       key: None for the expectation over y; a PRNG key for the mean over `num_samples` draws for each example.
       num_samples: number of draws; with few, the product is that of an unbiased estimate. It does not depend on

@@ -187,6 +187,8 @@ def test_estimators_refuse(key):
             method(identity, {"n": "text"}, key, 1)
         with pytest.raises(TypeError, match="num_samples must be an integer"):
             method(identity, jnp.zeros(3), key, 1.5)
+    with pytest.raises(ValueError, match="like must have at least one entry"):
+        spectral_density(identity, jnp.zeros(0), key)
     with pytest.raises(ValueError, match="num_samples must be at least 3, got 2"):
         hutchpp_trace(identity, jnp.zeros(3), key, 2)
     with pytest.raises(ValueError, match="num_pairs must be at most the number of parameters, 3, got 4"):

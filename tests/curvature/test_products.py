@@ -189,6 +189,16 @@ def test_sequences_any_tree_and_options():
         np.testing.assert_allclose(product, wanted, atol=2e-6)
 
 
+def test_no_examples_and_trees_with_none():
+    params, model = {"W": jnp.ones((3, 5)), "b": None}, lambda params, x: x @ params["W"].T
+    loss = js.softmax_cross_entropy_with_integer_labels
+    for product in (hvp, ggn_vp):
+        found = jax.jit(functools.partial(product, model, loss, batch_size=2))(
+            params, jnp.ones((0, 5)), jnp.zeros(0, int), params
+        )
+        assert found["b"] is None and not jnp.any(found["W"])
+
+
 def test_half_precision_parameters():
     """bfloat16 in, bfloat16 out; sums over batches are float32, so 512 of them lose nothing."""
     linear = lambda w, x: x * w[None]

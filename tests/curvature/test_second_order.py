@@ -125,6 +125,8 @@ def test_gauss_newton_refuses():
     W = jnp.ones((3, 5))
     with pytest.raises(ValueError, match="needs the arguments params, batch, value, value_fn"):
         optimizer.update(W, optimizer.init(W))
+    with pytest.raises(TypeError, match="params must be a pytree of floating-point arrays"):
+        optimizer.init({"W": W, "steps": jnp.int32(0)})
     with pytest.raises(TypeError, match="loss must be a function, got str"):
         gauss_newton(linear, "cross-entropy")
     with pytest.raises(ValueError, match="damping must lie in"):
