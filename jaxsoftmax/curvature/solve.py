@@ -1,8 +1,8 @@
 """Systems with a symmetric matrix that is given by its products.
 
 The conjugate gradients are written here, on `jax.lax.custom_linear_solve`, which differentiates the solution. lineax
-0.1.1 stops with NaN at a direction of curvature ≤ 0, where Newton's method takes the last iterate before it, and in
-float32 from about 5e4 parameters on, where its test against 200 n eps ‖r‖² calls well-conditioned matrices singular.
+0.1.1 stops with NaN at a direction of curvature ≤ 0, where Newton's method takes the last iterate before it, and where
+pᵀAp ≤ 200 n eps ‖r‖²: in float32, of well-conditioned matrices of norm 1 with 2e4 parameters.
 """
 
 from typing import Any, NamedTuple
