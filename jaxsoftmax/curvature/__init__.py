@@ -1,7 +1,6 @@
 """Curvature of a network's loss: products with vectors, and what is built on them.
 
-The products and solutions need JAX alone, `gauss_newton` optax, the estimators by random probes matfree, which
-`pip install 'jaxsoftmax[curvature]'` brings.
+All but `gauss_newton`, which needs optax, is JAX alone.
 """
 
 import importlib

@@ -5,15 +5,14 @@ params, x, labels), params)`, and by `like`, a pytree of the structure, shapes a
 looked at). Each function is one loop over products, of a matrix of any scale: wrap it in `jax.jit` where it is called
 more than once.
 
-Hutchinson's probes and the quadrature are matfree's (`pip install 'jaxsoftmax[curvature]'`). By hand stay:
-- mean and standard error of the probes: matfree 0.6.3 holds all of them at once, and calls the error of one probe 0;
-- Hutch++: matfree's XTrace is closer for decaying spectra (0.8 % for 1.6 % of 60 products on 0.9^i), but the error that
-  it claims is too small: 0.7 % for 2.4 % on a projection of rank 30;
-- Lanczos for eigenpairs: matfree's loses the basis where the Krylov space is exhausted: of the identity (24, 24) it
-  finds NaN 17 times in 50 and wrong eigenvalues 33 times.
+matfree has more of the kind. By hand stay, where it differs:
+- Lanczos: matfree 0.6.3 loses the basis where the Krylov space is exhausted, and of the identity (24, 24) finds NaN or
+  wrong eigenvalues from every start;
+- Hutch++: matfree's XTrace is closer (2.2 % for 3.0 % of 60 products on a projection of rank 30 of 100), but the error
+  that it claims too small (0.7 %);
+- mean and standard error over the probes: matfree holds all of them at once, and calls the error of one probe 0.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,8 +71,13 @@ def hutchinson_trace(product: Product, like: Any, key: Array, num_samples: int) 
     Reference: Hutchinson (1989); Avron and Toledo, Randomized algorithms for the trace (2011).
     """
     A, key = _Flat.of(product, like), checks.key("key", key)
-    probe = A.monte_carlo("monte_carlo_trace")
-    return ldexp(_estimate(probe, key, checks.at_least("num_samples", num_samples, 1)), A.exponent)
+    keys = jax.random.split(key, checks.at_least("num_samples", num_samples, 1))
+
+    def probe(key):
+        v = A.signs(key)
+        return jnp.vdot(v, A(v))
+
+    return ldexp(_estimate(probe, keys), A.exponent)
 
 
 def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: int) -> Estimate:
@@ -101,9 +105,13 @@ def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: in
     Reference: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007).
     """
     A, key = _Flat.of(product, like), checks.key("key", key)
-    probe = A.monte_carlo("monte_carlo_diagonal")
-    found = ldexp(_estimate(probe, key, checks.at_least("num_samples", num_samples, 1)), A.exponent)
-    return Estimate(*map(A.unravel, found))
+    keys = jax.random.split(key, checks.at_least("num_samples", num_samples, 1))
+
+    def probe(key):
+        v = A.signs(key)
+        return v * A(v)
+
+    return Estimate(*map(A.unravel, ldexp(_estimate(probe, keys), A.exponent)))
 
 
 def hutchpp_trace(product: Product, like: Any, key: Array, num_samples: int) -> Estimate:
@@ -146,7 +154,7 @@ def hutchpp_trace(product: Product, like: Any, key: Array, num_samples: int) -> 
         v = v - Q @ (Q.T @ v)
         return jnp.vdot(v, A(v))
 
-    outside = _estimate(probe, probe_key, num_samples - 2 * (num_samples // 3))
+    outside = _estimate(probe, jax.random.split(probe_key, num_samples - 2 * (num_samples // 3)))
     return ldexp(Estimate(inside + outside.mean, outside.standard_error), A.exponent)
 
 
@@ -187,7 +195,9 @@ def top_eigenpairs(
     num_steps = 4 * num_pairs + 20 if num_steps is None else checks.at_least("num_steps", num_steps, num_pairs)
     if num_pairs > A.size:
         raise ValueError(f"num_pairs must be at most the number of parameters, {A.size}, got {num_pairs}")
-    tridiagonal, basis = _lanczos(A, key, min(num_steps, A.size))
+    start_key, key = jax.random.split(key)
+    start = jax.random.normal(start_key, (A.size,), A.dtype)
+    tridiagonal, basis = _lanczos(A, start, key, min(num_steps, A.size))
     eigenvalues, vectors = jnp.linalg.eigh(tridiagonal)
     order = jnp.argsort(-jnp.abs(eigenvalues))[:num_pairs]
     eigenvalues, vectors = eigenvalues[order], vectors[:, order].T @ basis
@@ -219,7 +229,7 @@ class SpectralDensity(NamedTuple):
     def mean_of(self, f: Callable[[Array], Array]) -> Estimate:
         """tr f(A) / n, for an element-wise f, with its standard error over the probes."""
         checks.function("f", f)
-        return _mean_and_error(jnp.sum(self.weights * f(self.nodes), -1))
+        return _estimate(lambda rule: jnp.sum(rule.weights * f(rule.nodes)), self)
 
     def density(self, grid: ArrayLike, width: ArrayLike) -> Array:
         """The density at the points of `grid` (m,), each node a Gaussian of standard deviation `width`."""
@@ -264,26 +274,19 @@ def spectral_density(
     """
     A, key = _Flat.of(product, like), checks.key("key", key)
     num_steps = min(checks.at_least("num_steps", num_steps, 1), A.size)
-    tridiagonalize = _matfree("decomp").tridiag_sym(num_steps, materialize=False, custom_vjp=False)
 
     def probe(key):
-        start_key, _ = jax.random.split(key)
-        diagonal, beside = tridiagonalize(A, A.signs(start_key)).J_small
-        # Where the Krylov space of the probe is exhausted, its quadrature is exact, and what follows is rounding.
-        size = jnp.max(jnp.abs(diagonal[:1]), initial=0)
-        goes_on = jnp.cumprod(beside > 16 * jnp.finfo(A.dtype).eps * jnp.maximum(size, 1)) == 1
-        beside, within = jnp.where(goes_on, beside, 0), jnp.concatenate([jnp.ones(1, bool), goes_on])
-        diagonal = jnp.where(within, diagonal, 0)
-        nodes, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, beside))
+        start_key, key = jax.random.split(key)
+        tridiagonal, _ = _lanczos(A, A.signs(start_key), key, num_steps)
+        nodes, vectors = jnp.linalg.eigh(tridiagonal)
         return ldexp(nodes, A.exponent), vectors[0] ** 2
 
     return SpectralDensity(*lax.map(probe, jax.random.split(key, checks.at_least("num_probes", num_probes, 1))))
 
 
-def _lanczos(A: "_Flat", key: Array, num_steps: int) -> tuple[Array, Array]:
+def _lanczos(A: "_Flat", start: Array, key: Array, num_steps: int) -> tuple[Array, Array]:
     """(T, basis): basis @ A @ basis.T is the tridiagonal T, up to 0s where a block ends; each row is orthogonal to all
     before it, so that no eigenvalue is found again, and every eigenvalue as often as it is there."""
-    start_key, key = jax.random.split(key)
 
     def step(state, at):
         (basis, v), (i, key) = state, at
@@ -292,21 +295,9 @@ def _lanczos(A: "_Flat", key: Array, num_steps: int) -> tuple[Array, Array]:
         return (basis, following), (v @ Av, size)
 
     basis = jnp.zeros((num_steps, A.size), A.dtype)
-    start = unit(jax.random.normal(start_key, (A.size,), A.dtype))
     steps = jnp.arange(num_steps), jax.random.split(key, num_steps)
-    (basis, _), (diagonal, beside) = lax.scan(step, (basis, start), steps)
-    return _tridiagonal(diagonal, beside[:-1]), basis
-
-
-def _tridiagonal(diagonal: Array, beside: Array) -> Array:
-    return jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
-
-
-def _matfree(module: str) -> Any:
-    try:
-        return importlib.import_module(f"matfree.{module}")
-    except ImportError as error:
-        raise ImportError("this estimator needs matfree: pip install 'jaxsoftmax[curvature]'") from error
+    (basis, _), (diagonal, beside) = lax.scan(step, (basis, unit(start)), steps)
+    return jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1), basis
 
 
 class _Flat(NamedTuple):
@@ -345,34 +336,19 @@ class _Flat(NamedTuple):
     def signs(self, key: Array) -> Array:
         return jax.random.rademacher(key, (self.size,), self.dtype)
 
-    def monte_carlo(self, integrand: str) -> Callable[[Array], Array]:
-        """key -> matfree's integrand at one probe of random signs."""
-        stochtrace = _matfree("stochtrace")
-        sampler = stochtrace.sampler_signs(jnp.zeros(self.size, self.dtype), num=1)
-        estimate = stochtrace.estimator_monte_carlo(getattr(stochtrace, integrand)(), sampler)
-        return lambda key: estimate(self, key)
 
+def _estimate(probe: Callable[[Any], Array], inputs: Any) -> Estimate:
+    """Mean and standard error of `probe` over the leading axis of `inputs`, by running sums: one value in memory."""
 
-def _estimate(probe: Callable[[Array], Array], key: Array, num_samples: int) -> Estimate:
-    """Mean and standard error of `probe(key)`, one pass with the running mean and sum of squared deviations."""
-
-    def add(state, key):
+    def add(state, at):
         count, mean, squares = state
-        value, count = probe(key), count + 1
+        value, count = probe(at), count + 1
         change = value - mean
         mean = mean + change / count
         return (count, mean, squares + change * (value - mean)), None
 
-    shape = jax.eval_shape(probe, key)
+    count = len(jax.tree.leaves(inputs)[0])
+    shape = jax.eval_shape(probe, jax.tree.map(lambda leaf: leaf[0], inputs))
     zero = jnp.zeros(shape.shape, shape.dtype)
-    (_, mean, squares), _ = lax.scan(add, (jnp.zeros((), shape.dtype), zero, zero), jax.random.split(key, num_samples))
-    return Estimate(mean, _standard_error(squares, num_samples))
-
-
-def _mean_and_error(values: Array) -> Estimate:
-    mean = jnp.mean(values)
-    return Estimate(mean, _standard_error(jnp.sum((values - mean) ** 2), values.size))
-
-
-def _standard_error(squares: Array, count: int) -> Array:
-    return jnp.full_like(squares, jnp.inf) if count == 1 else jnp.sqrt(squares / (count * (count - 1)))
+    (_, mean, squares), _ = lax.scan(add, (jnp.zeros((), shape.dtype), zero, zero), inputs)
+    return Estimate(mean, jnp.full_like(mean, jnp.inf) if count == 1 else jnp.sqrt(squares / (count * (count - 1))))
