@@ -60,7 +60,7 @@ def hutchinson_trace(product: Product, like: Any, key: Array, num_samples: int) 
 
     Raises:
       TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
-      ValueError: if `num_samples` is less than 1.
+      ValueError: if `num_samples` is less than 1, or `like` has no entry.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,17 +84,13 @@ def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: in
     """Diagonal of A: the mean of ε∘Aε over random signs ε; its variance is Σ_{j≠i} A_ij² for each probe.
 
     Args:
-      product: v -> A v, A symmetric.
-      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
-      key: a PRNG key.
-      num_samples: number of probes, one product each.
+      product, like, key, num_samples: as in `hutchinson_trace`.
 
     Returns:
       An `Estimate` with pytrees like `like`.
 
     Raises:
-      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
-      ValueError: if `num_samples` is less than 1.
+      TypeError, ValueError: as `hutchinson_trace`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,17 +116,14 @@ def hutchpp_trace(product: Product, like: Any, key: Array, num_samples: int) -> 
     tr A = tr QᵀAQ + tr (I - QQᵀ)A(I - QQᵀ), a third of the products each for Q, the first term and the second.
 
     Args:
-      product: v -> A v, A symmetric.
-      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
-      key: a PRNG key.
+      product, like, key: as in `hutchinson_trace`.
       num_samples: number of products, at least 3; a third as many vectors are kept in memory.
 
     Returns:
       An `Estimate` with scalars. With n parameters and num_samples ≥ 3n it is exact.
 
     Raises:
-      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
-      ValueError: if `num_samples` is less than 3.
+      TypeError, ValueError: as `hutchinson_trace`, with 3 samples at least.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -164,9 +157,7 @@ def top_eigenpairs(
     """The eigenvalues of A of largest modulus, with eigenvectors, by the Lanczos method.
 
     Args:
-      product: v -> A v, A symmetric.
-      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
-      key: a PRNG key, for the first vector.
+      product, like, key: as in `hutchinson_trace`.
       num_pairs: number of eigenpairs.
       num_steps: number of products, and of vectors kept in memory; 4 num_pairs + 20 if it is not given. No more than
         the number of parameters are taken, and then every eigenvalue is exact.
@@ -177,7 +168,7 @@ def top_eigenpairs(
       distance from λ to an eigenvalue of A, up to the rounding of the product: found by one more product for each.
 
     Raises:
-      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      TypeError: as `hutchinson_trace`.
       ValueError: if there are not 1 ≤ num_pairs ≤ num_steps, or fewer parameters than num_pairs.
 
     Example:
@@ -248,9 +239,7 @@ def spectral_density(
     """Density of A's eigenvalues by stochastic Lanczos quadrature.
 
     Args:
-      product: v -> A v, A symmetric.
-      like: pytree of floating-point arrays, of v's structure, shapes and dtypes.
-      key: a PRNG key.
+      product, like, key: as in `hutchinson_trace`.
       num_steps: Lanczos steps, one product and one vector in memory each; tr f(A) is exact in expectation over the
         probes for polynomials f of degree up to 2 num_steps - 1.
       num_probes: number of random starting vectors.
@@ -259,7 +248,7 @@ def spectral_density(
       A `SpectralDensity`.
 
     Raises:
-      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
+      TypeError: as `hutchinson_trace`.
       ValueError: if `num_steps` or `num_probes` is less than 1.
 
     Example:
