@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxsoftmax._core.plumbing import placement, split_axes_of
 from jaxsoftmax.losses.hessian import loss_fisher
 
 Loss = Callable[..., Array]
@@ -50,5 +51,5 @@ def sampled_fisher_product(
 
 def _beside(keys: Array, z: Array) -> Array:
     """The keys on the devices of z's examples, as `vmap` needs them on a mesh of Explicit axes."""
-    spec = jax.typeof(z).sharding.spec
-    return keys if spec[0] is None else jax.sharding.reshard(keys, jax.sharding.PartitionSpec(spec[0]))
+    axes, *_ = split_axes_of(z)
+    return keys if axes is None else jax.sharding.reshard(keys, placement(z, axes))

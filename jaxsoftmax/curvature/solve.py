@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, vectors
+from jaxsoftmax._core.plumbing import tied, zeros_like
 from jaxsoftmax._core.vectors import Product, axpy, dot, exponent, in_range, ldexp, like, norm
 
 
@@ -98,17 +99,10 @@ def damped_solve(
         x, found = _conjugate_gradients(lambda v: extended((v, s))[0], precondition, b, first, tol, max_steps)
         return (x, s), found
 
-    extended = lambda xs: _joined((apply(xs[0]), xs[1]))
-    right = _joined((b, jnp.ones(())))
-    xs, found = lax.custom_linear_solve(extended, right, solve, symmetric=True, has_aux=True)
-    return Solution(_joined(xs)[0], *found)
-
-
-def _joined(tree: Any) -> Any:
-    """`tree`, each leaf of which depends on all: JAX transposes a linear solve only where all of them have tangents."""
-    total = sum((jnp.sum(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
-    zero = jnp.where(False, total, 0.0)
-    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
+    joined = lambda tree: tied(tree, tree)  # JAX transposes a linear solve only where all leaves have tangents
+    extended = lambda xs: joined((apply(xs[0]), xs[1]))
+    xs, found = lax.custom_linear_solve(extended, joined((b, jnp.ones(()))), solve, symmetric=True, has_aux=True)
+    return Solution(joined(xs)[0], *found)
 
 
 class _Iterate(NamedTuple):
@@ -165,7 +159,7 @@ def _conjugate_gradients(apply, precondition, b, start, tol, max_steps):
 
     none = jnp.int32(0), jnp.array(False)
     if start is None:  # the product that found the scale is that of the first step
-        at, Ap = iterate(jax.tree.map(jnp.zeros_like, b), b, *none), ldexp(Az, -shift - half)
+        at, Ap = iterate(jax.tree.map(zeros_like, b), b, *none), ldexp(Az, -shift - half)
         before, at = at.residual, lax.cond(unfinished(at), lambda at: step(at, Ap), lambda at: at, at)
     else:
         at = restarted(ldexp(start, -of_x), *none)

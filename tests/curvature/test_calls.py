@@ -269,7 +269,7 @@ def mlp(params, x):
 
 
 def kinds():
-    if not hasattr(jax.sharding, "AxisType"):
+    if not hasattr(jax, "set_mesh"):
         return {"auto": {}}
     return {name.lower(): {"axis_types": (getattr(jax.sharding.AxisType, name),) * 2} for name in ("Auto", "Explicit")}
 
