@@ -337,7 +337,7 @@ def _estimate(probe: Callable[[Any], Array], inputs: Any) -> Estimate:
         return (count, mean, squares + change * (value - mean)), None
 
     count = len(jax.tree.leaves(inputs)[0])
-    shape = jax.eval_shape(probe, jax.tree.map(lambda leaf: leaf[0], inputs))
+    shape = jax.eval_shape(lambda inputs: probe(jax.tree.map(lambda leaf: leaf[0], inputs)), inputs)
     zero = jnp.zeros(shape.shape, shape.dtype)
     (_, mean, squares), _ = lax.scan(add, (jnp.zeros((), shape.dtype), zero, zero), inputs)
     return Estimate(mean, jnp.full_like(mean, jnp.inf) if count == 1 else jnp.sqrt(squares / (count * (count - 1))))
