@@ -54,7 +54,10 @@ def products() -> Iterator[Row]:
 
 @benchmark("curvature_reuse")
 def reuse() -> Iterator[Row]:
-    """Ten products after one linearization, the linearization included, against ten separate ones."""
+    """Ten products after one linearization, the linearization included, against ten separate ones.
+
+    Of the multiplications of matrices 0.763 are left: the forward pass is 26 % of a product, and is done once for ten.
+    """
     params, x, labels, v = problem()
     bound = lambda params: functools.partial(curvature.ggn_vp, network.forward, OURS, params, x, labels)
     linearize = jax.jit(lambda params: curvature.linearized(bound(params), params))
