@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 import jaxsoftmax as js
 from jaxsoftmax import network
 from jaxsoftmax.curvature import (
+    SpectralDensity,
     ggn_vp,
     hutchinson_diagonal,
     hutchinson_trace,
@@ -69,7 +70,10 @@ def test_hutchinson_diagonal_and_its_standard_error(key, x64):
     np.testing.assert_allclose(flat.standard_error, np.sqrt(variances / 4000), rtol=0.15)
 
 
-def test_one_probe_claims_nothing(key):
+def test_the_standard_error_of_few_probes(key):
+    """1 and 3: ±1; one probe claims nothing."""
+    rules = SpectralDensity(jnp.array([[1.0], [3.0]]), jnp.ones((2, 1)))
+    assert rules.mean_of(lambda x: x) == (2.0, 1.0)
     assert hutchinson_trace(lambda v: v, jnp.zeros(3), key, 1).standard_error == jnp.inf
 
 
