@@ -68,7 +68,8 @@ def in_range(product: Product, v: Any) -> tuple[Array, Any]:
         shift = jnp.where(tries == 0, 0, jnp.where(_largest(Av) < 1, far, -far))
         return shift, product(ldexp(v, shift)), tries + 1
 
-    shift, Av, _ = lax.while_loop(out_of_range, attempt, (jnp.int32(0), jax.tree.map(jnp.zeros_like, v), jnp.int32(0)))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(product, v))
+    shift, Av, _ = lax.while_loop(out_of_range, attempt, (jnp.int32(0), nothing, jnp.int32(0)))
     return shift, Av
 
 
