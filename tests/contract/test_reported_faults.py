@@ -92,7 +92,7 @@ def test_complex_terms_and_factors():
 # No NaN on the way to a finite result: jax.debug_nans(True) must not stop there, op by op or compiled.
 
 
-@pytest.mark.parametrize("case", one_in(2, CASES), ids=case_id)
+@pytest.mark.parametrize("case", one_in(3, CASES), ids=case_id)
 @pytest.mark.parametrize("order", one_in(2, [1, 2]))
 def test_debug_nans(case, order):
     args = case.cast("float32")
@@ -221,8 +221,8 @@ def values_and_derivatives(z):
         lambda z: js.softmax_kl_divergence(z, -z),
         lambda z: js.jensen_shannon_divergence(z, small),
         lambda z: js.sigmoid_focal_loss(z, y).sum(),
-        *(lambda z, c=c: js.focal_loss_with_integer_labels(z, c) for c in range(3)),
-        *(lambda z, c=c: js.natural_gradient_norm(z, c) for c in range(3)),
+        *(lambda z, c=c: js.focal_loss_with_integer_labels(z, c) for c in (0, 2)),
+        lambda z: js.natural_gradient_norm(z, 1),
     ]
     return [f(z) for f in functions], [(jax.grad(f)(z), jax.jvp(jax.grad(f), (z,), (small,))[1]) for f in functions]
 

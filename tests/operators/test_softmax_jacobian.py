@@ -224,7 +224,8 @@ def test_a_pytree_through_scan_and_grad():
     assert isinstance(gradient, SoftmaxJacobian) and gradient.probs.shape == z.shape
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2])
 def test_the_derivative_in_the_order_of_entmax(order, x64):
     z, v = jnp.asarray(logits((4,))), jnp.asarray(logits((4,), seed=2))
     f = jax.jit(lambda alpha: SoftmaxJacobian.from_logits(z, alpha=alpha).solve(v, 0.1))
