@@ -37,7 +37,7 @@ def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array]
         checks.same_shape("bias", theta["bias"], "the classes", (weights.shape[axis],))
     wide = wide_dtype(theta)
     if token_weights is None:
-        token_weights = jnp.ones(x.shape[:-1], wide)
+        token_weights = jnp.ones_like(jnp.sum(x, -1), wide)  # typed as x is on a mesh
     token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
     theta["token_weights"] = checks.broadcast("token_weights", token_weights, x.shape[:-1])
     return theta, axis
