@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import math
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,21 +64,36 @@ def processor_time(compiled, args) -> float:
     return min(runs[1:])
 
 
-def main() -> None:
-    print(
-        f"N = {N}, D = {D}, V = {V}, float32\n{'mesh':>14} {'products':>9} {'temp MiB':>9} {'sent MiB':>9} {'bound':>7}"
+class Program(NamedTuple):
+    """Of one device: its part of the products, in units of an equal share; temporary memory and bytes sent, in MiB."""
+
+    products: float
+    temp: float
+    sent: float
+
+
+def measured(mesh: tuple[int, int], over_features: bool = False) -> Program:
+    program, devices = compiled(arguments(mesh, over_features)), math.prod(mesh)
+    text = program.as_text()
+    return Program(
+        programs.multiplications(text) / (3 * N * D * V / devices),
+        program.memory_analysis().temp_size_in_bytes / 2**20,
+        sum(sent(op, devices) for op in programs.collectives(text)) / 2**20,
     )
+
+
+def main() -> None:
+    print(f"N = {N}, D = {D}, V = {V}, float32\n")
+    print("| tokens × classes | products | temp MiB | sent MiB | bound |\n|---|---|---|---|---|")
     for mesh in MESHES:
         for over_features in (False, True) if mesh[0] > 1 else (False,):
-            program = compiled(arguments(mesh, over_features))
-            text = program.as_text()
-            products = programs.multiplications(text) / (3 * N * D * V / math.prod(mesh))
-            temp = program.memory_analysis().temp_size_in_bytes / 2**20
-            volume = sum(sent(op, math.prod(mesh)) for op in programs.collectives(text)) / 2**20
+            found = measured(mesh, over_features)
             name = f"{mesh[0]} × {mesh[1]}{' FSDP' if over_features else ''}"
-            print(f"{name:>14} {products:9.3f} {temp:9.1f} {volume:9.2f} {bound(mesh) / 2**20:7.2f}", flush=True)
+            numbers = f"{found.products:.3f} | {found.temp:.1f} | {found.sent:.2f} | {bound(mesh) / 2**20:.2f}"
+            print(f"| {name} | {numbers} |", flush=True)
     alone = arguments((1, 1))
     one = processor_time(compiled(alone), alone)
+    print()
     for mesh in ((8, 1), (2, 4), (1, 8)):
         args = arguments(mesh)
         ratio = processor_time(compiled(args), args) / one

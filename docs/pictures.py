@@ -1,8 +1,10 @@
 """`python docs/pictures.py [NAME...]`: the pictures of these pages, drawn from what the package computes.
 
-Names: digits, memory, jacobian, spectrum, training. They go to docs/pictures/; all take some minutes, training most.
+Names: digits, memory, jacobian, spectrum, training, scaling. They go to docs/pictures/; all take some minutes,
+training most.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from matplotlib.figure import Figure
 import jaxsoftmax as js
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples"), str(DOCS.parent)]
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=64"  # of scaling
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 matplotlib.rcParams["svg.hashsalt"] = "jaxsoftmax"  # the same file from the same data
 matplotlib.rcParams["font.family"] = "sans-serif"
@@ -95,12 +98,39 @@ def draw_training() -> Figure:
     return figure
 
 
+def draw_scaling() -> Figure:
+    """The linear head on 1 to 64 devices, compiled: its matrix products and what is sent, for each device."""
+    from benchmarks import scaling
+
+    counts = [2**k for k in range(7)]
+    meshes = {
+        "tokens split": ("tab:blue", [(n, 1) for n in counts]),
+        "classes split": ("tab:red", [(1, n) for n in counts]),
+        "both split": ("tab:green", [(2 ** (k // 2), 2 ** (k - k // 2)) for k in range(7)]),
+    }
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    work, sent = figure.subplots(1, 2)
+    for name, (color, shapes) in meshes.items():
+        found = [scaling.measured(shape) for shape in shapes]
+        work.plot(counts, [program.products / n for program, n in zip(found, counts)], "o-", color=color, label=name)
+        sent.plot(counts, [program.sent for program in found], "o-", color=color, label=name)
+    work.plot(counts, [1 / n for n in counts], "k--", label="equal shares", zorder=0)
+    work.set(xscale="log", yscale="log", xlabel="devices", ylabel="products of a device, of one alone")
+    sent.set(xscale="log", xlabel="devices", ylabel="MiB sent by a device")
+    for axes in (work, sent):
+        axes.grid(alpha=0.3)
+        axes.set_xticks(counts, map(str, counts))
+        axes.legend(fontsize="small")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "digits": draw_digits,
     "memory": draw_memory,
     "jacobian": draw_jacobian,
     "spectrum": draw_spectrum,
     "training": draw_training,
+    "scaling": draw_scaling,
 }
 
 if __name__ == "__main__":
