@@ -80,8 +80,8 @@ MUTANTS = [
     Mutant(
         "products: mean with the top class counted twice",
         "_core/centring.py",
-        "mean = num.class_sum(below_half(p) * w, axis) / total",
-        "mean = num.class_sum(p * w, axis) / total + 1e-6 * num.class_sum(is_top(p) * v, axis)",
+        "return w - num.class_sum(p * w, axis) / total",
+        "return w - num.class_sum(p * w + 1e-6 * is_top(p) * v, axis) / total",
         "tests/contract/test_three_way.py",
     ),
     Mutant(

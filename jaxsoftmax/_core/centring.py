@@ -3,10 +3,13 @@
 Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._linear_map import linear_map
 
 # The class with p > 1/2 as an indicator, in forms that differ although they are equal: XLA's CPU backend materialises
 # a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own. Comparisons in
@@ -23,20 +26,35 @@ def below_half(p: Array) -> Array:
     return p * jnp.floor(1.5 - p)
 
 
+AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
+
+
+def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0) -> Array:
+    """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
+
+    With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
+    v left to cancel. Its own w is said to be 0: XLA may round v here otherwise than in the sum.
+    """
+    w = jnp.floor(1.5 - p) * (v - num.class_sum(is_top(p) * v, axis))
+    return w - num.class_sum(p * w, axis) / total
+
+
 def jacobian_product(
     v: Array, p: Array, axis: num.Axis, total: Array | float = 1.0, weights: Array | None = None
 ) -> Array:
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
-    With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
-    v left to cancel. As written the top class enters w with factor 0, so the transpose of this code is as accurate.
-    With total = Σp, which rounding keeps from being 1, J1 = 0 exactly. With weights d = s p, the product is s Jv.
+    J is its own transpose, and said to be so: a transpose of this code would lose what it keeps. With total = Σp, which
+    rounding keeps from being 1, J1 = 0 exactly. With weights d = s p, the product is s Jv.
     """
-    w = v - num.class_sum(is_top(p) * v, axis)
-    mean = num.class_sum(below_half(p) * w, axis) / total
-    if weights is None:
-        return below_half(p) * w - p * mean
-    return (1 - is_top(p)) * weights * w - weights * mean
+
+    def product(residuals, v):
+        p, weights, total = residuals
+        return weights * about_centred(v, p, axis, total)
+
+    residuals = p, p if weights is None else weights, jnp.asarray(total, p.dtype)
+    v = v if jax.typeof(v) == jax.typeof(p) else typed_like(p, v)
+    return linear_map(product, product, residuals, v, jax.typeof(v))
 
 
 def rounded_one(p: Array, axis: num.Axis) -> Array:
@@ -45,18 +63,9 @@ def rounded_one(p: Array, axis: num.Axis) -> Array:
     return jnp.where(total == 0, 1.0, total)
 
 
-AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
-
-
 def complement(p: Array, axis: num.Axis = AXIS) -> Array:
     """1 - p, where p > 1/2 as the sum of the others."""
     return jnp.where(p > 0.5, num.class_sum(below_half(p), axis), 1 - p)
-
-
-def about_centred(v: Array, p: Array, axis: num.Axis = AXIS) -> Array:
-    """Pv = v - <p,v>, measured from v at the top class: to a few eps of |v|."""
-    v = v - num.class_sum(is_top(p) * v, axis)
-    return v - num.class_sum(below_half(p) * v, axis)
 
 
 def centred(v: Array, p: Array, axis: num.Axis = AXIS) -> Array:
