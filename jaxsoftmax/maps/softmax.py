@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.centring import about_centred, jacobian_product
+from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 
 LOG2 = math.log(2.0)
@@ -234,15 +235,35 @@ def _log_softmax_fwd(z, axis):
 
 
 def _log_softmax_bwd(axis, logp, g):
-    # (I - p1ᵀ)ᵀ g = g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = Σ_{others} p.
+    return (linear_map(*_pull_and_push(axis), logp, g, jax.typeof(g)),)
+
+
+log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+
+
+def _pull_and_push(axis):
+    """(log p, g) ↦ (I - p1ᵀ)ᵀ g and (log p, t) ↦ (I - 1pᵀ) t, which transpose each other."""
+    return lambda logp, g: _less_sum(logp, g, axis), lambda logp, t: about_centred(t, jnp.exp(logp), axis)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def _less_sum(logp: Array, g: Array, axis: num.Axis) -> Array:
+    """g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = Σ_{others} p."""
     p = jnp.exp(logp)
     top = jnp.floor(p + 0.25)  # p ≥ 3/4: with p ≥ 1/2, rounding would make two of a tie
     others, of_others = p - top * p, g - top * g
     missing, rest, total = (num.class_sum(x, axis) for x in (others, of_others, g))
-    return (of_others - others * total - (p - others) * rest + top * missing * g,)
+    return of_others - others * total - (p - others) * rest + top * missing * g
 
 
-log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+def _less_sum_bwd(axis, residuals, ct):
+    logp, g = residuals
+    pull, push = _pull_and_push(axis)
+    dlogp = -num.class_sum(g, axis) * jacobian_product(ct, jnp.exp(logp), axis)
+    return dlogp, linear_map(push, pull, logp, ct, jax.typeof(ct))
+
+
+_less_sum.defvjp(lambda logp, g, axis: (_less_sum(logp, g, axis), (logp, g)), _less_sum_bwd)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(1,))
