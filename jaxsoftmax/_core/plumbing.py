@@ -17,6 +17,11 @@ def compiled(fun: Function) -> Function:
     return cast(Function, jax.jit(fun, inline=True))
 
 
+def traced_once(fun: Function) -> Function:
+    """`fun(*arrays, axis)`, inlined where it is called, and traced once however many rules call it."""
+    return cast(Function, jax.jit(fun, static_argnames=("axis",), inline=True))
+
+
 def typed_like(z: Array, x: Array) -> Array:
     """x, of the shape of z, on a mesh typed as z is, as a rule's cotangent for x will be."""
     x = sharded_like(z, x)

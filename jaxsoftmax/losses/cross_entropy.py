@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
-from jaxsoftmax._core.plumbing import sharded_like
+from jaxsoftmax._core.plumbing import sharded_like, traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
@@ -219,30 +219,29 @@ def _soft_loss(logits, labels, mask, axes) -> Array:
 # of labels and losses has length 1.
 
 
-def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Array]:
-    """(m, R, S): the maximum, Σ exp(z - m) without the label's class, and with it. Never differentiated."""
+@traced_once
+def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Array, Array]:
+    """(gap, m, R, S): z_label - m of the maximum m, Σ exp(z - m) without the label's class, and with it.
+
+    All are NaN but m for a label that is no class. Never differentiated.
+    """
     z = dtypes.widen(lax.stop_gradient(z))[0]
     m = num.class_max(z, axis)
+    gap = num.below(num.take_class(z, label, axis), m)
     rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
-    total = num.one_infinity(rest + jnp.exp(label_gap(z, label, m, axis)), m)
-    return m, jnp.where(jnp.isnan(total), total, rest), total
-
-
-def label_gap(z: Array, label: Array, m: Array, axis: num.Axis) -> Array:
-    """z_label - m; NaN for a label that is no class."""
-    return num.below(num.take_class(z, label, axis), m)
+    total = num.one_infinity(rest + jnp.exp(gap), m)
+    return gap, m, jnp.where(jnp.isnan(total), total, rest), total
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
 def label_loss(z: Array, label: Array, axis: num.Axis) -> Array:
     """-log softmax(z)_label, with the class axis kept."""
-    m, rest, total = label_sums(z, label, axis)
-    gap = label_gap(dtypes.widen(z)[0], label, m, axis)
+    gap, _, rest, total = label_sums(z, label, axis)
     return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
 
 
 def _label_loss_fwd(z, label, axis):
-    return label_loss(z, label, axis), (z, label, *label_sums(z, label, axis))
+    return label_loss(z, label, axis), (z, label, *label_sums(z, label, axis)[1:])
 
 
 def _label_loss_bwd(axis, residuals, ct):

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._core.scalar_functions import exp_remainder, log_double_sigmoid, missing_bits, sigmoid
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
@@ -154,6 +155,7 @@ class Sums(NamedTuple):
     ratio: Array  # log(total_x / total_z)
 
 
+@traced_once
 def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 

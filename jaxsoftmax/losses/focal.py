@@ -22,7 +22,7 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import below_half, centred, is_top, jacobian_product
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.cross_entropy import label_gap, label_sums, soft_label_loss
+from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -160,12 +160,12 @@ def focal(s: Array, gamma: Array) -> Array:
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
 def margin(z: Array, label: Array, axis: num.Axis) -> Array:
     """z_label - log Σ_{k≠label} exp(z_k), with the class axis kept; +inf where no other class is left."""
-    m, rest, _ = label_sums(z, label, axis)
-    return label_gap(*dtypes.widen(z), label, m, axis) - jnp.log(rest)
+    gap, _, rest, _ = label_sums(z, label, axis)
+    return gap - jnp.log(rest)
 
 
 def _margin_fwd(z, label, axis):
-    m, rest, _ = label_sums(z, label, axis)
+    _, m, rest, _ = label_sums(z, label, axis)
     return margin(z, label, axis), (z, label, m, rest)
 
 
@@ -297,7 +297,7 @@ def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
     z = num.present(*dtypes.widen(logits), mask, axis)
     gamma, label = jnp.asarray(gamma, z.dtype), num.class_labels(labels, num.num_classes(z, axis))[..., None]
-    m, _, total = label_sums(z, label, axis)
+    _, m, _, total = label_sums(z, label, axis)
     p = probabilities(z, m, total, axis)
     # u ≥ tiny^0.9, so that u^(γ-1) is finite for γ ≥ 0 and the last tenth is left to its factors; s as in `finite`.
     s = jnp.clip(margin(z, label, axis), -1e9, -0.9 * jnp.log(jnp.finfo(z.dtype).tiny))

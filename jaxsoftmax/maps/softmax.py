@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import about_centred, jacobian_product
+from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 
@@ -192,6 +193,7 @@ def _complex_logsumexp(a: Array, b: Array | None, mask: Array | None, axes, keep
 # Rules. Below, z is a floating array of at least float32, and `axis` counts from the front.
 
 
+@traced_once
 def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
     """(m, s): the maximum, and Σ exp(z_k - m) over every class but the top one. Never differentiated."""
     z = lax.stop_gradient(z)
