@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.plumbing import mesh_axes, sharded_like, split_axes_of
+from jaxsoftmax._core.plumbing import aligned, mesh_axes, sharded_like, split_axes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +259,7 @@ def absent_examples(loss: Array, mask: Array | None, axis: Axis) -> Array:
 
 def one_axis(axes: ClassAxis, *arrays: Array | None) -> tuple[list, ClassAxis]:
     """The arrays with the class axes merged into one, and that axis; a single axis stays where it is."""
+    arrays = aligned(*arrays)
     if len(axes.positions) == 1:
         return list(arrays), axes
     merged = [None if x is None else merge_axes(x, axes.positions) for x in arrays]

@@ -36,6 +36,12 @@ def sharded_like(z: Array, x: Array) -> Array:
     return jax.sharding.reshard(x, wanted)
 
 
+def aligned(*arrays: Array | None) -> tuple[Any, ...]:
+    """The arrays, of one shape, all split as the first that is split by mesh axes of type Explicit."""
+    like = next((x for x in arrays if x is not None and any(split_axes_of(x))), None)
+    return tuple(x if x is None or like is None else sharded_like(like, x) for x in arrays)
+
+
 def whole(x: Array) -> Array:
     """x, on every device in full also where mesh axes of type Explicit split it."""
     return jax.sharding.reshard(x, placement(x)) if any(split_axes_of(x)) else x

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.plumbing import aligned
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus, weigh
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of
@@ -87,14 +88,16 @@ def _logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Arr
 def _logistic_arguments(logits, labels, pos_weight) -> tuple:
     logits, labels = _logits_and_labels(logits, labels)
     weight = 1.0 if pos_weight is None else pos_weight
-    return logits, labels, checks.option("pos_weight", weight, logits.shape, dtypes.compute_dtype(logits.dtype))
+    weight = checks.option("pos_weight", weight, logits.shape, dtypes.compute_dtype(logits.dtype))
+    return aligned(logits, labels, weight)
 
 
 def _focal_arguments(logits, labels, alpha, gamma) -> tuple:
     logits, labels = _logits_and_labels(logits, labels)
     shape, dtype = logits.shape, dtypes.compute_dtype(logits.dtype)
     gamma = checks.option("gamma", gamma, shape, dtype, low=0.0)
-    return logits, labels, None if alpha is None else checks.option("alpha", alpha, shape, dtype, 0.0, 1.0), gamma
+    alpha = None if alpha is None else checks.option("alpha", alpha, shape, dtype, 0.0, 1.0)
+    return aligned(logits, labels, alpha, gamma)
 
 
 @functools.partial(jax.jit, inline=True)

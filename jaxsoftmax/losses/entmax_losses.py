@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import below_half
-from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._core.plumbing import aligned, typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.entmax import (
@@ -147,7 +147,7 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
         labels = labels.astype(dtypes.compute_dtype(logits.dtype))
     labels = checks.as_float("labels", labels)
     shape = checks.common_shape("logits", logits, "labels", labels)
-    return _binary_loss(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
+    return _binary_loss(*aligned(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape)))
 
 
 def _arguments(logits, labels, alpha, axis, axis_name, where) -> tuple:

@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.helpers import DERIVATIVE_RTOL, assert_close
-from tests.registry import CASES
-from tests.registry.samples import B, K
+from tests.registry import CASES, HEADS
+from tests.registry.samples import LOGP, B, K, Z
 
+SLOW = pytest.mark.slow
 REPRESENTATIVES = {"softmax", "entmax", "softmax_jacobian", "softmax_vjp", "label_cross_entropy_options", "huber_loss"}
 KINDS = ["Auto", "Explicit"] if hasattr(jax, "set_mesh") else ["Auto"]
 
@@ -69,3 +70,21 @@ def test_as_on_one_device(case, kind, split, x64):
     with jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext():
         got = jax.jit(functools.partial(derivatives, case))(*args)
     assert_close(got, on_one_device(case), 10 * DERIVATIVE_RTOL["float64"])
+
+
+OF_TARGETS = [h for h in HEADS if {"soft", "logits", "log"} & {*h.kinds}]
+
+
+@pytest.mark.skipif("Explicit" not in KINDS, reason="this JAX has no axes of type Explicit")
+@pytest.mark.parametrize("whole", [0, 1], ids=["logits", "targets"])
+@pytest.mark.parametrize("head", [pytest.param(h, id=h.name, marks=() if h.has_where else SLOW) for h in OF_TARGETS])
+def test_logits_and_targets_that_lie_otherwise(head, whole, x64):
+    """One of the two split, the other on every device: gradients come back as their arguments lie."""
+    args = [jnp.asarray(x) for x in (LOGP if head.logarithms else Z, *head.args)]
+    both = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(head.loss(*args))), (0, 1)))
+    mesh = mesh_of("Explicit")
+    with jax.set_mesh(mesh):
+        placed_args = [placed(mesh, "both", x) if i != whole else x for i, x in enumerate(args)]
+        got = both(*placed_args)
+    assert_close(got, both(*args), DERIVATIVE_RTOL["float64"])
+    assert jax.typeof(got[1][1 - whole]).sharding == jax.typeof(placed_args[1 - whole]).sharding
