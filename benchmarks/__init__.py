@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One line of the table. `ratio` is ours over theirs; `goal` is the largest one wanted, None if there is none."""
+    """One line of the table. `ratio` is ours over theirs; `goal` is the largest one wanted, None if there is none.
+
+    `note` is printed behind it.
+    """
 
     name: str
     size: str
@@ -21,6 +24,7 @@ class Row(NamedTuple):
     theirs_ms: float
     ratio: float
     goal: float | None
+    note: str = ""
 
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {}

@@ -33,7 +33,8 @@ def environment() -> dict[str, str | int | None]:
 
 def line(row: Row) -> str:
     goal = "" if row.goal is None else f"{row.goal:5.2f} {'reached' if row.ratio <= row.goal else 'MISSED'}"
-    return f"{row.name:52} {row.size:>12} {row.ours_ms:10.3f} {row.theirs_ms:10.3f} {row.ratio:6.2f} {goal}"
+    times = f"{row.name:52} {row.size:>12} {row.ours_ms:10.3f} {row.theirs_ms:10.3f} {row.ratio:6.2f}"
+    return f"{times} {goal:13} {row.note}".rstrip()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,21 @@ def compile_time(fn: Callable, args: Sequence) -> float:
 def temp_bytes(fn: Callable, *args: Any) -> int:
     """Bytes of temporary memory that the compiled `fn(*args)` asks for, beside its arguments and results."""
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def passes(fn: Callable, *args: Any) -> int:
+    """Kernels of the compiled `fn(*args)` that read or write an array of the size of the first argument."""
+    size = args[0].size
+    entry = jax.jit(fn).lower(*args).compile().as_text().split("\nENTRY ")[1].split("\n}")[0]
+    large = {}  # by name of an instruction: whether its result is large
+    count = 0
+    for name, result, operation, rest in re.findall(r"(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", entry):
+        shapes = re.findall(r"\w+\[([\d,]+)\]", result)
+        large[name] = any(math.prod(map(int, shape.split(","))) >= size for shape in shapes)
+        operands = re.findall(r"%[\w.\-]+", rest.split(")")[0])
+        if operation not in ("parameter", "constant", "tuple", "bitcast", "get-tuple-element"):
+            count += large[name] or any(large.get(operand) for operand in operands)
+    return count
 
 
 def compare(

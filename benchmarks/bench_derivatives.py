@@ -1,0 +1,127 @@
+"""Value, VJP, JVP and HVP of the maps and of the heads in everyday use, each against its twin in jax.nn or optax.
+
+Three sizes, float32 and bfloat16. Beside the ratio stands how often the compiled program goes over an array of the
+logits' size, ours and theirs, and how often it must: once for each sum or maximum over the classes that needs the one
+before, and once for a result of that size. (A kernel that does all this on rows in cache counts as one.) Where the goal
+is missed, it says what the digits cost.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxsoftmax
+from benchmarks import Row, benchmark
+from benchmarks.bench_heads import arguments, their_brier, their_entropy, their_softmax_kl
+from benchmarks.timing import compare, passes
+
+SIZES = (65536, 64), (1024, 32768), (4096, 1024)
+DTYPES = "float32", "bfloat16"
+MODES = "value", "VJP", "JVP", "HVP"
+GOAL = 1.1
+
+
+# What the digits cost. XLA's CPU backend runs a kernel operation by operation over rows in cache, so that arithmetic
+# shows, not only memory. Tried for the sum without the top class in place of Σ(e - ⌊e⌋) beside Σ⌊e⌋, and slower
+# somewhere (processor time of logsumexp over jax.nn's at (65536, 64), (4096, 1024), (1024, 32768), (8192, 8192); the
+# form kept: 2.2, 1.5, 1.7, 1.4):
+#   e kept in memory, Σe beside Σe where e < 1    1.1, 1.3 to 2, 4.1, 3.7
+#   m in a kernel of its own before the sums      1.6, 2.7, 7.2, 7.0
+#   one reduction of a pair                       3.8, 4.4, 4.4
+#   ties counted by Σ min((m - z) 3e38, 1)        1.9, 1.8, 4.4
+TOP_APART = "two sums where theirs is one: the top class is left out"
+CENTRED = "means are measured from the top class: one sum more for each"
+LABEL_APART = "the label is left out of its sum, by its index"
+LIMITS = "no product of 0 and inf: a choice at each class, and the top class is left out"
+REST_APART = "Σg without the top class as well, and 1 - p as a sum"
+RATIO = "log p - log q from z - x, each by the subtraction that rounds less, and its sum"
+
+
+class Twins(NamedTuple):
+    """Our function and theirs, what the second argument is; for value and derivatives, passes needed and what costs."""
+
+    ours: Callable
+    theirs: Callable
+    kind: str
+    needed: tuple[int, int]
+    costs: tuple[str, str] = ("", "")
+
+
+def over_last_axis(f: Callable) -> Callable:
+    return lambda x: f(x, axis=-1)
+
+
+TWINS = {
+    "softmax": Twins(jaxsoftmax.softmax, jax.nn.softmax, "", (3, 3), ("", CENTRED)),
+    "log_softmax": Twins(jaxsoftmax.log_softmax, jax.nn.log_softmax, "", (3, 3), (TOP_APART, REST_APART)),
+    "logsumexp": Twins(
+        over_last_axis(jaxsoftmax.logsumexp), over_last_axis(jax.nn.logsumexp), "", (2, 3), (TOP_APART, CENTRED)
+    ),
+    "integer_labels": Twins(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        optax.softmax_cross_entropy_with_integer_labels,
+        "labels",
+        (2, 3),
+        (LABEL_APART, CENTRED),
+    ),
+    "soft_labels": Twins(
+        jaxsoftmax.softmax_cross_entropy, optax.softmax_cross_entropy, "distributions", (2, 3), (LIMITS, CENTRED)
+    ),
+    "binary": Twins(
+        jaxsoftmax.sigmoid_binary_cross_entropy, optax.sigmoid_binary_cross_entropy, "distributions", (1, 1)
+    ),
+    "softmax_kl": Twins(jaxsoftmax.softmax_kl_divergence, their_softmax_kl, "logits", (3, 3), (RATIO, RATIO)),
+    "entropy": Twins(jaxsoftmax.softmax_entropy, their_entropy, "", (2, 3), (TOP_APART, CENTRED)),
+    "brier": Twins(jaxsoftmax.brier_loss, their_brier, "distributions", (3, 4), (LIMITS, CENTRED)),
+}
+
+
+def modes(f: Callable) -> dict[str, Callable]:
+    """The ways to use f(x, *args), each a function of (x, tangent, cotangent, *args)."""
+
+    def vjp(x, tangent, cotangent, *args):
+        out, pullback = jax.vjp(lambda x: f(x, *args), x)
+        return out, pullback(cotangent)[0]
+
+    return {
+        "value": lambda x, tangent, cotangent, *args: f(x, *args),
+        "VJP": vjp,
+        "JVP": lambda x, tangent, cotangent, *args: jax.jvp(lambda x: f(x, *args), (x,), (tangent,)),
+        "HVP": lambda x, tangent, cotangent, *args: jax.jvp(
+            lambda x: vjp(x, tangent, cotangent, *args)[1], (x,), (tangent,)
+        ),
+    }
+
+
+def contest(name: str, sizes=SIZES, dtypes=DTYPES, only=MODES, **options) -> Iterator[Row]:
+    """The rows of one function; `options` are of `compare`."""
+    ours, theirs, kind, needed, costs = TWINS[name]
+    our_modes, their_modes = modes(ours), modes(theirs)
+    for dtype in dtypes:
+        for size in sizes:
+            x, *args = (a.astype(dtype) if a.dtype == jnp.float32 else a for a in arguments(size, kind))
+            out = jax.eval_shape(ours, x, *args), jax.eval_shape(theirs, x, *args)
+            k1, k2 = jax.random.split(jax.random.key(1))
+            tangent, cotangent = jax.random.normal(k1, size, dtype), jax.random.normal(k2, out[0].shape)
+            for mode in only:
+                # Each gets the cotangent in the dtype that it answers in.
+                fs = [
+                    jax.jit(lambda x, t, c, *args, f=f, answer=answer: f(x, t, c.astype(answer.dtype), *args))
+                    for f, answer in zip((our_modes[mode], their_modes[mode]), out)
+                ]
+                inputs = x, tangent, cotangent, *args
+                seen, order = [passes(f, *inputs) for f in fs], int(mode != "value")
+                times = compare(dict(zip(("ours", "theirs"), fs)), inputs, **options)
+                row = times.row(f"{name} {mode} {dtype}", size, GOAL)
+                note = f"passes {seen[0]}, theirs {seen[1]}, needed {needed[order]}"
+                if row.ratio > GOAL and costs[order]:
+                    note = f"{note}; {costs[order]}"
+                yield row._replace(note=note)
+
+
+for _name in TWINS:
+    benchmark(_name)(functools.partial(contest, _name))
