@@ -33,6 +33,8 @@ GOAL = 1.1
 #   m in a kernel of its own before the sums      1.6, 2.7, 7.2, 7.0
 #   one reduction of a pair                       3.8, 4.4, 4.4
 #   ties counted by Σ min((m - z) 3e38, 1)        1.9, 1.8, 4.4
+#   the second sum under lax.cond                 1.6, 2.1, 1.9 where any row has p > 1/2; else 0.7, 0.9, 1.0
+# The form kept is one kernel at (65536, 64), which takes 5 to 10 times as long when other processes want the cores.
 TOP_APART = "two sums where theirs is one: the top class is left out"
 CENTRED = "means are measured from the top class: one sum more for each"
 LABEL_APART = "the label is left out of its sum, by its index"
