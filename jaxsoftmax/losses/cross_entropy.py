@@ -233,7 +233,7 @@ def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Ar
     return gap, m, jnp.where(jnp.isnan(total), total, rest), total
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def label_loss(z: Array, label: Array, axis: num.Axis) -> Array:
     """-log softmax(z)_label, with the class axis kept."""
     gap, _, rest, total = label_sums(z, label, axis)
@@ -253,7 +253,7 @@ def _label_loss_bwd(axis, residuals, ct):
 label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(5,))
+@custom_vjp(nondiff_argnums=(5,))
 def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: num.Axis) -> Array:
     """p - e_label from the known sums; differentiable in z, which fixes them."""
     return jnp.where(num.class_index(z, axis) == label, -rest, jnp.exp(num.shift(z, m))) / total
@@ -270,7 +270,7 @@ def _label_gradient_bwd(axis, residuals, g):
 label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
@@ -291,7 +291,7 @@ def _soft_label_loss_bwd(axis, residuals, ct):
 soft_label_loss.defvjp(_soft_label_loss_fwd, _soft_label_loss_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4,))
+@custom_vjp(nondiff_argnums=(4,))
 def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """(Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)

@@ -195,7 +195,7 @@ def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
     return (jnp.minimum(z, limit) - lift) * gain, jnp.where(infinite, 0.0, m)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def kl(x: Array, z: Array, axis: num.Axis) -> Array:
     """KL(q‖p), with the class axis kept."""
     return _kl(x, z, compare(x, z, axis), axis)
@@ -223,7 +223,7 @@ def _kl_bwd(axis, residuals, ct):
 kl.defvjp(_kl_fwd, _kl_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def jensen_shannon(x: Array, z: Array, axis: num.Axis) -> Array:
     """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, with the class axis kept."""
     p, q, ratio = classes(x, z, compare(x, z, axis))
@@ -245,7 +245,7 @@ def _jensen_shannon_bwd(axis, residuals, ct):
 jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(nondiff_argnums=(3,))
 def difference(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """p - q: q (exp(ρ) - 1) where the two are close; differentiable in x and z, which fix the sums."""
     p, q, ratio = classes(x, z, sums)
@@ -264,7 +264,7 @@ def _difference_bwd(axis, residuals, g):
 difference.defvjp(_difference_fwd, _difference_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(nondiff_argnums=(3,))
 def log_ratio(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """ρ = log p - log q; differentiable in x and z, which fix the sums."""
     return classes(x, z, sums)[2]

@@ -197,7 +197,7 @@ def one_hot(labels: Array, like: Array, axis: num.Axis) -> Array:
 # Rules. z, y, p and α are floating arrays of at least float32; the class axis of α and of the loss has length 1.
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4, 5))
+@custom_vjp(nondiff_argnums=(4, 5))
 def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: num.Axis, sums_to_one: bool) -> Array:
     """L(z, y) from p, the α-entmax of z, with the class axis kept. p maximises, so it has no part in the gradient.
 
@@ -246,7 +246,7 @@ def _entropy_slope(p: Array, alpha: Array) -> Array:
     return p / alpha * (deformed_log(logp, beta) / alpha - deformed_log(logp, beta, 1))
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(nondiff_argnums=(3,))
 def dual(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
     """z - ψ: ln_β(p) on the support, at most -1/β off it. Differentiable in z and α, which fix p."""
     m, u = num.class_max(z, axis), num.class_max(p, axis)

@@ -127,7 +127,7 @@ def _brier_loss(logits, labels, mask, axes) -> Array:
 # Rules. z and y are floating arrays of at least float32.
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(1,))
+@custom_vjp(nondiff_argnums=(1,))
 def entropy(z: Array, axis: num.Axis) -> Array:
     """-Σ p log p, with the class axis kept; no term is negative."""
     m, s = moments(z, axis)
@@ -152,7 +152,7 @@ def _below(z: Array, m: Array) -> Array:
 entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def brier(z: Array, y: Array, axis: num.Axis) -> Array:
     """½ Σ (p - y)², with the class axis kept."""
     return num.class_sum(error(z, y, *moments(z, axis), axis) ** 2, axis) / 2
@@ -171,7 +171,7 @@ def _brier_bwd(axis, residuals, ct):
 brier.defvjp(_brier_fwd, _brier_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4,))
+@custom_vjp(nondiff_argnums=(4,))
 def error(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """p - y; where p > 1/2, (1 - y) - (1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)

@@ -157,7 +157,7 @@ def focal(s: Array, gamma: Array) -> Array:
     return jnp.where(s <= -1e4, -s, jnp.exp(-gamma * softplus(near)) * softplus(-near))
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def margin(z: Array, label: Array, axis: num.Axis) -> Array:
     """z_label - log Σ_{k≠label} exp(z_k), with the class axis kept; +inf where no other class is left."""
     gap, _, rest, _ = label_sums(z, label, axis)
@@ -184,7 +184,7 @@ def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: num.Axi
     return jnp.where(num.class_index(z, axis) == label, at_label, -others(z, label, m, rest, axis))
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(4,))
+@custom_vjp(nondiff_argnums=(4,))
 def others(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
     """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
     left = jnp.maximum(rest, jnp.finfo(z.dtype).tiny)
@@ -203,7 +203,7 @@ def _others_bwd(axis, q, g):
 others.defvjp(_others_fwd, _others_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def missed(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (1 - p_k), with the class axis kept."""
     return num.class_sum(y * one_minus_p(z, *moments(z, axis), axis), axis)
@@ -221,7 +221,7 @@ def _missed_bwd(axis, residuals, ct):
 missed.defvjp(_missed_fwd, _missed_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(nondiff_argnums=(3,))
 def one_minus_p(z: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """1 - p, where p > 1/2 as the sum of the others: s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)

@@ -173,7 +173,7 @@ def entmax_of(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Ar
     return _with_jacobian(z, alpha, _solve(lax.stop_gradient(z), lax.stop_gradient(alpha), exact, axis), axis)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(nondiff_argnums=(3,))
 def _with_jacobian(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
     """p, the α-entmax of z; differentiable in z and α, which fix it."""
     return p
@@ -229,7 +229,7 @@ def deformed_log(logp: Array, beta: Array, order: int = 0) -> Array:
     return _deformed_log(logp, jnp.broadcast_to(beta, logp.shape), order)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def _deformed_log(logp: Array, beta: Array, order: int) -> Array:
     return logp ** (order + 1) * _exponential_moment(beta * logp, order)
 

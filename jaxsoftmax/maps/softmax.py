@@ -201,7 +201,7 @@ def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
     return m, num.leave_top_out(z, m, axis)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(nondiff_argnums=(3,))
 def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
     """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
     return jnp.exp(num.shift(z, m)) / num.one_infinity(total, m)
@@ -225,7 +225,7 @@ def softmax_of(z: Array, axis: num.Axis) -> Array:
     return probabilities(z, m, total, axis)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(1,))
+@custom_vjp(nondiff_argnums=(1,))
 def log_softmax_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
     return num.below(z, m) - num.log_total(s, m)
@@ -248,7 +248,7 @@ def _pull_and_push(axis):
     return lambda logp, g: _less_sum(logp, g, axis), lambda logp, t: about_centred(t, jnp.exp(logp), axis)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def _less_sum(logp: Array, g: Array, axis: num.Axis) -> Array:
     """g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = Σ_{others} p."""
     p = jnp.exp(logp)
@@ -268,7 +268,7 @@ def _less_sum_bwd(axis, residuals, ct):
 _less_sum.defvjp(lambda logp, g, axis: (_less_sum(logp, g, axis), (logp, g)), _less_sum_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(1,))
+@custom_vjp(nondiff_argnums=(1,))
 def logsumexp_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
     return m + jnp.log1p(s)
@@ -286,7 +286,7 @@ def _logsumexp_bwd(axis, residuals, g):
 logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(2,))
+@custom_vjp(nondiff_argnums=(2,))
 def _signed_logsumexp(a: Array, b: Array, axis: num.Axis) -> tuple[Array, Array]:
     a = jnp.where(b == 0, -jnp.inf, a)
     m = num.class_max(a, axis)
