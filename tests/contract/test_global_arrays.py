@@ -16,7 +16,12 @@ from tests.registry import CASES, HEADS
 from tests.registry.samples import LOGP, B, K, Z
 
 SLOW = pytest.mark.slow
-REPRESENTATIVES = {"softmax", "entmax", "softmax_jacobian", "softmax_vjp", "label_cross_entropy_options", "huber_loss"}
+DEFAULT = {
+    (name, "Explicit", "both") for name in ("softmax", "entmax", "softmax_jacobian", "softmax_vjp", "huber_loss")
+}
+DEFAULT |= {("label_cross_entropy_options", kind, "both") for kind in ("Auto", "Explicit")} | {
+    ("entmax", "Auto", "both")
+}
 KINDS = ["Auto", "Explicit"] if hasattr(jax, "set_mesh") else ["Auto"]
 
 
@@ -25,7 +30,7 @@ def every():
     for i, case in enumerate(CASES):
         for kind in KINDS:
             for split in ("both", *(["batch"] * (i % 4 == 0))):
-                default = case.name in REPRESENTATIVES and split == "both"
+                default = (case.name, kind, split) in DEFAULT
                 yield pytest.param(
                     case, kind, split, id=f"{case.name}-{kind}-{split}", marks=() if default else pytest.mark.slow
                 )

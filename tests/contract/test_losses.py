@@ -55,7 +55,7 @@ def pushed_gradient(head, z, args, **options):
 
 
 @over_heads
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_value_and_gradient_for_every_combination_of_options(head, step, x64):
     z, *args = cast([Z, *head.args], None)
     for options in [*head.options[:-1:step], head.options[-1]]:

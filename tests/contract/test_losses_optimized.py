@@ -11,7 +11,7 @@ from tests.registry import HEADS
 from tests.registry.samples import Z
 
 
-@pytest.mark.parametrize("head", one_in(2, HEADS), ids=lambda head: head.name)
+@pytest.mark.parametrize("head", one_in(3, HEADS), ids=lambda head: head.name)
 def test_half_precision_logits(head):
     """The loss is that of the same logits in float32; its gradient comes back in their dtype, rounded once."""
 

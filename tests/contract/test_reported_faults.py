@@ -92,7 +92,7 @@ def test_complex_terms_and_factors():
 # No NaN on the way to a finite result: jax.debug_nans(True) must not stop there, op by op or compiled.
 
 
-@pytest.mark.parametrize("case", one_in(3, CASES), ids=case_id)
+@pytest.mark.parametrize("case", one_in(4, CASES), ids=case_id)
 @pytest.mark.parametrize("order", one_in(2, [1, 2]))
 def test_debug_nans(case, order):
     args = case.cast("float32")
@@ -128,7 +128,7 @@ def test_export_with_symbolic_batch(case):
 CALLED = ("softmax_cross_entropy_with_integer_labels", "entmax", "softmax_kl_divergence")
 
 
-@pytest.mark.parametrize("name", ["softmax", "softmax_cross_entropy_with_integer_labels", "entmax_loss"])
+@pytest.mark.parametrize("name", one_in(2, ["softmax", "entmax_loss", "softmax_cross_entropy_with_integer_labels"]))
 def test_export_with_symbolic_classes(name):
     (case,) = (case for case in CASES if case.name == name)
     k, args = export.symbolic_shape("k")[0], case.cast("float32")
@@ -254,8 +254,8 @@ def test_kl_gradient_where_log1p_is_off():
         np.testing.assert_allclose(got, 0.414207152253845805, rtol=1e-15)
 
 
-@pytest.mark.parametrize("head", one_in(2, HEADS), ids=lambda head: head.name)
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
+@pytest.mark.parametrize("head", one_in(3, HEADS), ids=lambda head: head.name)
+@pytest.mark.parametrize("shape", one_in(2, [(0, 4), (2, 0, 4), (3, 0)]))
 def test_heads_of_nothing(head, shape):
     """No example: no loss. No class: an index has none to name, so NaN; a sum over none is 0."""
     z = jnp.zeros(shape)

@@ -12,6 +12,7 @@ import backprop_by_hand  # noqa: E402 (after the path)
 import second_order  # noqa: E402
 
 
+@pytest.mark.slow
 def test_backprop_by_hand(tmp_path, capsys):
     backprop_by_hand.main(["--steps", "50", "--out", str(tmp_path)])
     text = capsys.readouterr().out

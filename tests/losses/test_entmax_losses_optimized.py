@@ -22,7 +22,7 @@ def problems():
             yield z, np.float32(y)
 
 
-@pytest.mark.parametrize("alpha", one_in(2, [1.0, 1.0001, 1.2, 1.5, 2.0, 3.0]))
+@pytest.mark.parametrize("alpha", one_in(3, [1.0, 1.0001, 2.0, 1.2, 1.5, 3.0]))
 def test_values_and_gradients(alpha):
     """Errors of a few eps in L and in its terms' condition number Σ |p - y| gap; L ≥ 0 and the gradient is p - y."""
     alpha = np.float32(alpha)

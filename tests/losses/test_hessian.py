@@ -49,7 +49,7 @@ def dense(head, logit_softcap=None, logit_temperature=1.0):
     return found[..., None] * np.eye(K) if head.elementwise else found
 
 
-@pytest.mark.parametrize("head", one_in(2, WITH_HESSIAN), ids=lambda head: head.name)
+@pytest.mark.parametrize("head", one_in(3, WITH_HESSIAN), ids=lambda head: head.name)
 @pytest.mark.parametrize(
     "transform",
     [TRANSFORMS[0], *(pytest.param(t, marks=pytest.mark.slow) for t in TRANSFORMS[1:3]), TRANSFORMS[3]],
@@ -83,7 +83,7 @@ def test_every_method_against_the_dense_hessian(head, transform, x64):
     assert operator.shape == (B, K, K)
 
 
-@pytest.mark.parametrize("head", one_in(2, WITH_HESSIAN, 1), ids=lambda head: head.name)
+@pytest.mark.parametrize("head", one_in(3, WITH_HESSIAN, 1), ids=lambda head: head.name)
 @pytest.mark.parametrize("transform", TRANSFORMS[::3], ids=lambda t: "+".join(t) or "plain")
 def test_gauss_newton_is_a_square(head, transform, x64):
     """L Lᵀ = G, L and Lᵀ transposes of each other; G is the Hessian where that is convex and nothing caps it."""

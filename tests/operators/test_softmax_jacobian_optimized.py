@@ -47,7 +47,7 @@ def hostile_probs():
 
 HOSTILE = hostile_probs()
 
-over_hostile = pytest.mark.parametrize("p", one_in(3, HOSTILE.values()), ids=HOSTILE.keys())
+over_hostile = pytest.mark.parametrize("p", one_in(4, HOSTILE.values()), ids=HOSTILE.keys())
 
 
 def exact_matrix(p):
@@ -191,16 +191,16 @@ def test_half_precision_is_rounded_once(dtype):
     assert operator.dtype == jnp.float32 and operator.mv(u).dtype == jnp.float32
 
 
-def test_memory_is_linear_in_the_number_of_classes():
-    k = 20_000
-    z = jax.ShapeDtypeStruct((k,), jnp.float32)
-    for name, method in METHODS.items():
-        if name in ("as_matrix", "eigh", "eigvalsh"):
-            continue
-        f = lambda z, v, method=method: method(SoftmaxJacobian.from_logits(z), v)
-        stats = jax.jit(f).lower(z, z).compile().memory_analysis()
-        assert stats.temp_size_in_bytes <= 32 * 4 * k, name
+@pytest.mark.parametrize("name", one_in(3, [n for n in METHODS if n not in ("as_matrix", "eigh", "eigvalsh")]))
+def test_memory_is_linear_in_the_number_of_classes(name):
+    z = jax.ShapeDtypeStruct((20_000,), jnp.float32)
+    f = lambda z, v: METHODS[name](SoftmaxJacobian.from_logits(z), v)
+    assert jax.jit(f).lower(z, z).compile().memory_analysis().temp_size_in_bytes <= 32 * 4 * z.size
+
+
+def test_memory_of_dense_forms_and_the_spectrum():
+    z = jax.ShapeDtypeStruct((20_000,), jnp.float32)
     f = lambda z: SoftmaxJacobian.from_logits(z).eigvalsh()
-    assert jax.jit(f).lower(z).compile().memory_analysis().temp_size_in_bytes <= 64 * 4 * k
+    assert jax.jit(f).lower(z).compile().memory_analysis().temp_size_in_bytes <= 64 * 4 * z.size
     small = jax.ShapeDtypeStruct((2000,), jnp.float32)
     assert jax.jit(softmax_jacobian).lower(small).compile().memory_analysis().temp_size_in_bytes <= 8 * 4 * 2000
