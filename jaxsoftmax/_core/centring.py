@@ -5,7 +5,7 @@ Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.plumbing import typed_like
@@ -45,7 +45,7 @@ def jacobian_product(
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
     J is its own transpose, and said to be so: a transpose of this code would lose what it keeps. With total = Σp, which
-    rounding keeps from being 1, J1 = 0 exactly. With weights d = s p, the product is s Jv.
+    rounding keeps from being 1, that holds for any p, and J1 = 0 exactly. With weights d = s p, the product is s Jv.
     """
 
     def product(residuals, v):
@@ -58,8 +58,8 @@ def jacobian_product(
 
 
 def rounded_one(p: Array, axis: num.Axis) -> Array:
-    """Σp as computed, a constant; 1 where all p are 0."""
-    total = num.class_sum(lax.stop_gradient(p), axis)
+    """Σp as computed; 1 where all p are 0."""
+    total = num.class_sum(p, axis)
     return jnp.where(total == 0, 1.0, total)
 
 

@@ -230,8 +230,7 @@ def _derivative(axis: num.ClassAxis, p: Array, *tangents: Array) -> Array:
     dtype = dtypes.common_dtype(p, *tangents)
     p, *vectors = dtypes.widen(p, *tangents)
     u, v, *rest = (centred(t, p, axis) for t in vectors)
-    total = num.class_sum(p, axis)  # 1, but for rounding; with it the product with J is its own transpose
-    total = jnp.where(total == 0, 1.0, total)
+    total = rounded_one(p, axis)
     if not rest:
         return jacobian_product(u * v, p, axis, total).astype(dtype)
     (w,) = rest
