@@ -51,18 +51,28 @@ hypothesis.settings.load_profile("jaxsoftmax")
 
 
 class Schedule(LoadScopeScheduling):
-    """A whole file of tests at a time to each worker, of its own kind."""
+    """A whole file of tests at a time to each worker, of its own kind.
+
+    There is one worker more than cores. The last waits until another has no file of its kind left.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return nodeid.partition("::")[0]
 
     def _assign_work_unit(self, node) -> None:
+        working = [other for other in self.nodes if self.assigned_work[other] and not other.shutting_down]
+        if QUICK and node not in working and len(working) == len(self.nodes) - 1 > 0:
+            return
         quick = compiles_quickly(node.gateway.id)
         for scope in self.workqueue:
             if not QUICK or len(self.nodes) == 1 or quick != scope.endswith("_optimized.py"):
                 self.workqueue.move_to_end(scope, last=False)
                 return super()._assign_work_unit(node)
         node.shutdown()
+        for other in self.nodes:
+            if not self.assigned_work[other] and not other.shutting_down:
+                self._reschedule(other)
+                self._reschedule(other)  # a worker keeps its last test until it has the next
 
 
 def pytest_xdist_make_scheduler(config, log):
