@@ -143,6 +143,7 @@ def test_gradient_flow_against_dense_jacobians(activation, x64):
     np.testing.assert_allclose(flow.saturation, [np.mean(np.abs(d) < 0.1, -1) for d in diagonals], rtol=1e-15)
 
 
+@pytest.mark.slow
 def test_gradient_flow_tells_a_saturated_network_from_a_healthy_one():
     params, x, labels = sample((16,), (20, 20, 20, 20, 4))
     healthy = network.gradient_flow(params, x, labels, LOSS)
