@@ -28,11 +28,13 @@ def add_flag(flag: str) -> None:
 
 
 add_flag("--xla_force_host_platform_device_count=8")
-add_flag("--xla_cpu_parallel_codegen_split_count=1")  # a seventh less work: the other cores have tests of their own
+JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+if JAXLIB > (0, 6):  # a seventh less work, since the other cores have tests of their own; some programs of 0.6 need more threads
+    add_flag("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["MPLBACKEND"] = "Agg"
 if compiles_quickly(os.environ.get("PYTEST_XDIST_WORKER", "gw0")):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones know no such flag
+    if JAXLIB < (0, 11):  # later ones know no such flag
         add_flag("--xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
