@@ -29,7 +29,7 @@ def add_flag(flag: str) -> None:
 
 add_flag("--xla_force_host_platform_device_count=8")
 JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-# A seventh less work to compile; the other cores have tests of their own. Some programs fail to compile so on 0.6.
+# Less work to compile, and the other cores have tests of their own. Some programs fail to compile so on 0.6.
 if JAXLIB > (0, 6):
     add_flag("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["MPLBACKEND"] = "Agg"

@@ -2,7 +2,7 @@
 
 The conjugate gradients are written here, on `jax.lax.custom_linear_solve`, which differentiates the solution. lineax
 0.1.1 stops with NaN at a direction of curvature ≤ 0, where Newton's method takes the last iterate before it, and where
-pᵀAp ≤ 200 n eps ‖r‖²: in float32, of well-conditioned matrices of norm 1 with 2e4 parameters.
+pᵀAp ≤ 200 n eps ‖r‖²: in float32, of well-conditioned matrices too once there are enough parameters n.
 """
 
 from typing import Any, NamedTuple
