@@ -13,11 +13,12 @@ import jaxsoftmax  # noqa: E402
 project = "jaxsoftmax"
 version = release = jaxsoftmax.__version__
 copyright = "The jaxsoftmax authors"
-extensions = ["myst_parser", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_use_index = False
 html_title = f"jaxsoftmax {version}"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
