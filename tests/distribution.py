@@ -1,5 +1,6 @@
 """`python -m tests.distribution FOLDER`: the built sdist and wheel hold what they should, and the wheel works alone."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,11 +19,14 @@ CHECK = "import sys, jaxsoftmax as js; assert js.__file__.startswith(sys.prefix)
 def check(folder: Path) -> None:
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     assert wheel.name == f"jaxsoftmax-{VERSION}-py3-none-any.whl", wheel
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("jaxsoftmax/**/*.py")}
     info = f"jaxsoftmax-{VERSION}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == modules | {"jaxsoftmax/py.typed"}
     assert f"{info}licenses/LICENSE" in names
+    readme = archive.read(f"{info}METADATA").decode()
+    assert "# jaxsoftmax\n" in readme and not re.search(r"\]\((?!https?:)", readme), "a relative link in the metadata"
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml", "conftest.py", *modules}
