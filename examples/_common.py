@@ -169,3 +169,13 @@ def natural(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return int(text)
+
+
+def first_devices(text: str) -> list[Any]:
+    """As many devices as the text says."""
+    count, devices = positive(text), jax.devices()
+    if count > len(devices):
+        found = f"{count} devices needed, {len(devices)} of platform {devices[0].platform} found"
+        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        raise argparse.ArgumentTypeError(f"{found}; CPUs can be divided: {flag}")
+    return devices[:count]

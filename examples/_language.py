@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from _common import first_devices
 from tqdm import tqdm
 
 from jaxsoftmax import training
@@ -48,13 +49,13 @@ def batches(stream: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def train(
-    loss: Callable[[Any, jax.Array], jax.Array], params: Any, text: Text, steps: int, devices: int = 1
+    loss: Callable[[Any, jax.Array], jax.Array], params: Any, text: Text, steps: int, devices: list[Any]
 ) -> tuple[Any, list[float]]:
     """The parameters after `steps` batches, and the loss of each: clipped gradients, two batches to an Adam step.
 
     Every batch is divided over the devices, the parameters are on each of them: nothing else is said of a mesh here.
     """
-    mesh = jax.sharding.Mesh(jax.devices()[:devices], (DATA,))
+    mesh = jax.sharding.Mesh(devices, (DATA,))
     on_each, divided = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), (DATA,)))
     params = jax.device_put(params, on_each)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
@@ -74,5 +75,5 @@ def options(description: str | None, arguments: list[str] | None) -> argparse.Na
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="batches")
     parser.add_argument("--head", choices=("fused", "full"), default="fused", help="full holds all logits, to compare")
-    parser.add_argument("--devices", type=int, default=1, help="over which every batch is divided")
+    parser.add_argument("--devices", type=first_devices, default="1", help="how many divide every batch")
     return parser.parse_args(arguments)

@@ -100,7 +100,7 @@ def train(params, x, labels, test_x, test_labels, steps: int):
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="steps of gradient descent, at least 5")
-    parser.add_argument("--out", type=Path, default=Path("runs/backprop"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("out/backprop"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     if options.steps < 5:
         parser.error(f"--steps must be at least 5, got {options.steps}")

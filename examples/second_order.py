@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="Gauss-Newton steps; Adam takes ten times as many")
     parser.add_argument("--lanczos-steps", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=Path("runs/second_order"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("out/second_order"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.lanczos_steps < 5:
         parser.error("--steps must be at least 1 and --lanczos-steps at least 5")

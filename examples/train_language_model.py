@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import FileError, load_checkpoint, natural, positive, save_checkpoint
+from _common import FileError, first_devices, load_checkpoint, natural, positive, save_checkpoint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -140,12 +140,8 @@ def parse_mesh(text: str) -> Mesh:
     sizes = {"data": 1, "classes": 1} | {name: int(size) for name, size in named.items()}
     if PADDING % sizes["classes"]:
         raise argparse.ArgumentTypeError(f"classes must divide {PADDING}, got {sizes['classes']}")
-    count, devices = math.prod(sizes.values()), jax.devices()
-    if count > len(devices):
-        found = f"{count} devices needed, {len(devices)} of platform {devices[0].platform} found"
-        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        raise argparse.ArgumentTypeError(f"{found}; CPUs can be divided: {flag}")
-    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+    devices = first_devices(str(math.prod(sizes.values())))
+    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     chosen, text = options(__doc__, arguments), load()
     model = Transformer(text.vocabulary, jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_array)
-    token_axes = DATA if chosen.devices > 1 else None
+    token_axes = DATA if len(chosen.devices) > 1 else None
     loss = lambda params, words: mean_loss(eqx.combine(params, static), words, chosen.head, token_axes)
     return train(loss, params, text, chosen.steps, chosen.devices)[1]
 

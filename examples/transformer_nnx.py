@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     """The loss of every batch."""
     chosen, text = options(__doc__, arguments), load()
     graph, params, rest = nnx.split(Transformer(text.vocabulary, nnx.Rngs(0)), nnx.Param, ...)
-    token_axes = DATA if chosen.devices > 1 else None
+    token_axes = DATA if len(chosen.devices) > 1 else None
     loss = lambda params, words: mean_loss(nnx.merge(graph, params, rest), words, chosen.head, token_axes)
     return train(loss, params, text, chosen.steps, chosen.devices)[1]
 

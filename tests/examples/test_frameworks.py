@@ -38,6 +38,13 @@ def test_two_devices_take_the_same_steps(framework):
     np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)
 
 
+def test_more_devices_than_there_are(capsys):
+    pytest.importorskip("equinox")
+    with pytest.raises(SystemExit):
+        run("distillation", "--devices", "99")
+    assert "99 devices needed" in capsys.readouterr().err
+
+
 def test_distillation_learns():
     pytest.importorskip("equinox")
     losses = run("distillation", "--steps", "40")
