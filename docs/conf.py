@@ -19,6 +19,7 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_use_index = False
+toc_object_entries_show_parents = "hide"
 html_title = f"jaxsoftmax {version}"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
