@@ -146,7 +146,7 @@ def test_source_uses_public_jax_and_imports_at_the_top(source):
 
 
 def test_versions_agree():
-    latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    latest = re.search(r"^## \[(\S+)\] - ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert latest is not None and latest[1] == VERSION
 
 
