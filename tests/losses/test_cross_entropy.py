@@ -24,6 +24,13 @@ def plain(logits, labels, *, label_smoothing=0.0, class_weights=None, ignore_ind
     return np.array(out)
 
 
+@jax.jit
+def values_and_jacobian(z, labels):
+    """Loss, gradient of the second example's loss, Jacobian."""
+    f = lambda z: ce(z, labels)
+    return f(z), jax.grad(lambda z: f(z)[1])(z), jax.jacfwd(f)(z)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32"])
 @pytest.mark.parametrize("label", [-1, 4, -100, 255, 2**31 - 1, -(2**31)])
 def test_label_outside_the_range(label, dtype):
@@ -32,15 +39,16 @@ def test_label_outside_the_range(label, dtype):
         pytest.skip("not a number of this dtype")
     z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
     labels = jnp.asarray(np.array([label, 1], dtype))
-    for f in (ce, jax.jit(ce)):
-        loss, gradient = f(z, labels), jax.grad(lambda z: f(z, labels)[1])(z)
-        assert np.isnan(loss[0]) and np.isfinite(loss[1])
-        jacobian = np.asarray(jax.jacfwd(lambda z: f(z, labels))(z))
-        assert np.all(np.isnan(jacobian[0, 0])) and np.all(np.isfinite(jacobian[1, 1]))
-        np.testing.assert_allclose(gradient[1], jax.nn.softmax(z[1]) - np.eye(4)[1], rtol=1e-5, atol=1e-7)
+    loss, gradient, jacobian = map(np.asarray, values_and_jacobian(z, labels))
+    for value in (loss, np.asarray(ce(z, labels))):
+        assert np.isnan(value[0]) and np.isfinite(value[1])
+    assert np.all(np.isnan(jacobian[0, 0])) and np.all(np.isfinite(jacobian[1, 1]))
+    np.testing.assert_allclose(gradient[1], jax.nn.softmax(z[1]) - np.eye(4)[1], rtol=1e-5, atol=1e-7)
 
 
 def test_special_logits():
+    losses = lambda z, labels, y: (ce(z, labels), js.softmax_cross_entropy(z, y))
+    every = jax.jit(lambda *args: (losses(*args), jax.jacrev(losses)(*args), jax.jacfwd(losses)(*args)))
     for logits, label, loss, gradient in [
         ([-INF, 0.0, 1.0], 0, INF, [-1.0, 0.26894143, 0.7310586]),
         ([-INF, 0.0, 1.0], 2, 0.3132617, [0.0, 0.26894143, -0.26894143]),
@@ -50,14 +58,13 @@ def test_special_logits():
         ([-INF] * 3, 0, NAN, [NAN] * 3),
         ([NAN, 0.0, 0.0], 1, NAN, [NAN] * 3),
     ]:
-        z = jnp.array([logits, [0.0] * 3])
-        one_hot = jnp.asarray(np.eye(3, dtype=np.float32)[[label, 0]])
-        for f in (lambda z: ce(z, jnp.array([label, 0])), lambda z: js.softmax_cross_entropy(z, one_hot)):
-            np.testing.assert_allclose(f(z), [loss, np.log(3.0)], rtol=1e-6)
-            for d in (jax.jacrev, jax.jacfwd):
-                jacobian = d(f)(z)
-                np.testing.assert_allclose(jacobian[0, 0], gradient, rtol=1e-6)
-                np.testing.assert_allclose(jacobian[1, 1], [-2 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+        labels = np.array([label, 0])
+        values, *jacobians = every(np.float32([logits, [0.0] * 3]), labels, np.eye(3, dtype=np.float32)[labels])
+        for value in values:
+            np.testing.assert_allclose(value, [loss, np.log(3.0)], rtol=1e-6)
+        for jacobian in map(np.asarray, jax.tree.leaves(jacobians)):
+            np.testing.assert_allclose(jacobian[0, 0], gradient, rtol=1e-6)
+            np.testing.assert_allclose(jacobian[1, 1], [-2 / 3, 1 / 3, 1 / 3], rtol=1e-6)
 
 
 def test_soft_label_of_zero_on_an_excluded_class():
@@ -70,6 +77,9 @@ def test_soft_label_of_zero_on_an_excluded_class():
     assert js.safe_softmax_cross_entropy(z, y) == loss
 
 
+DERIVATIVES = jax.jacfwd, jax.jacrev, jax.hessian
+
+
 def test_masks():
     z = jnp.array([[1.0, 2.0, NAN], [5.0, INF, -INF], [0.0, 1.0, 2.0]])
     classes = np.array([[True, True, False], [False] * 3, [True] * 3])
@@ -79,12 +89,14 @@ def test_masks():
     with jax.debug_nans(True):
         for f in (lambda z: ce(z, labels, where=classes), lambda z: js.softmax_cross_entropy(z, soft, where=classes)):
             np.testing.assert_allclose(f(z), want, rtol=1e-6)
-            for d in (jax.jacfwd, jax.jacrev, jax.hessian):
-                derivative = np.asarray(d(f)(z))
+            op_by_op = jax.grad(lambda z, f=f: f(z).sum())(z)
+            assert np.all(np.asarray(op_by_op)[~classes] == 0)
+            for derivative in map(np.asarray, jax.jit(lambda z: [d(f)(z) for d in DERIVATIVES])(z)):
                 assert np.all(derivative[1] == 0) and np.all(derivative[0, ..., 0, 2] == 0)
-        clean = z.at[0, 2].set(0.0)
-        np.testing.assert_allclose(ce(clean, labels, where=examples)[1:], want[1:], rtol=1e-6)
-        assert np.all(np.asarray(jax.jacrev(lambda z: ce(z, labels, where=examples))(clean))[1] == 0)
+        of_examples = lambda z: ce(z, labels, where=examples)
+        loss, jacobian = jax.jit(lambda z: (of_examples(z), jax.jacrev(of_examples)(z)))(z.at[0, 2].set(0.0))
+        np.testing.assert_allclose(loss[1:], want[1:], rtol=1e-6)
+        assert np.all(np.asarray(jacobian)[1] == 0)
     assert ce(z[0], 2, where=classes[0]) == INF  # a label on a masked class
 
 

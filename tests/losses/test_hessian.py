@@ -62,8 +62,9 @@ def test_every_method_against_the_dense_hessian(head, transform, x64):
     @jax.jit
     def methods(z, v):
         h = logits_hessian(head.loss, z, *args, **options, **transform)
+        assert h.shape == (B, K, K)
         products = h.as_matrix(), h.mv(v), h @ v[0], h.diagonal(), h.trace(), h.quadratic_form(v)
-        return *products, h.solve(v, 20.0), h.logdet(20.0)
+        return h.is_psd(), *products, h.solve(v, 20.0), h.logdet(20.0)
 
     damped = want + 20.0 * np.eye(K)
     expected = (
@@ -76,11 +77,10 @@ def test_every_method_against_the_dense_hessian(head, transform, x64):
         np.linalg.solve(damped, V[..., None])[..., 0],
         np.linalg.slogdet(damped)[1],
     )
-    for got, right in zip(methods(z, v), expected):
+    is_psd, *found = methods(z, v)
+    for got, right in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-12, atol=1e-13)
-    operator = logits_hessian(head.loss, z, *args, **options, **transform)
-    np.testing.assert_array_equal(operator.is_psd(), np.linalg.eigvalsh(want).min(-1) > -1e-13)
-    assert operator.shape == (B, K, K)
+    np.testing.assert_array_equal(is_psd, np.linalg.eigvalsh(want).min(-1) > -1e-13)
 
 
 @pytest.mark.parametrize("head", one_in(3, WITH_HESSIAN, 1), ids=lambda head: head.name)
@@ -88,19 +88,29 @@ def test_every_method_against_the_dense_hessian(head, transform, x64):
 def test_gauss_newton_is_a_square(head, transform, x64):
     """L Lᵀ = G, L and Lᵀ transposes of each other; G is the Hessian where that is convex and nothing caps it."""
     (z, v, *args), options = arrays(Z, V, *head.args), options_of(head)
-    g = loss_ggn(head.loss, z, *args, **options, **transform)
-    matrix = np.asarray(g.as_matrix())
-    np.testing.assert_allclose(g.mv(v), np.einsum("bij,bj->bi", matrix, V), atol=1e-13)
+
+    @jax.jit
+    def methods(z, v):
+        g = loss_ggn(head.loss, z, *args, **options, **transform)
+        whole = g.as_matrix(), g.mv(v), g.is_psd()
+        if head.loss is CONCAVE:
+            return whole, ()
+        columns = g.factor_rmv(v)
+        u = jnp.cos(jnp.arange(columns.size, dtype=z.dtype)).reshape(columns.shape)
+        transposed = jnp.sum(g.factor_mv(u) * v, -1), jnp.sum(u * columns, -1)
+        return whole, (g.factor_mv(columns), *transposed, logits_hessian(head.loss, z, *args, **options).as_matrix())
+
+    (matrix, product, is_psd), of_factor = methods(z, v)
+    np.testing.assert_allclose(product, np.einsum("bij,bj->bi", matrix, V), atol=1e-13)
     if head.loss is CONCAVE:
-        assert not np.any(g.is_psd())
+        assert not np.any(is_psd)
         return
-    assert np.all(g.is_psd()) and np.all(np.linalg.eigvalsh(matrix) > -1e-14)
-    columns = g.factor_rmv(v)
-    np.testing.assert_allclose(g.factor_mv(columns), g.mv(v), rtol=1e-12, atol=1e-14)
-    u = jnp.asarray(np.random.default_rng(2).normal(size=columns.shape))
-    np.testing.assert_allclose(jnp.sum(g.factor_mv(u) * v, -1), jnp.sum(u * columns, -1), rtol=1e-12, atol=1e-14)
+    assert np.all(is_psd) and np.all(np.linalg.eigvalsh(matrix) > -1e-14)
+    square, one, other, hessian = of_factor
+    np.testing.assert_allclose(square, product, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
     if not transform and head.loss not in NOT_CONVEX:
-        np.testing.assert_allclose(matrix, logits_hessian(head.loss, z, *args, **options).as_matrix(), atol=1e-14)
+        np.testing.assert_allclose(matrix, hessian, atol=1e-14)
 
 
 NOT_CONVEX = (

@@ -93,7 +93,7 @@ def test_frobenius_refuses_complex():
 def test_layouts_of_gradients():
     """∂l/∂W has the shape of Wᵀ in numerator layout, and there and back is where JAX began."""
     params = network.init(jax.random.key(0), (5, 4, 3))
-    grads = jax.grad(lambda p: jnp.sum(network.forward(p, jnp.arange(5.0)) ** 2))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(network.forward(p, jnp.arange(5.0)) ** 2)))(params)
     rows = numerator_layout(grads)
     for layer, row in zip(grads, rows):
         np.testing.assert_array_equal(row.W, layer.W.T)
@@ -116,7 +116,8 @@ def test_numerator_layout_is_the_one_in_which_the_text_multiplies(x64):
 def test_layouts_of_jacobians():
     """∂Y/∂X: Y.shape + X.shape in JAX, Y.shape + X.shape[::-1] and X.shape + Y.shape[::-1] in the two layouts."""
     f = lambda W, x: jnp.tanh(W @ x)
-    by_W, by_x = jax.jacrev(f, (0, 1))(jnp.arange(12.0).reshape(3, 4) / 12, jnp.arange(4.0))
+    W, x = normal(0, 3, 4).astype("float32"), normal(1, 4).astype("float32")
+    by_W, by_x = jax.jit(jax.jacrev(f, (0, 1)))(W, x)
     np.testing.assert_array_equal(numerator_layout(by_x, 1), by_x)
     np.testing.assert_array_equal(denominator_layout(by_x), by_x.T)
     np.testing.assert_array_equal(numerator_layout(by_W, 1), np.einsum("kij->kji", by_W))
@@ -147,8 +148,8 @@ def test_differential_of_a_tree_with_mixed_dtypes():
 def test_second_differential_is_the_quadratic_form_of_the_hessian(x64):
     x, dx = normal(0, 2, 4)
     f = lambda x: jnp.sum(jnp.tanh(x) * x[::-1])
-    second = differential(lambda x: differential(f)(x, dx))(x, dx)
-    np.testing.assert_allclose(second, dx @ jax.hessian(f)(x) @ dx, rtol=1e-13)
+    second = differential(lambda x: differential(f)(x, dx))
+    np.testing.assert_allclose(jax.jit(second)(x, dx), dx @ jax.jit(jax.hessian(f))(x) @ dx, rtol=1e-13)
 
 
 def test_differential_refuses():
@@ -189,20 +190,24 @@ def central_difference(f, X, dX, h=1e-3):
 @pytest.mark.parametrize("name", one_in(2, IDENTITIES))
 def test_identity(name, x64):
     """Both sides against each other, against reverse mode, and against difference quotients."""
-    identity = IDENTITIES[name]
-    f, both = jax.jit(identity.f), jax.jit(lambda X, dX: (identity.left(X, dX), identity.right(*X, *dX)))
+    identity, sample = IDENTITIES[name], jax.jit(IDENTITIES[name].sample)
+
+    @jax.jit
+    def sides(X, dX):
+        difference = central_difference(identity.f, X, dX)
+        return identity.left(X, dX), identity.right(*X, *dX), difference, identity.f(*X)
 
     @jax.jit
     def reverse(X, ct):
         return jax.vjp(identity.f, *X)[1](ct)
 
     for seed in range(3):
-        X, dX = identity.sample(jax.random.key(seed))
-        left, right = both(X, dX)
-        assert left.shape == right.shape == f(*X).shape
+        X, dX = sample(jax.random.key(seed))
+        left, right, difference, value = sides(X, dX)
+        assert left.shape == right.shape == value.shape
         scale = sum(np.max(np.abs(x)) for x in (left, *X, *dX))  # the sizes that enter the sums
         np.testing.assert_allclose(left, right, rtol=0, atol=64 * EPS * scale)
-        np.testing.assert_allclose(right, central_difference(f, X, dX), rtol=0, atol=1e-9 * scale)
+        np.testing.assert_allclose(right, difference, rtol=0, atol=1e-9 * scale)
         ct = normal(seed, *right.shape)
         pulled = reverse(X, ct)
         products = [np.vdot(ct, right), *(np.vdot(g, dx) for g, dx in zip(pulled, dX))]

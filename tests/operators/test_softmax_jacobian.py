@@ -1,5 +1,7 @@
 """Products with the Jacobian of softmax, its dense form, its higher derivatives, and the operator."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -51,6 +53,12 @@ def over(cases: list):
     return pytest.mark.parametrize("case", cases, ids=CASES.keys())
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def jacobian_of_slice(z, mask, alpha):
+    f = (lambda x: softmax(x, where=mask)) if alpha == 1 else (lambda x: entmax(x, alpha, where=mask))
+    return jax.jacfwd(f)(z)
+
+
 def operator_and_matrix(case):
     """The operator, and the Jacobian that autodiff finds, slice by slice."""
     z, where, alpha = case
@@ -59,9 +67,7 @@ def operator_and_matrix(case):
     alphas = np.broadcast_to(alpha, z.shape[:-1])
     dense = np.empty((*z.shape, z.shape[-1]))
     for i in np.ndindex(*z.shape[:-1]):
-        mask, order = masks[i], float(alphas[i])
-        f = (lambda x: softmax(x, where=mask)) if order == 1 else (lambda x: entmax(x, order, where=mask))
-        dense[i] = jax.jacfwd(f)(jnp.asarray(z[i]))
+        dense[i] = jacobian_of_slice(z[i], masks[i], float(alphas[i]))
     return operator, dense
 
 
@@ -73,29 +79,33 @@ def test_operator_is_the_jacobian(case, x64):
     v, x = logits((*batch, k), seed=2), logits((*batch, k, 3), seed=3)
     many = logits((5, *batch, k), seed=4)
     product = lambda a, v: np.einsum("...ij,...j->...i", a, v)
-    unit = dict(rtol=1e-13, scale=1.0)
-    assert_close(operator.as_matrix(), dense, **unit)
-    assert_close(operator.mv(v), product(dense, v), **unit)
-    assert_close(operator(v), product(dense, v), **unit)
-    assert_close(operator.mv(many), product(dense, many), **unit)
-    assert_close(operator.mv(v[(0,) * len(batch)]), product(dense, v[(0,) * len(batch)]), **unit)
-    assert_close(operator @ x, dense @ x, **unit)
-    assert_close(jnp.asarray(np.swapaxes(x, -1, -2)) @ operator, np.swapaxes(x, -1, -2) @ dense, **unit)
-    assert_close(operator.quadratic_form(many), np.sum(many * product(dense, many), -1), rtol=1e-13, scale=20.0)
-    assert_close(operator.diagonal(), np.diagonal(dense, axis1=-2, axis2=-1), **unit)
-    assert_close(operator.trace(), np.trace(dense, axis1=-2, axis2=-1), **unit)
-    assert_close(operator.frobenius_norm(), np.linalg.norm(dense, axis=(-2, -1)), **unit)
-    assert_close(operator.scaled(3.0).mv(v), 3 * product(dense, v), **unit)
-    damped = dense + 0.3 * np.eye(k)
-    assert_close(operator.solve(many, 0.3), product(np.linalg.inv(damped), many), rtol=1e-12)
-    assert_close(operator.logdet(0.3), np.linalg.slogdet(damped)[1], rtol=1e-12)
     dampings = np.linspace(0.1, 2, max(1, int(np.prod(batch)))).reshape(batch)
-    damped = dense + dampings[..., None, None] * np.eye(k)
-    assert_close(operator.solve(v, dampings), product(np.linalg.inv(damped), v), rtol=1e-12)
-    assert_close(operator.logdet(dampings), np.linalg.slogdet(damped)[1], rtol=1e-12)
-    factor = np.moveaxis([operator.factor_mv(e) for e in np.eye(k)], 0, -1)
+
+    @jax.jit
+    def found(operator):
+        products = operator.mv(v), operator(v), operator.mv(many), operator.mv(v[(0,) * len(batch)]), operator @ x
+        factor = jnp.moveaxis(jax.vmap(operator.factor_mv)(jnp.eye(k)), 0, -1)
+        return (
+            (operator.as_matrix(), *products, jnp.asarray(np.swapaxes(x, -1, -2)) @ operator),
+            (operator.diagonal(), operator.trace(), operator.frobenius_norm(), operator.scaled(3.0).mv(v)),
+            operator.quadratic_form(many),
+            (operator.solve(many, 0.3), operator.logdet(0.3), operator.solve(v, dampings), operator.logdet(dampings)),
+            (factor, operator.factor_rmv(v)),
+        )
+
+    products, numbers, quadratic, solved, (factor, transposed) = found(operator)
+    of_v = product(dense, v)
+    want = dense, of_v, of_v, product(dense, many), product(dense, v[(0,) * len(batch)]), dense @ x
+    unit = dict(rtol=1e-13, scale=1.0)
+    assert_close(products, (*want, np.swapaxes(x, -1, -2) @ dense), **unit)
+    diagonal, norm = np.diagonal(dense, axis1=-2, axis2=-1), np.linalg.norm(dense, axis=(-2, -1))
+    assert_close(numbers, (diagonal, diagonal.sum(-1), norm, 3 * of_v), **unit)
+    assert_close(quadratic, np.sum(many * product(dense, many), -1), rtol=1e-13, scale=20.0)
+    one, each = dense + 0.3 * np.eye(k), dense + dampings[..., None, None] * np.eye(k)
+    want = product(np.linalg.inv(one), many), np.linalg.slogdet(one)[1]
+    assert_close(solved, (*want, product(np.linalg.inv(each), v), np.linalg.slogdet(each)[1]), rtol=1e-12)
     assert_close(factor @ np.swapaxes(factor, -1, -2), dense, **unit)
-    assert_close(operator.factor_rmv(v), product(np.swapaxes(factor, -1, -2), v), **unit)
+    assert_close(transposed, product(np.swapaxes(factor, -1, -2), v), **unit)
 
 
 @over(one_in(3, CASES.values(), 2))
@@ -154,18 +164,20 @@ def test_dense_derivatives_are_autodiffs(z, x64):
 
 @pytest.mark.parametrize("axis", [0, 1, -1, -3])
 def test_products_along_any_axis(axis, x64):
-    p = jax.nn.softmax(logits((2, 3, 4)), axis)
-    u, v, w = (jnp.asarray(logits((2, 3, 4), seed=s)) for s in (1, 2, 3))
+    u, v, w = (logits((2, 3, 4), seed=s) for s in (1, 2, 3))
     back = lambda x: jnp.moveaxis(x, axis, -1)
-    assert_close(back(softmax_jvp(u, p, axis)), softmax_jvp(back(u), back(p)), rtol=1e-15)
-    assert_close(
-        softmax_vjp(u, p, axis=axis), jax.vjp(lambda z: jax.nn.softmax(z, axis), jnp.log(p))[1](u)[0], rtol=1e-14
-    )
-    assert_close(
-        back(softmax_third_derivative(u, v, w, p, axis)),
-        softmax_third_derivative(*map(back, (u, v, w, p))),
-        rtol=1e-15,
-    )
+
+    @jax.jit
+    def pairs(z):
+        p, pullback = jax.vjp(lambda z: jax.nn.softmax(z, axis), z)
+        return (
+            (back(softmax_jvp(u, p, axis)), softmax_jvp(back(u), back(p))),
+            (softmax_vjp(u, p, axis=axis), pullback(u)[0]),
+            (back(softmax_third_derivative(u, v, w, p, axis)), softmax_third_derivative(*map(back, (u, v, w, p)))),
+        )
+
+    for got, want in pairs(logits((2, 3, 4))):
+        assert_close(got, want, rtol=1e-14)
 
 
 # Transformations.
@@ -208,9 +220,9 @@ def test_methods_under_vmap_and_beside_a_mask(method, x64):
     z, v = jnp.asarray(logits((3, 4))), jnp.asarray(logits((3, 4), seed=2))
     mask = np.array([[True, True, False, True], [True] * 4, [False, True, True, False]])
     f = lambda z, mask, v: method(SoftmaxJacobian.from_logits(jnp.where(mask, z, jnp.nan), mask), v)
-    one_by_one = [f(*row) for row in zip(z, mask, v)]
+    one_by_one = [jax.jit(f)(*row) for row in zip(z, mask, v)]
     assert_close(jax.jit(jax.vmap(f))(z, mask, v), jax.tree.map(lambda *x: jnp.stack(x), *one_by_one), rtol=1e-13)
-    slope = jax.vmap(jax.grad(lambda z, *rest: jnp.sum(jnp.sin(f(z, *rest)))))(z, mask, v)
+    slope = jax.jit(jax.vmap(jax.grad(lambda z, *rest: jnp.sum(jnp.sin(f(z, *rest))))))(z, mask, v)
     assert np.isfinite(slope).all() and not np.asarray(slope)[~mask].any()
 
 
