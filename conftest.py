@@ -88,6 +88,13 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if any(".py" in argument for argument in config.args) else min(cores, 8) + 1
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """What is imported stays: a million objects, which every full garbage collection would walk through."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fresh_caches():
     """What was compiled is dropped after some files: a process may hold 65,530 memory maps, and a program has some."""
