@@ -13,7 +13,6 @@ from tests.registry import HEADS
 from tests.registry.samples import MASK, B, K, Z
 
 over_heads = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
-over_masked = pytest.mark.parametrize("head", [h for h in HEADS if h.has_where], ids=lambda head: head.name)
 CLASS_HEADS = [h for h in HEADS if h.has_where and not h.logarithms]
 MASKED_WITH_OPTIONS = [
     pytest.param(h, n, id=f"{h.name}-{'+'.join(h.options[n]) or 'plain'}", marks=[pytest.mark.slow] * (n < last))
@@ -117,7 +116,7 @@ def test_masked_classes_leave_the_compressed_problem(head, which, x64):
         assert np.all(np.asarray(got)[~mask] == 0)
 
 
-@over_masked
+@pytest.mark.parametrize("head", one_in(2, [h for h in HEADS if h.has_where]), ids=lambda head: head.name)
 def test_masked_examples_are_nothing_at_every_order(head):
     options = dict(head.options[-1])
     z, *args = cast([np.where([[True], [False], [True]], Z, np.nan), *head.args], "float32")

@@ -92,7 +92,7 @@ def test_complex_terms_and_factors():
 # No NaN on the way to a finite result: jax.debug_nans(True) must not stop there, op by op or compiled.
 
 
-@pytest.mark.parametrize("case", one_in(4, CASES), ids=case_id)
+@pytest.mark.parametrize("case", one_in(6, CASES), ids=case_id)
 @pytest.mark.parametrize("order", one_in(2, [1, 2]))
 def test_debug_nans(case, order):
     args = case.cast("float32")

@@ -355,7 +355,7 @@ FISHER = {
 }
 
 
-@pytest.mark.parametrize("name", one_in(2, FISHER))
+@pytest.mark.parametrize("name", one_in(3, FISHER, 2))
 def test_sampled_fisher_with_options_agrees_within_its_standard_error(name, x64):
     """Entries of F from independent estimates, each within 5 standard errors of the exact one, which are small."""
     loss, labels = FISHER[name]

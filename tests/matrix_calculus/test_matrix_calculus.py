@@ -26,7 +26,7 @@ def assert_sum_equal(x, y, terms):
     np.testing.assert_array_less(np.abs(np.asarray(x) - np.asarray(y)), 16 * EPS * terms)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(sizes, sizes, st.lists(st.integers(1, 3), max_size=2), seeds)
 def test_frobenius_is_the_trace_in_all_its_forms(m, n, batch, seed):
     """A:B = tr(AᵀB) = B:A = Bᵀ:Aᵀ, against NumPy's sum, batched."""
@@ -41,7 +41,7 @@ def test_frobenius_is_the_trace_in_all_its_forms(m, n, batch, seed):
         assert_sum_equal(product, frobenius(np.swapaxes(B, -1, -2), np.swapaxes(A, -1, -2)), terms)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(sizes, sizes, sizes, seeds)
 def test_frobenius_moves_factors(m, n, p, seed):
     """AB:C = A:CBᵀ = B:AᵀC."""

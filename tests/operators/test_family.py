@@ -34,7 +34,6 @@ OPERATORS = {
     ),
     "logistic": lambda z: logits_hessian(losses.sigmoid_binary_cross_entropy, z, jnp.asarray(Y, z.dtype)),
 }
-over_operators = pytest.mark.parametrize("name", OPERATORS)
 
 
 def exact(operator, i: int) -> mpmath.matrix:
@@ -65,7 +64,7 @@ V = np.array([[1.0, -1.0, 0.0, 0.0, 0.0, 0.0], [0.5, 0.25, -0.75, 1.0, -0.5, -0.
 DAMPINGS = 20.0, 1e-3, 1e-8, 1e-20
 
 
-@over_operators
+@pytest.mark.parametrize("name", one_in(2, OPERATORS, 1))
 def test_solve_and_logdet_keep_their_digits_at_any_damping(name):
     """A v that sums to 0 over the classes has a solution of size 1 at every damping, and every digit of it."""
     operator = jax.jit(OPERATORS[name])(jnp.asarray(Z))
@@ -159,7 +158,7 @@ def test_an_excluded_class_stays_excluded_under_a_soft_cap():
     assert np.all(hessian[1] == 0) and np.all(hessian[:, 1] == 0) and np.all(hessian[0, [0, 2]] != 0)
 
 
-@pytest.mark.parametrize("name", one_in(3, OPERATORS, 1))
+@pytest.mark.parametrize("name", one_in(9, OPERATORS, 1))
 def test_no_nan_arises_on_the_way(name):
     """Op by op under jax.debug_nans, as compiled: a NaN is where there is no number, and nowhere else."""
     with jax.debug_nans(True), jax.disable_jit():

@@ -18,7 +18,7 @@ LOGITS = {
 
 
 @pytest.mark.parametrize("alpha", one_in(2, [1.0, 1.5, 2.0]))
-@pytest.mark.parametrize("name", one_in(2, LOGITS))
+@pytest.mark.parametrize("name", one_in(3, LOGITS))
 def test_every_property_holds(name, alpha):
     report = js.verify_jacobian_properties(jnp.array(LOGITS[name]), alpha=alpha)
     assert report.ok, f"\n{report}"
