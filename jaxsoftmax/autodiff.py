@@ -114,7 +114,8 @@ class custom_vjp(Generic[P, R]):
         Args:
           fwd: takes the arguments of the function, returns `(output, residuals)`.
           bwd: takes the `nondiff_argnums` values, the residuals and the output's cotangent; returns a tuple with one
-            cotangent (or None) per differentiable argument. Must be linear in the cotangent.
+            cotangent (or None) per differentiable argument, which is rounded where its argument is of a narrower
+            dtype. Must be linear in the cotangent.
           symbolic_zeros: as in `jax.custom_vjp.defvjp`: each array that reaches `fwd` is an object with the
             attributes `value` and `perturbed`, so that a rule can leave out what nobody asks for; a cotangent that
             reaches `bwd` may be a `jax.custom_derivatives.SymbolicZero`.
@@ -127,7 +128,7 @@ class custom_vjp(Generic[P, R]):
             if not (callable(rule) or rule is jvp is None):
                 raise TypeError(f"defvjp: {name} must be a function, got {type(rule).__name__}")
         self._reverse.defvjp(
-            self._checked_fwd(fwd), _summed_over_the_mesh(bwd), symbolic_zeros, optimize_remat=optimize_remat
+            self._checked_fwd(fwd), _as_the_arguments(bwd), symbolic_zeros, optimize_remat=optimize_remat
         )
         self._jvp = jvp
         self._has_rule = True
@@ -255,31 +256,34 @@ def _spec(kind) -> tuple:
     return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
 
 
-def _summed_over_the_mesh(bwd: Callable) -> Callable:
-    """`bwd` on a mesh: an argument that lies there in another way than its cotangent gets that in its own way.
+def _as_the_arguments(bwd: Callable) -> Callable:
+    """`bwd` with cotangents of the arguments' own dtypes, that lie on a mesh as the arguments do.
 
     Under `shard_map`, an argument that is the same on every device gets the sum of their cotangents.
     """
 
     def total(kind, cotangent):
-        if cotangent is None or _is_symbolic_zero(cotangent):
+        if _is_symbolic_zero(cotangent):
             return cotangent
         own = _type(cotangent)
         if extra := tuple(varying_axes(own) - varying_axes(kind)):
             cotangent = jax.lax.psum(cotangent, extra)
-        split_otherwise = own.shape == kind.shape and _spec(own) != _spec(kind)
-        return jax.sharding.reshard(cotangent, kind.sharding) if split_otherwise else cotangent
+        if own.shape == kind.shape and _spec(own) != _spec(kind):
+            cotangent = jax.sharding.reshard(cotangent, kind.sharding)
+        narrower = own.dtype != kind.dtype and jnp.issubdtype(kind.dtype, jnp.floating)
+        return cotangent.astype(kind.dtype) if narrower else cotangent
 
     @functools.wraps(bwd)
-    def summed(*args):
+    def rounded(*args):
         *static, (residuals, types), ct = args
         cotangents = bwd(*static, residuals, ct)
-        fits = isinstance(cotangents, tuple) and len(cotangents) == len(types.of_arguments)  # else JAX says so
-        if not fits or not any(varying_axes(k) or any(_spec(k)) for k in map(_type, jax.tree.leaves(ct))):
-            return cotangents
-        return tuple(c if c is None else jax.tree.map(total, a, c) for a, c in zip(types.of_arguments, cotangents))
+        if not (isinstance(cotangents, tuple) and len(cotangents) == len(types.of_arguments)):
+            return cotangents  # JAX says so
+        fits = [jax.tree.structure(a) == jax.tree.structure(c) for a, c in zip(types.of_arguments, cotangents)]
+        pairs = zip(fits, types.of_arguments, cotangents)
+        return tuple(jax.tree.map(total, a, c) if fit else c for fit, a, c in pairs)
 
-    return summed
+    return rounded
 
 
 def _positions(fun: Callable, names: Sequence[str]) -> list[int]:

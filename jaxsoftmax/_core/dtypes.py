@@ -21,5 +21,15 @@ def widen(*arrays: Array) -> list[Array]:
     return [x.astype(dtype) for x in arrays]
 
 
+def widen_labels(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Logits and labels in their common computation dtype, but logits in half precision as they are.
+
+    The rules widen those themselves: the maximum is taken in half precision, and no wide copy is kept.
+    """
+    dtype = compute_dtype(common_dtype(logits, labels))
+    narrow = compute_dtype(logits.dtype) == dtype
+    return logits if narrow else logits.astype(dtype), labels.astype(dtype)
+
+
 def largest(dtype) -> float:
     return float(jnp.finfo(dtype).max)

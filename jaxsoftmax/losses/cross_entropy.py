@@ -210,7 +210,7 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _soft_loss(logits, labels, mask, axes) -> Array:
-    (logits, labels, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
+    (logits, labels, mask), axis = num.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
     loss = soft_label_loss(num.present(logits, mask, axis), num.zero_absent(labels, mask), axis)
     return num.absent_examples(loss, mask, axis)
 
@@ -225,8 +225,7 @@ def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Ar
 
     All are NaN but m for a label that is no class. Never differentiated.
     """
-    z = dtypes.widen(lax.stop_gradient(z))[0]
-    m = num.class_max(z, axis)
+    z, m = lax.stop_gradient(z), num.top(z, axis)
     gap = num.below(num.take_class(z, label, axis), m)
     rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
     total = num.one_infinity(rest + jnp.exp(gap), m)
@@ -247,7 +246,7 @@ def _label_loss_fwd(z, label, axis):
 def _label_loss_bwd(axis, residuals, ct):
     z, label, m, rest, total = residuals
     ct = num.shared_cotangent(ct, axis)
-    return (ct * label_gradient(dtypes.widen(z)[0], label, m, rest, total, axis)).astype(z.dtype), None
+    return ct * label_gradient(z, label, m, rest, total, axis), None
 
 
 label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
@@ -274,8 +273,11 @@ label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
 def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
-    surprise = num.log_total(s, m) - num.below(z, m)
-    return num.class_sum(y * jnp.where(y == 0, s, surprise), axis)
+    # A choice at each class would end XLA's kernel. y is multiplied by numbers below the limit, twice at -inf.
+    limit = dtypes.largest(m.dtype)
+    below = jnp.minimum(-num.below(z, m), 0.9999 * limit)
+    surprise = num.log_total(s, m) + below
+    return num.class_sum(y * surprise * jnp.maximum(below - 0.9998 * limit, 1), axis)
 
 
 def _soft_label_loss_fwd(z, y, axis):

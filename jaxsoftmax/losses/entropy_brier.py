@@ -113,13 +113,13 @@ def _brier_arguments(logits, labels, axis, axis_name, where) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _softmax_entropy(logits, mask, axes) -> Array:
-    (z, mask), axis = num.one_axis(axes, *dtypes.widen(logits), mask)
+    (z, mask), axis = num.one_axis(axes, logits, mask)
     return num.absent_examples(entropy(num.present(z, mask, axis), axis), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _brier_loss(logits, labels, mask, axes) -> Array:
-    (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
+    (z, y, mask), axis = num.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
     loss = brier(num.present(z, mask, axis), num.zero_absent(y, mask), axis)
     return num.absent_examples(loss, mask, axis)
 

@@ -171,8 +171,7 @@ def _margin_fwd(z, label, axis):
 
 def _margin_bwd(axis, residuals, ct):
     ct, (z, label, m, rest) = num.shared_cotangent(ct, axis), residuals
-    (wide,) = dtypes.widen(z)
-    return (ct * margin_gradient(wide, label, m, rest, axis)).astype(z.dtype), None
+    return ct * margin_gradient(z, label, m, rest, axis), None
 
 
 margin.defvjp(_margin_fwd, _margin_bwd)
@@ -187,7 +186,7 @@ def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: num.Axi
 @custom_vjp(nondiff_argnums=(4,))
 def others(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
     """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
-    left = jnp.maximum(rest, jnp.finfo(z.dtype).tiny)
+    left = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
     return num.other_classes(z, label, axis) * jnp.exp(num.shift(z, m)) / left
 
 

@@ -148,7 +148,7 @@ def logsumexp(
 @functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
 def _map(rule, absent: float, x: Array, mask: Array | None, axes: num.ClassAxis) -> Array:
     """`rule(z, axis)` over the given axes: mask and widen, apply, round and mask."""
-    (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
+    (z,), axis = num.one_axis(axes, num.present(x, mask, axes))
     out = rule(z, axis).astype(x.dtype)
     out = out if len(axes.positions) == 1 else num.split_axes(out, x.shape, axes.positions)
     return out if mask is None else jnp.where(mask, out, absent)
@@ -158,7 +158,7 @@ def _map(rule, absent: float, x: Array, mask: Array | None, axes: num.ClassAxis)
 def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, keepdims: bool):
     """logsumexp and its sign over the given axes."""
     dtype = a.dtype if b is None else dtypes.common_dtype(a, b)
-    z = num.present(a.astype(dtypes.compute_dtype(dtype)), mask, axes)
+    z = num.present(a if b is None else a.astype(dtypes.compute_dtype(dtype)), mask, axes)
     b = b if b is None or mask is None else jnp.where(mask, b, 1.0)
     (z, b), axis = num.one_axis(axes, z, b)
     if b is None:
@@ -190,15 +190,14 @@ def _complex_logsumexp(a: Array, b: Array | None, mask: Array | None, axes, keep
     return jax.tree.map(lambda x, y: jnp.where(some, x, y), out, absent)
 
 
-# Rules. Below, z is a floating array of at least float32, and `axis` counts from the front.
+# Rules. Below, z is a floating array, `axis` counts from the front, and results are at least float32.
 
 
 @traced_once
 def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
     """(m, s): the maximum, and Σ exp(z_k - m) over every class but the top one. Never differentiated."""
-    z = lax.stop_gradient(z)
-    m = num.class_max(z, axis)
-    return m, num.leave_top_out(z, m, axis)
+    m = num.top(z, axis)
+    return m, num.leave_top_out(lax.stop_gradient(z), m, axis)
 
 
 @custom_vjp(nondiff_argnums=(3,))
@@ -220,7 +219,7 @@ probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
 def softmax_of(z: Array, axis: num.Axis) -> Array:
-    m = num.class_max(lax.stop_gradient(z), axis)
+    m = num.top(z, axis)
     total = num.class_sum(jnp.exp(num.shift(lax.stop_gradient(z), m)), axis)
     return probabilities(z, m, total, axis)
 
