@@ -342,10 +342,11 @@ def test_the_program_of_reverse_mode_is_that_of_jax():
     assert "sin" in theirs and ours[ours.index("sin") :] == theirs[theirs.index("sin") :]
 
 
-def test_mixed_dtypes():
-    """A bfloat16 argument and a float32 output: bwd gets a float32 cotangent and returns a bfloat16 one."""
+@pytest.mark.parametrize("rounded", [True, False])
+def test_mixed_dtypes(rounded):
+    """bwd gets a float32 cotangent of a float32 output, and returns that of a bfloat16 argument rounded or to round."""
 
-    def make(decorator):
+    def make(decorator, rounded=True):
         @decorator
         def f(x, w):
             return x.astype(jnp.float32) * w
@@ -353,13 +354,13 @@ def test_mixed_dtypes():
         def bwd(res, ct):
             x, w = res
             assert ct.dtype == jnp.float32
-            return (ct * w).astype(jnp.bfloat16), ct * x.astype(jnp.float32)
+            return (ct * w).astype(jnp.bfloat16 if rounded else jnp.float32), ct * x.astype(jnp.float32)
 
         f.defvjp(lambda x, w: (f(x, w), (x, w)), bwd)
         return f
 
     x, w = jnp.arange(3.0).astype(jnp.bfloat16), jnp.float32(3.0) + jnp.arange(3.0)
-    f, g = make(custom_vjp), make(jax.custom_vjp)
+    f, g = make(custom_vjp, rounded), make(jax.custom_vjp)
     for got, want in zip(jax.vjp(f, x, w)[1](w), jax.vjp(g, x, w)[1](w)):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)

@@ -65,6 +65,13 @@ def test_tangent_along_the_ones_vanishes():
     assert np.all(np.asarray(jax.vjp(js.softmax, z)[1](jnp.ones(3))[0]) == 0)
 
 
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="the CPU backend of JAX 0.6 keeps it in every program")
+def test_half_precision_is_not_copied_to_float32():
+    z = jnp.zeros((256, 8192), jnp.bfloat16)
+    program = jax.jit(lambda z: js.logsumexp(z, -1)).lower(z).compile()
+    assert program.memory_analysis().temp_size_in_bytes < z.size
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_residuals(dtype):
     """softmax and log_softmax keep one array, their output; logsumexp keeps its argument and two numbers a row."""
