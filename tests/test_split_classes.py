@@ -116,7 +116,7 @@ HEADS = [
     case("focal", lambda z, c, m, axis_name: js.focal_loss_with_integer_labels(z, c, axis_name=axis_name), Z),
     plain(js.poly_loss_cross_entropy, Z, Y),
     plain(js.softmax_kl_divergence, Z, X),
-    plain(js.jensen_shannon_divergence, Z, X),
+    plain(js.jensen_shannon_divergence, Z, X, reductions=4),
     plain(js.softmax_entropy, Z),
     plain(js.brier_loss, Z, Y),
     plain(js.kl_divergence, np.log(PROBS), Y),

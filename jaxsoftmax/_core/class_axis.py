@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -110,25 +111,37 @@ def _in_parts(axis: Axis) -> bool:
     return bool(names) and not mesh_axes(lax.axis_index(names))
 
 
-def _per_slice(f: Callable[..., Array]) -> Callable[..., Array]:
+def per_slice(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` without the axes of length 1 of its arguments, which have one number per slice: with them XLA is slow."""
 
     @functools.wraps(f)
-    def flat(*numbers: Array) -> Array:
+    def flat(*numbers: Array, **options) -> Any:
         ones = tuple(i for i, n in enumerate(numbers[0].shape) if n == 1)
-        return jnp.expand_dims(f(*(jnp.squeeze(x, ones) for x in numbers)), ones)
+        result = f(*(jnp.squeeze(x, ones) for x in numbers), **options)
+        return jax.tree.map(lambda x: jnp.expand_dims(x, ones), result)
 
     return flat
 
 
-@_per_slice
-def finite_top(m: Array) -> Array:
-    """m, with the largest number in the place of infinity."""
-    limit = dtypes.largest(m.dtype)
+@per_slice
+def settled(*numbers: Array) -> list[Array]:
+    """The numbers, one per slice, cut off from what they come from.
+
+    XLA takes nothing that is done with them into the kernel of the sums they are, and a kernel computes its arrays from
+    them anew: two that share an array would keep it.
+    """
+    # XLA before JAX 0.11 fuses beyond its barriers, but not a choice.
+    return lax.optimization_barrier([jnp.where(x > -jnp.inf, x, 2 * x) for x in numbers])
+
+
+@per_slice
+def finite_top(m: Array, limit: float | None = None) -> Array:
+    """m within ±limit, the largest number."""
+    limit = dtypes.largest(m.dtype) if limit is None else limit
     return -jnp.minimum(-jnp.minimum(m, limit), limit)
 
 
-@_per_slice
+@per_slice
 def infinite(m: Array) -> Array:
     """1 where m = inf, 0 where it is finite, -inf where m = -inf."""
     return jnp.minimum(m - finite_top(m), 1)
@@ -241,7 +254,7 @@ def labels_equal(labels: Array, index: int) -> Array:
     return labels == jnp.asarray(index, labels.dtype)
 
 
-@_per_slice
+@per_slice
 def one_infinity(total: Array, m: Array) -> Array:
     """`total` = Σ exp(z - m), or NaN where softmax has no limit: all logits are -inf, or more than one is +inf."""
     # (total - 1)·∞·0 + 1 at m = inf; takes total once: no kernel ends here.
@@ -250,7 +263,7 @@ def one_infinity(total: Array, m: Array) -> Array:
     return (total - top) * gain * gain * (1 - top) + top
 
 
-@_per_slice
+@per_slice
 def log_total(s: Array, m: Array) -> Array:
     """log(1 + s) of s = Σ exp(z - m) - 1, or NaN as in `one_infinity`; takes s once: no kernel ends here."""
     return jnp.log1p(s * (1 - 3 * infinite(m)))

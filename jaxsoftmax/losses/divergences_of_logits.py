@@ -25,7 +25,6 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.entmax import log1p
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, softmax_of
 from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
@@ -152,61 +151,82 @@ class Sums(NamedTuple):
     total_x: Array  # Σ exp(x - max x)
     top_z: Array
     total_z: Array
-    ratio: Array  # log(total_x / total_z)
+    ratio: Array  # ρ = x - z less this
+    kl: Array  # KL(q‖p)
 
 
 @traced_once
 def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 
-    log(total_x / total_z) is log1p(Σ e (exp(d) - 1) / total_z) with e = exp(z - max z), d = (x - max x) - (z - max z),
-    which keeps its digits for near-equal logits; where d > 1, e exp(d) is exp(x - max x), which cannot overflow.
+    With δ = (x - max x) - (z - max z) and its mean δ̄ = Σ q δ, KL(q‖p) = log Σ q exp(δ - δ̄) = log1p(Σ q (exp(δ - δ̄) - 1 - (δ - δ̄))), which
+    keeps its digits for near-equal logits, and ρ = δ - δ̄ - KL. Far from equal it is the logarithms' difference.
     """
-    x, z = lax.stop_gradient((x, z))
-    top_x, top_z = num.class_max(x, axis), num.class_max(z, axis)
-    one = jnp.ones_like(top_x)
-    e_x, e_z, d = classes(x, z, Sums(top_x, one, top_z, one, jnp.zeros_like(one)))
-    total_x = num.one_infinity(num.class_sum(e_x, axis), top_x)
-    total_z = num.one_infinity(num.class_sum(e_z, axis), top_z)
-    excess = num.class_sum(jnp.where(d < 1, e_z * jnp.expm1(jnp.minimum(d, 1)), e_x - e_z), axis) / total_z
-    plain = jnp.log(total_x) - jnp.log(total_z)
-    return Sums(top_x, total_x, top_z, total_z, jnp.where(jnp.abs(plain) < 1, log1p(excess), plain))
+    limit, (x, z) = dtypes.largest(x.dtype), lax.stop_gradient((x, z))
+    tops = num.settled(num.class_max(x, axis), num.class_max(z, axis))
+    total_x = num.class_sum(jnp.exp(_below(x, z, *tops, kernel=0)[0]), axis)
+    total_z = num.class_sum(jnp.exp(_below(x, z, *tops, kernel=1)[1]), axis)
+    _, below, gap = _below(x, z, *tops, kernel=2)
+    # -inf where x alone excludes a class: its gap, -0.75 limit, is multiplied by another large number.
+    moment = num.class_sum(jnp.exp(below) * gap * -jnp.minimum(gap + 0.7 * limit, -1), axis)
+    total_x, total_z, mean, change, factor = _log_ratio(*tops, *num.settled(total_x, total_z, moment))
+    below_x, below_z, gap = _below(x, z, *tops, kernel=3)
+    q, gap = jnp.exp(below_z) / total_z, gap - mean
+    far = jnp.exp(below_x) * factor - q - q * gap
+    near = jnp.where(jnp.abs(gap) < 1, q * exp_remainder(jnp.clip(gap, -1, 1)), far)
+    return Sums(tops[0], total_x, tops[1], total_z, *_chosen(mean, change, num.class_sum(near, axis)))
 
 
-def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
+def _below(x: Array, z: Array, top_x: Array, top_z: Array, kernel: int) -> tuple[Array, Array, Array]:
+    """x - max x, z - max z, and the difference δ of the two, which is finite where a class is excluded.
+
+    Each kernel has a limit of its own for infinite logits: XLA keeps an array of a constant that two of them share.
+    """
+    limit = dtypes.largest(x.dtype) * (1 - kernel / 1024)
+    top_x, top_z, base_x, base_z, apart = num.settled(*_bases(top_x, top_z, limit=limit))
+    x, z = jnp.minimum(x, limit), jnp.minimum(z, limit)
+    gap = (jnp.maximum(x - base_x, -0.75 * limit) - jnp.maximum(z - base_z, -0.75 * limit)) - apart
+    return -(top_x - x), -(top_z - z), gap
+
+
+@num.per_slice
+def _bases(top_x: Array, top_z: Array, limit: float) -> tuple[Array, ...]:
+    """The maxima; what x and z are counted from before they are subtracted, 0 where that rounds less; and what is left.
+
+    In either way δ is exactly 0 where both have their maximum.
+    """
+    tops = num.finite_top(top_x, limit=limit), num.finite_top(top_z, limit=limit)
+    close = (jnp.abs(top_x - top_z) < 1) & (jnp.abs(top_x) < 1e30)
+    return *tops, *(jnp.where(close, 0.0, top) for top in tops), jnp.where(close, top_x - top_z, 0.0)
+
+
+@num.per_slice
+def _log_ratio(top_x, top_z, total_x, total_z, moment) -> tuple[Array, ...]:
+    """(total_x, total_z, δ̄, log Σ q exp δ, exp(-δ̄) as a factor of exp(x - max x)), NaN as in `num.one_infinity`."""
+    total_x, total_z = num.one_infinity(total_x, top_x), num.one_infinity(total_z, top_z)
+    mean = moment / total_z
+    change = jnp.log(total_x) - jnp.log(total_z) + 0 * (total_x + total_z)  # inf for a NaN among the logits
+    return total_x, total_z, mean, change, jnp.exp(jnp.minimum(-mean, 80)) / total_z
+
+
+@num.per_slice
+def _chosen(mean: Array, change: Array, near: Array) -> tuple[Array, Array]:
+    """log Σ q exp δ, and KL(q‖p)."""
+    kl = jnp.log1p(near)
+    is_near = change - mean < 1
+    return jnp.where(is_near, mean + kl, change), jnp.where(is_near, kl, change - mean)
+
+
+def classes(x: Array, z: Array, sums: Sums, kernel: int) -> tuple[Array, Array, Array]:
     """p, q and ρ = log p - log q, class by class; ρ is huge, but finite, where just one of the two excludes a class."""
-    x, top_x = _one_hot_limit(x, sums.top_x)
-    z, top_z = _one_hot_limit(z, sums.top_z)
-    p, q = jnp.exp(x - top_x) / sums.total_x, jnp.exp(z - top_z) / sums.total_z
-    # (x - top_x) - (z - top_z), by the subtraction that rounds less first; finite where a class is excluded.
-    huge = dtypes.largest(x.dtype)
-    x, z = jnp.maximum(x, -huge), jnp.maximum(z, -huge)
-    a, b, c, e = x - z, top_x - top_z, jnp.maximum(x - top_x, -huge), jnp.maximum(z - top_z, -huge)
-    d = jnp.where(jnp.abs(a) + jnp.abs(b) < jnp.abs(c) + jnp.abs(e), a - b, c - e)
-    return p, q, d - sums.ratio
-
-
-def _one_hot_limit(z: Array, m: Array) -> tuple[Array, Array]:
-    """z and its maximum m, with 0 and -inf in the places of +inf and of the rest of its row."""
-    # Arithmetic, so that it fuses into sums: (min(z, L) - L) L is 0 where z = inf, and -inf where z is finite,
-    # whose difference from L is large enough for L times it to overflow.
-    limit, infinite = dtypes.largest(z.dtype), m == jnp.inf
-    lift, gain = jnp.where(infinite, limit, 0.0), jnp.where(infinite, limit, 1.0)
-    return (jnp.minimum(z, limit) - lift) * gain, jnp.where(infinite, 0.0, m)
+    below_x, below_z, gap = _below(x, z, sums.top_x, sums.top_z, kernel)
+    return jnp.exp(below_x) / sums.total_x, jnp.exp(below_z) / sums.total_z, gap - sums.ratio
 
 
 @custom_vjp(nondiff_argnums=(2,))
 def kl(x: Array, z: Array, axis: num.Axis) -> Array:
     """KL(q‖p), with the class axis kept."""
-    return _kl(x, z, compare(x, z, axis), axis)
-
-
-def _kl(x, z, sums, axis):
-    p, q, ratio = classes(x, z, sums)
-    near = (jnp.abs(ratio) < 1) & (q > 0)
-    # inf where p alone excludes a class
-    far = jnp.where(ratio < -0.999 * dtypes.largest(x.dtype), jnp.inf, p - q - q * ratio)
-    return num.class_sum(jnp.where(near, q * exp_remainder(ratio), far), axis)
+    return compare(x, z, axis).kl
 
 
 def _kl_fwd(x, z, axis):
@@ -226,7 +246,7 @@ kl.defvjp(_kl_fwd, _kl_bwd)
 @custom_vjp(nondiff_argnums=(2,))
 def jensen_shannon(x: Array, z: Array, axis: num.Axis) -> Array:
     """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, with the class axis kept."""
-    p, q, ratio = classes(x, z, compare(x, z, axis))
+    p, q, ratio = classes(x, z, compare(x, z, axis), 4)
     return num.class_sum((p + q) / 2 * missing_bits(ratio), axis)
 
 
@@ -248,7 +268,7 @@ jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
 @custom_vjp(nondiff_argnums=(3,))
 def difference(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """p - q: q (exp(ρ) - 1) where the two are close; differentiable in x and z, which fix the sums."""
-    p, q, ratio = classes(x, z, sums)
+    p, q, ratio = classes(x, z, sums, 4)
     return jnp.where((jnp.abs(ratio) < 1) & (q > 0), q * jnp.expm1(ratio), p - q)
 
 
@@ -267,7 +287,7 @@ difference.defvjp(_difference_fwd, _difference_bwd)
 @custom_vjp(nondiff_argnums=(3,))
 def log_ratio(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """ρ = log p - log q; differentiable in x and z, which fix the sums."""
-    return classes(x, z, sums)[2]
+    return classes(x, z, sums, 5)[2]
 
 
 def _log_ratio_fwd(x, z, sums, axis):
