@@ -159,21 +159,24 @@ class Sums(NamedTuple):
 def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 
-    With δ = (x - max x) - (z - max z) and its mean δ̄ = Σ q δ, KL(q‖p) = log Σ q exp(δ - δ̄) = log1p(Σ q (exp(δ - δ̄) - 1 - (δ - δ̄))), which
-    keeps its digits for near-equal logits, and ρ = δ - δ̄ - KL. Far from equal it is the logarithms' difference.
+    With δ = (x - max x) - (z - max z), δ̄ = Σ q δ and d = δ - δ̄, KL(q‖p) = log Σ q exp(d) = log1p(Σ q (exp(d) - 1 - d)),
+    which keeps its digits for near-equal logits, and ρ = d - KL. Far from equal it is the difference of two logarithms.
     """
     limit, (x, z) = dtypes.largest(x.dtype), lax.stop_gradient((x, z))
     tops = num.settled(num.class_max(x, axis), num.class_max(z, axis))
     total_x = num.class_sum(jnp.exp(_below(x, z, *tops, kernel=0)[0]), axis)
     total_z = num.class_sum(jnp.exp(_below(x, z, *tops, kernel=1)[1]), axis)
     _, below, gap = _below(x, z, *tops, kernel=2)
-    # -inf where x alone excludes a class: its gap, -0.75 limit, is multiplied by another large number.
-    moment = num.class_sum(jnp.exp(below) * gap * -jnp.minimum(gap + 0.7 * limit, -1), axis)
-    total_x, total_z, mean, change, factor = _log_ratio(*tops, *num.settled(total_x, total_z, moment))
+    # Over K, about, so that no sum of gaps near the limit is infinite; but -inf where x alone excludes a class, whose
+    # gap of -limit is multiplied by another large number.
+    size = num.num_classes(x, axis)
+    part = 2.0 ** -size.bit_length() if isinstance(size, int) else 1.0
+    moment = num.class_sum(jnp.exp(below) * gap * -jnp.minimum(gap + 0.99 * limit, -part), axis)
+    total_x, total_z, mean, change, factor = _log_ratio(*tops, *num.settled(total_x, total_z, moment), part=part)
     below_x, below_z, gap = _below(x, z, *tops, kernel=3)
-    q, gap = jnp.exp(below_z) / total_z, gap - mean
-    far = jnp.exp(below_x) * factor - q - q * gap
-    near = jnp.where(jnp.abs(gap) < 1, q * exp_remainder(jnp.clip(gap, -1, 1)), far)
+    q, d = jnp.exp(below_z) / total_z, gap - mean
+    far = jnp.exp(below_x) * factor - q - q * d
+    near = jnp.where(jnp.abs(d) < 1, q * exp_remainder(jnp.clip(d, -1, 1)), far)
     return Sums(tops[0], total_x, tops[1], total_z, *_chosen(mean, change, num.class_sum(near, axis)))
 
 
@@ -185,7 +188,7 @@ def _below(x: Array, z: Array, top_x: Array, top_z: Array, kernel: int) -> tuple
     limit = dtypes.largest(x.dtype) * (1 - kernel / 1024)
     top_x, top_z, base_x, base_z, apart = num.settled(*_bases(top_x, top_z, limit=limit))
     x, z = jnp.minimum(x, limit), jnp.minimum(z, limit)
-    gap = (jnp.maximum(x - base_x, -0.75 * limit) - jnp.maximum(z - base_z, -0.75 * limit)) - apart
+    gap = (jnp.maximum(x - base_x, -limit) - jnp.maximum(z - base_z, -limit)) - apart
     return -(top_x - x), -(top_z - z), gap
 
 
@@ -201,10 +204,10 @@ def _bases(top_x: Array, top_z: Array, limit: float) -> tuple[Array, ...]:
 
 
 @num.per_slice
-def _log_ratio(top_x, top_z, total_x, total_z, moment) -> tuple[Array, ...]:
+def _log_ratio(top_x, top_z, total_x, total_z, moment, part: float) -> tuple[Array, ...]:
     """(total_x, total_z, δ̄, log Σ q exp δ, exp(-δ̄) as a factor of exp(x - max x)), NaN as in `num.one_infinity`."""
     total_x, total_z = num.one_infinity(total_x, top_x), num.one_infinity(total_z, top_z)
-    mean = moment / total_z
+    mean = moment / total_z / part
     change = jnp.log(total_x) - jnp.log(total_z) + 0 * (total_x + total_z)  # inf for a NaN among the logits
     return total_x, total_z, mean, change, jnp.exp(jnp.minimum(-mean, 80)) / total_z
 
@@ -226,7 +229,7 @@ def classes(x: Array, z: Array, sums: Sums, kernel: int) -> tuple[Array, Array, 
 @custom_vjp(nondiff_argnums=(2,))
 def kl(x: Array, z: Array, axis: num.Axis) -> Array:
     """KL(q‖p), with the class axis kept."""
-    return compare(x, z, axis).kl
+    return compare(x, z, axis).kl if x.size else num.class_sum(x, axis)
 
 
 def _kl_fwd(x, z, axis):
