@@ -34,13 +34,25 @@ GOAL = 1.1
 #   one reduction of a pair                       3.8, 4.4, 4.4
 #   ties counted by Σ min((m - z) 3e38, 1)        1.9, 1.8, 4.4
 #   the second sum under lax.cond                 1.6, 2.1, 1.9 where any row has p > 1/2; else 0.7, 0.9, 1.0
-# The form kept is one kernel at (65536, 64), which takes 5 to 10 times as long when other processes want the cores.
+#
+# Memory shows most of all. XLA keeps an array, even of a constant, that two kernels share, and glibc gives back after
+# each call what a program allocated beyond 32 MiB: the next call pays for 4,096 fresh pages per 16 MiB, up to 3 µs each.
+# So derivatives that keep three arrays where theirs keep two take 2 to 3 times as long; with an allocator that keeps the
+# pages (LD_PRELOAD=libjemalloc.so.2, MALLOC_CONF=dirty_decay_ms:-1) softmax's HVP takes 1.3 and KL's value 2 times.
+#
+# KL's value, at the first three sizes (the form kept: 2.7, 2.9, 1.3):
+#   log p - log q from a sum of expm1, arrays kept            5.8, 6.3, 2.1
+#   the mean difference subtracted first, arrays kept         6.0, 5.4, 1.6
+#   barriers between the kernels, but the same limits         7.2, 6.2, 2.1
+# Brier's (the form kept: 2.5, 2.2, 1.2):
+#   arithmetic alone, one kernel                              7 to 12, 1.6, 1.3
+#   barriers between the kernels                              3.0, 2.4 to 4.9, 0.8
 TOP_APART = "two sums where theirs is one: the top class is left out"
 CENTRED = "means are measured from the top class: one sum more for each"
 LABEL_APART = "the label is left out of its sum, by its index"
-LIMITS = "no product of 0 and inf: a choice at each class, and the top class is left out"
+LIMITS = "no product of 0 and inf, and the top class is left out"
 REST_APART = "Σg without the top class as well, and 1 - p as a sum"
-RATIO = "log p - log q from z - x, each by the subtraction that rounds less, and its sum"
+RATIO = "log p - log q from z - x, centred before it is exponentiated: four sums where theirs are three"
 
 
 class Twins(NamedTuple):
