@@ -52,7 +52,11 @@ def imported(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+LONG = {"docs/operators.md", "docs/networks.md", "docs/mesh.md"}
+WITH_CODE = [page for page, text in PAGES.items() if "```python" in text]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in LONG)) for page in WITH_CODE])
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In the order of the page, in one namespace; a block of a neighbour that is not installed is left out."""
     if "jax.shard_map" in PAGES[page] and not hasattr(jax, "shard_map"):

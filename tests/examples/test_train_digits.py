@@ -60,6 +60,7 @@ def quick(tmp_path_factory) -> Path:
 # --- the example as a stranger runs it ---
 
 
+@pytest.mark.slow
 def test_default_run(tmp_path, capsys):
     """At least 97 % on the test images; the derivatives agree; three pictures."""
     train_digits.main(["--out", str(tmp_path)])
