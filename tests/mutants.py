@@ -176,6 +176,13 @@ MUTANTS = [
         f"{TRANSFORMS} -k 'softmax_kl and quotients'",
     ),
     Mutant(
+        "KL: difference of logarithms where the two are close",
+        "losses/divergences_of_logits.py",
+        "jnp.where(is_near, kl, change - mean)",
+        "change - mean",
+        "jaxsoftmax/losses/divergences_of_logits.py",
+    ),
+    Mutant(
         "logistic: positive weight missing in the gradient",
         "losses/binary.py",
         "dx = (1 - y) * sigmoid(x) - weight * y * sigmoid(-x)",
@@ -202,6 +209,20 @@ MUTANTS = [
         "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else",
         "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 16 else",
         "tests/contract/test_losses_optimized.py",
+    ),
+    Mutant(
+        "half precision: a wide copy for the maximum",
+        "_core/class_axis.py",
+        "return dtypes.widen(class_max(lax.stop_gradient(z), axis))[0]",
+        "return class_max(dtypes.widen(lax.stop_gradient(z))[0], axis)",
+        "tests/maps/test_softmax_optimized.py -k half_precision",
+    ),
+    Mutant(
+        "custom_vjp: wide cotangents stay wide",
+        "autodiff.py",
+        "return cotangent.astype(kind.dtype) if narrower else cotangent",
+        "return cotangent",
+        "tests/test_autodiff.py -k mixed_dtypes",
     ),
     Mutant(
         "custom_vjp: missing psum",

@@ -92,6 +92,7 @@ print(json.dumps([before, found, sorted(set(names) - set(dir(jaxsoftmax))), hasa
     assert (before, set(found), listed, missing) == ([], {"module"}, [], False)
 
 
+@pytest.mark.slow
 def test_import_is_quick():
     """At most 0.4 of the processor time of `import jax, optax`; median of 3."""
     code = """\

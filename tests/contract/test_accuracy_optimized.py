@@ -96,7 +96,7 @@ def test_float64(name):
     assert not missed(name, num_classes=5, dtype="float64")
 
 
-@pytest.mark.parametrize("name", one_in(4, [n for n, f in FUNCTIONS.items() if not (f.product or "options" in n)]))
+@pytest.mark.parametrize("name", one_in(8, [n for n, f in FUNCTIONS.items() if not (f.product or "options" in n)]))
 def test_bfloat16(name):
     assert not missed(name, num_classes=5, dtype="bfloat16")
 

@@ -112,7 +112,7 @@ def value_and_gradient(case):
 # jax.export: symbolic batches, and every platform from one that has only a CPU.
 
 
-@pytest.mark.parametrize("case", one_in(3, [case for case in CASES if case.batched], 1), ids=case_id)
+@pytest.mark.parametrize("case", one_in(6, [case for case in CASES if case.batched], 1), ids=case_id)
 def test_export_with_symbolic_batch(case):
     (b,) = export.symbolic_shape("b")
     specs = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in case.cast("float32")]
