@@ -36,7 +36,7 @@ GOAL = 1.1
 #   the second sum under lax.cond                 1.6, 2.1, 1.9 where any row has p > 1/2; else 0.7, 0.9, 1.0
 #
 # Memory shows most of all. XLA keeps an array, even of a constant, that two kernels share, and glibc gives back after
-# each call what a program allocated beyond 32 MiB: the next call pays for fresh pages, 4,096 in 16 MiB, 3 µs each.
+# each call what a program allocated beyond 32 MiB: the next call pays for fresh pages, 4,096 in 16 MiB.
 # So derivatives that keep three arrays where theirs keep two take 2 to 3 times as long; with an allocator that keeps
 # the pages (LD_PRELOAD=libjemalloc.so.2, MALLOC_CONF=dirty_decay_ms:-1) softmax's HVP takes 1.3, KL's value 2.
 #

@@ -286,6 +286,7 @@ def _soft_label_loss_fwd(z, y, axis):
 
 def _soft_label_loss_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
+    (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     surprise = -log_softmax_of(z, axis)
     return ct * soft_label_gradient(z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
 

@@ -151,7 +151,7 @@ class Sums(NamedTuple):
     total_x: Array  # Σ exp(x - max x)
     top_z: Array
     total_z: Array
-    ratio: Array  # ρ = x - z less this
+    ratio: Array  # log Σ q exp(δ), so that ρ = δ - ratio, with δ = (x - max x) - (z - max z)
     kl: Array  # KL(q‖p)
 
 
@@ -205,7 +205,10 @@ def _bases(top_x: Array, top_z: Array, limit: float) -> tuple[Array, ...]:
 
 @num.per_slice
 def _log_ratio(top_x, top_z, total_x, total_z, moment, part: float) -> tuple[Array, ...]:
-    """(total_x, total_z, δ̄, log Σ q exp δ, exp(-δ̄) as a factor of exp(x - max x)), NaN as in `num.one_infinity`."""
+    """(total_x, total_z, δ̄, log(total_x / total_z), exp(-δ̄) / total_z), NaN as in `num.one_infinity`.
+
+    The logarithm is log Σ q exp δ but for cancellation; the last, times exp(x - max x), is q exp(d), where KL is small.
+    """
     total_x, total_z = num.one_infinity(total_x, top_x), num.one_infinity(total_z, top_z)
     mean = moment / total_z / part
     change = jnp.log(total_x) - jnp.log(total_z) + 0 * (total_x + total_z)  # inf for a NaN among the logits

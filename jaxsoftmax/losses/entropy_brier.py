@@ -124,7 +124,7 @@ def _brier_loss(logits, labels, mask, axes) -> Array:
     return num.absent_examples(loss, mask, axis)
 
 
-# Rules. z and y are floating arrays of at least float32.
+# Rules. z and y are floating arrays, y of at least float32.
 
 
 @custom_vjp(nondiff_argnums=(1,))
@@ -141,6 +141,7 @@ def _entropy_fwd(z, axis):
 
 def _entropy_bwd(axis, residuals, ct):
     ct, (z, m, s) = num.shared_cotangent(ct, axis), residuals
+    (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     return (-ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis),)
 
 
@@ -164,6 +165,7 @@ def _brier_fwd(z, y, axis):
 
 def _brier_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
+    (z,) = dtypes.widen(z)
     d = error(z, y, m, s, axis)
     return ct * jacobian_product(d, probabilities(z, m, 1 + s, axis), axis), -ct * d
 

@@ -4,8 +4,8 @@
     ∇lse = p,    J = ∂p/∂z = diag(p) - ppᵀ.
 
 Masks are applied once on the way in (an absent class gets the logit -inf) and once on the way out, so that the rules
-see plain logits and no value behind a mask reaches a derivative. Half precision is widened to float32 on the way in
-and rounded once on the way out.
+see plain logits and no value behind a mask reaches a derivative. The rules widen half precision to float32, and their
+results are rounded once on the way out.
 """
 
 import functools
@@ -147,7 +147,7 @@ def logsumexp(
 
 @functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
 def _map(rule, absent: float, x: Array, mask: Array | None, axes: num.ClassAxis) -> Array:
-    """`rule(z, axis)` over the given axes: mask and widen, apply, round and mask."""
+    """`rule(z, axis)` over the given axes: mask, apply, round and mask."""
     (z,), axis = num.one_axis(axes, num.present(x, mask, axes))
     out = rule(z, axis).astype(x.dtype)
     out = out if len(axes.positions) == 1 else num.split_axes(out, x.shape, axes.positions)

@@ -30,3 +30,23 @@ def test_half_precision_logits(head):
         np.testing.assert_allclose(loss, wide, rtol=2e-7, atol=1e-9)
         once = np.asarray(exact.astype(dtype), "float64")
         assert np.all(abs(np.asarray(gradient, "float64") - once) <= float(jnp.finfo(dtype).eps) * abs(once))
+
+
+TWICE = "softmax_entropy", "brier_loss", "softmax_cross_entropy", "softmax_kl_divergence"
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h.name in TWICE], ids=lambda head: head.name)
+def test_second_derivatives_in_half_precision(head):
+    """Where a gradient uses the logits twice, the next one adds up in float32 as well, and is rounded once."""
+    z, v = np.random.default_rng(11).normal(size=(2, 100, *Z.shape)) * np.array([4.0, 1.0])[:, None, None, None]
+
+    def both(z, v, *args):
+        gradient = jax.grad(lambda z: jnp.sum(head.loss(z, *args)))
+        return jax.jvp(gradient, (z,), (v,))[1], jax.grad(lambda z: jnp.vdot(gradient(z), v))(z)
+
+    products = jax.jit(jax.vmap(both, (0, 0, *(None for _ in head.args))))
+    narrow = cast([z, v, *head.args], "bfloat16")
+    want = np.asarray(products(*cast(narrow, "float32"))[0], "float64")
+    for got in products(*narrow):
+        error = abs(np.asarray(got, "float64") - want) / np.max(abs(want), -1, keepdims=True)
+        assert np.max(error) <= float(jnp.finfo("bfloat16").eps)
