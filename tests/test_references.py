@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
+FOLDERS = "jaxsoftmax", "tests", "examples", "benchmarks", "docs"  # and no environment that lies beside them
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for pattern in ("*.md", "docs/**/*.md", "**/*.py", ".ci/run")
+    for pattern in ("*.md", "docs/**/*.md", "*.py", *(f"{folder}/**/*.py" for folder in FOLDERS), ".ci/run")
     for path in ROOT.glob(pattern)
     if path != Path(__file__)
 }
