@@ -3,6 +3,8 @@
 Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,9 +18,9 @@ from jaxsoftmax._linear_map import linear_map
 # their place end its kernels, and keep arrays of the size of p.
 
 
-def is_top(p: Array) -> Array:
-    """1 where p > 1/2, else 0."""
-    return jnp.ceil(p - 0.5)
+def is_top(p: Array, above: float = 0.5) -> Array:
+    """1 where p > above ≥ 1/2, else 0."""
+    return jnp.ceil(p - above)
 
 
 def below_half(p: Array) -> Array:
@@ -29,13 +31,13 @@ def below_half(p: Array) -> Array:
 AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
 
 
-def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0) -> Array:
+def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0, above: float = 0.5) -> Array:
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
-    With v measured from its value r at the top class (p > 1/2), w = v - r, the mean <p,w> has no term of the size of
-    v left to cancel. Its own w is said to be 0: XLA may round v here otherwise than in the sum.
+    With v measured from its value r at the top class (p > above ≥ 1/2), w = v - r, the mean <p,w> has no term of the
+    size of v left to cancel. Its own w is said to be 0: XLA may round v here otherwise than in the sum.
     """
-    w = jnp.floor(1.5 - p) * (v - num.class_sum(is_top(p) * v, axis))
+    w = jnp.floor((1 + above) - p) * (v - num.class_sum(is_top(p, above) * v, axis))
     return w - num.class_sum(p * w, axis) / total
 
 
@@ -48,13 +50,16 @@ def jacobian_product(
     rounding keeps from being 1, that holds for any p, and J1 = 0 exactly. With weights d = s p, the product is s Jv.
     """
 
-    def product(residuals, v):
+    def product(residuals, v, above):
         p, weights, total = residuals
-        return weights * about_centred(v, p, axis, total)
+        return weights * about_centred(v, p, axis, total, above)
+
+    # The two meet in an HVP, where one array that says which class is the top one would be kept for both.
+    forth, back = (functools.partial(product, above=above) for above in (0.5, 0.5625))
 
     residuals = p, p if weights is None else weights, jnp.asarray(total, p.dtype)
     v = v if jax.typeof(v) == jax.typeof(p) else typed_like(p, v)
-    return linear_map(product, product, residuals, v, jax.typeof(v))
+    return linear_map(forth, back, residuals, v, jax.typeof(v))
 
 
 def rounded_one(p: Array, axis: num.Axis) -> Array:
