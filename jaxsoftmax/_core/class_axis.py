@@ -117,8 +117,8 @@ def per_slice(f: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(f)
     def flat(*numbers: Array, **options) -> Any:
         ones = tuple(i for i, n in enumerate(numbers[0].shape) if n == 1)
-        result = f(*(jnp.squeeze(x, ones) for x in numbers), **options)
-        return jax.tree.map(lambda x: jnp.expand_dims(x, ones), result)
+        result = f(*(lax.squeeze(x, ones) for x in numbers), **options)
+        return jax.tree.map(lambda x: lax.expand_dims(x, ones), result)
 
     return flat
 
@@ -162,9 +162,9 @@ def _is_fused(m: Array) -> bool:
 
 def below(z: Array, m: Array) -> Array:
     """As `shift`, for logarithms: beside +inf everything finite is -inf, not just very small."""
-    # In other words where it would be an array that two kernels share.
-    shifted = shift(z, m)
-    if not _is_fused(m):
+    if _is_fused(m):
+        shifted = shift(z, m)
+    else:  # in other words: it would be an array that two kernels share
         shifted = -(jnp.maximum(-z.astype(m.dtype), -dtypes.largest(m.dtype)) - -finite_top(m))
     return shifted * (1 + 3 * infinite(m) ** 2)
 
@@ -219,7 +219,7 @@ def undefined(at: Array, x: Array) -> Array:
     """x, with NaN at `at`: computed there alone, since a NaN that is only a constant stops jax.debug_nans as well."""
     at = sharded_like(x, at) if at.shape == x.shape else at
     infinite = jnp.where(at, jnp.inf, 0.0).astype(x.dtype)
-    return jnp.where(at, infinite - infinite, x)
+    return x + (infinite - infinite)
 
 
 def take_class(x: Array, index: Array, axis: Axis) -> Array:
@@ -243,7 +243,7 @@ def class_labels(labels: Array, num_classes: int) -> Array:
     if labels.dtype.itemsize < 4:
         labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < num_classes)
-    return jnp.where(valid, labels, 0).astype(jnp.int32) - jnp.where(valid, 0, 1).astype(jnp.int32)
+    return jnp.where(valid, labels.astype(jnp.int32), -1)
 
 
 def labels_equal(labels: Array, index: int) -> Array:

@@ -1,5 +1,7 @@
 """What JAX needs beside the mathematics: compiled functions that keep their types, and types inside shard_map."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -10,6 +12,7 @@ from jax import Array, lax
 from jaxsoftmax.autodiff import varying_axes
 
 Function = TypeVar("Function", bound=Callable)
+_use_mesh = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)  # JAX 0.6.0 has none
 
 
 def compiled(fun: Function) -> Function:
@@ -19,7 +22,15 @@ def compiled(fun: Function) -> Function:
 
 def traced_once(fun: Function) -> Function:
     """`fun(*arrays, axis)`, inlined where it is called, and traced once however many rules call it."""
-    return cast(Function, jax.jit(fun, static_argnames=("axis",), inline=True))
+    jitted = jax.jit(fun, static_argnames=("axis",), inline=True)
+
+    @functools.wraps(fun)
+    def called(*args, **kwargs):
+        # No mesh, and the empty one that JAX traces rules in, would be two contexts to its cache.
+        with _use_mesh(jax.sharding.get_abstract_mesh()):
+            return jitted(*args, **kwargs)
+
+    return cast(Function, called)
 
 
 def typed_like(z: Array, x: Array) -> Array:
