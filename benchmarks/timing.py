@@ -71,6 +71,18 @@ def passes(fn: Callable, *args: Any) -> int:
     return count
 
 
+def reductions(fn: Callable, *args: Any) -> int:
+    """Sums and maxima of the compiled `fn(*args)` over arrays of the size of the first argument.
+
+    As many as any platform's compiler finds: they are counted behind the simplifications that all of them share.
+    """
+    size = args[0].size
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    shapes = dict(re.findall(r"(%[\w.\-]+) = \w+\[([\d,]*)\]", text))
+    operands = re.findall(r" reduce\((?:\w+\[[^ ]* )?(%[\w.\-]+)", text)
+    return sum(math.prod(map(int, filter(None, shapes[name].split(",")))) >= size for name in operands)
+
+
 def compare(
     contestants: Mapping[str, Callable],
     args: Sequence,

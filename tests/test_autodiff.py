@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from tests.helpers import one_in, shard_map
 
@@ -328,6 +329,22 @@ def test_bwd_is_traced_once_in_reverse_mode_and_not_at_all_in_evaluation():
     assert calls == []
     jax.jit(jax.grad(lambda x: f(x, ARGS[1]).sum()))(ARGS[0])
     assert calls == ["bwd"]
+
+
+@pytest.mark.skipif(not hasattr(jax.sharding, "use_abstract_mesh"), reason="JAX 0.6 traces both in one context")
+def test_sums_that_a_rule_shares_are_traced_once():
+    """In the value and in the forward pass, which JAX traces in contexts of their own."""
+    traced = []
+
+    @traced_once
+    def total(x, axis):
+        traced.append(axis)
+        return jnp.sum(x, axis)
+
+    f = custom_vjp(lambda x: total(x, axis=0))
+    f.defvjp(lambda x: (f(x), (x, total(x, axis=0))), lambda residuals, ct: (ct + 0 * residuals[0],))
+    jax.jit(jax.grad(jax.jit(f))).trace(jnp.ones(3))
+    assert traced == [0]
 
 
 def test_the_program_of_reverse_mode_is_that_of_jax():

@@ -1,10 +1,11 @@
-"""Every loss head: rounding of half precision."""
+"""Every loss head: rounding of half precision, and what second derivatives keep in memory."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsoftmax as js
 from tests.contract.test_losses import cast
 from tests.helpers import one_in
 from tests.registry import HEADS
@@ -50,3 +51,21 @@ def test_second_derivatives_in_half_precision(head):
     for got in products(*narrow):
         error = abs(np.asarray(got, "float64") - want) / np.max(abs(want), -1, keepdims=True)
         assert np.max(error) <= float(jnp.finfo("bfloat16").eps)
+
+
+# In arrays of the logits' size: p and g centred; p; the logits shifted, p, log p centred, and two that say which is top.
+KEPT_IN_AN_HVP = {"softmax": 2, "softmax_cross_entropy": 1, "softmax_entropy": 5}
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="the CPU backend of JAX 0.6 makes no such kernels")
+@pytest.mark.parametrize("name", KEPT_IN_AN_HVP)
+def test_memory_of_second_order(name):
+    z = jax.ShapeDtypeStruct((65536, 64), "float32")
+    f, labels = getattr(js, name), [z] if name == "softmax_cross_entropy" else []
+    ct = jax.eval_shape(f, z, *labels)
+
+    def product(z, v, ct, *labels):
+        return jax.jvp(lambda z: jax.vjp(lambda z: f(z, *labels), z)[1](ct), (z,), (v,))
+
+    memory = jax.jit(product).lower(z, z, ct, *labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= (KEPT_IN_AN_HVP[name] + 0.1) * z.size * 4
