@@ -116,6 +116,10 @@ def memory_row(name: str, size, ours, theirs, goal: float, args) -> Row:
     return Row(f"{name} temp, MiB", "×".join(map(str, size)), ours, theirs, ours / theirs, goal)
 
 
+# An HVP has three arrays of a chunk's logits in a quarter of the memory that all logits take; where D is large, passing
+# over the weights and their gradients once for each of so short chunks costs time. At (1024, 1024, 65536), over full
+# logits: 1.25 to 1.28 in 61 MiB, 1.11 in 98 MiB, 1.06 in 196 MiB (`chunk_size`). Tried and dropped: the second product
+# made after the first two are added, which leaves two arrays, 1.22 in 62 MiB; the same with slabs of a MiB, 1.4.
 def rows(size, dtype=jnp.float32) -> Iterator[Row]:
     args = arguments(size, dtype)
     ours = jax.jit(value_and_grad(fused))
@@ -125,7 +129,7 @@ def rows(size, dtype=jnp.float32) -> Iterator[Row]:
     along = *args, *direction
     yield memory_row("HVP, against full logits' bytes,", size, hvp(fused), size[0] * size[2] / 2**18, 0.25, along)
     contest = {"ours": ours, "theirs": bare_products()}
-    yield compare(contest, args, ROUNDS).row("value+grad, against three products", size, goal=1.15)
+    yield compare(contest, args, ROUNDS).row("value+grad, against three products", size, goal=1.1)
     yield compare({"ours": ours, "theirs": jax.jit(value_and_grad(full))}, args, ROUNDS).row(
         "value+grad, against optax on full logits", size, goal=1.0
     )
