@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.plumbing import typed_like
@@ -18,9 +19,9 @@ from jaxsoftmax._linear_map import linear_map
 # their place end its kernels, and keep arrays of the size of p.
 
 
-def is_top(p: Array, above: float = 0.5) -> Array:
-    """1 where p > above ≥ 1/2, else 0."""
-    return jnp.ceil(p - above)
+def is_top(p: Array, above: float = 0.5, scale: float = 1.0) -> Array:
+    """1 where p > above ≥ 1/2, else 0; with each power of two up to 2 as a scale in another form."""
+    return jnp.ceil((p - above) * scale)
 
 
 def below_half(p: Array) -> Array:
@@ -31,6 +32,7 @@ def below_half(p: Array) -> Array:
 AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 4))
 def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0, above: float = 0.5) -> Array:
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
@@ -39,6 +41,19 @@ def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | floa
     """
     w = jnp.floor((1 + above) - p) * (v - num.class_sum(is_top(p, above) * v, axis))
     return w - num.class_sum(p * w, axis) / total
+
+
+@functools.partial(about_centred.defjvp, symbolic_zeros=True)
+def _about_centred_jvp(axis, above, primals, tangents):
+    """Pv̇ - <ṗ, Pv>, for which nothing but Pv is kept: Σṗ is taken for the tangent of the total."""
+    (v, p, total), (dv, dp, _) = primals, tangents
+    out = about_centred(v, p, axis, total, above)
+    if isinstance(dp, SymbolicZero):
+        return out, about_centred(jnp.zeros_like(v) if isinstance(dv, SymbolicZero) else dv, p, axis, total, above)
+    along = -num.class_sum(dp * out, axis) / total
+    if isinstance(dv, SymbolicZero):
+        return out, typed_like(out, jnp.broadcast_to(along, out.shape))
+    return out, about_centred(dv, p, axis, total, above) + along
 
 
 def jacobian_product(
@@ -73,17 +88,18 @@ def complement(p: Array, axis: num.Axis = AXIS) -> Array:
     return jnp.where(p > 0.5, num.class_sum(below_half(p), axis), 1 - p)
 
 
-def centred(v: Array, p: Array, axis: num.Axis = AXIS) -> Array:
+def centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0) -> Array:
     """Pv = v - <p,v>, measured again from what rounding left: to a few eps of |Pv|."""
-    v = about_centred(v, p, axis)
-    return v - num.class_sum(p * v, axis)
+    v = about_centred(v, p, axis, total)
+    return v - num.class_sum(p * v, axis) / total
 
 
 def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS) -> Array:
     """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
-    top = num.class_sum(is_top(p) * y, axis)
-    others = num.class_sum((1 - is_top(p)) * y, axis)
-    not_top, rest = 1 - is_top(p), num.class_sum(below_half(p), axis)
+    top = num.class_sum(is_top(p, scale=2.0) * y, axis)
+    others = num.class_sum(y - is_top(p, scale=0.5) * y, axis)
+    rest = num.class_sum(p - is_top(p, scale=0.25) * p, axis)
+    not_top = 1 - is_top(p, scale=0.125)
     return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
 
 

@@ -229,8 +229,8 @@ def _derivative(axis: num.ClassAxis, p: Array, *tangents: Array) -> Array:
     """The second or third derivative, p∘(y - <p,y>) with y the product of the centred tangents, less what is shared."""
     dtype = dtypes.common_dtype(p, *tangents)
     p, *vectors = dtypes.widen(p, *tangents)
-    u, v, *rest = (centred(t, p, axis) for t in vectors)
     total = rounded_one(p, axis)
+    u, v, *rest = (centred(t, p, axis, total) for t in vectors)
     if not rest:
         return jacobian_product(u * v, p, axis, total).astype(dtype)
     (w,) = rest
