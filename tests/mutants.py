@@ -101,9 +101,37 @@ MUTANTS = [
     Mutant(
         "labels: outside the range they count as class 0",
         "_core/class_axis.py",
-        "return jnp.where(valid, labels, 0).astype(jnp.int32) - jnp.where(valid, 0, 1).astype(jnp.int32)",
-        "return jnp.where(valid, labels, 0).astype(jnp.int32)",
+        "return jnp.where(valid, labels.astype(jnp.int32), -1)",
+        "return jnp.where(valid, labels.astype(jnp.int32), 0)",
         f"{SPECIAL} -k integer_labels",
+    ),
+    Mutant(
+        "products with J: one threshold for both directions",
+        "_core/centring.py",
+        "for above in (0.5, 0.5625)",
+        "for above in (0.5, 0.5)",
+        "tests/contract/test_losses_optimized.py -k memory",
+    ),
+    Mutant(
+        "products with J: p may leave the simplex without its total",
+        "_core/centring.py",
+        "along = -num.class_sum(dp * out, axis) / total",
+        "along = -num.class_sum(dp * v, axis) / total",
+        f"{TRANSFORMS} -k 'quotients and softmax_vjp'",
+    ),
+    Mutant(
+        "Brier: the Gauss-Newton part dropped",
+        "losses/entropy_brier.py",
+        "gradient + p * p",
+        "gradient",
+        "tests/contract/test_accuracy_optimized.py -k 'float32 and brier'",
+    ),
+    Mutant(
+        "tracing: two contexts for the cache",
+        "_core/plumbing.py",
+        "with _use_mesh(jax.sharding.get_abstract_mesh()):",
+        "with contextlib.nullcontext():",
+        "tests/test_autodiff.py -k shares",
     ),
     Mutant(
         "cross-entropy: class weight dropped",
@@ -150,8 +178,8 @@ MUTANTS = [
     Mutant(
         "soft labels: p - y where p is near 1",
         "losses/cross_entropy.py",
-        "return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)",
-        "return mass * p - y",
+        "return ct * jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)",
+        "return ct * (mass * p - y)",
         "tests/contract/test_accuracy_optimized.py -k 'float32 and softmax_cross_entropy'",
     ),
     Mutant(

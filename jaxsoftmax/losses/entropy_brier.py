@@ -17,7 +17,9 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import below_half, is_top, jacobian_product
+from jaxsoftmax._core.centring import about_centred, below_half, centred_transpose, is_top, jacobian_product
+from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
@@ -140,9 +142,32 @@ def _entropy_fwd(z, axis):
 
 
 def _entropy_bwd(axis, residuals, ct):
-    ct, (z, m, s) = num.shared_cotangent(ct, axis), residuals
-    (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
-    return (-ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis),)
+    z, m, s = residuals
+    return (entropy_gradient(num.shared_cotangent(ct, axis), z, m, s, axis),)
+
+
+entropy.defvjp(_entropy_fwd, _entropy_bwd)
+
+
+@custom_vjp(nondiff_argnums=(4,))
+def entropy_gradient(ct: Array, z: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+    """-ct J log p from the known sums; differentiable in ct and in z, which fixes them."""
+    return -ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis)
+
+
+def _entropy_gradient_fwd(ct, z, m, s, axis):
+    return entropy_gradient(ct, z, m, s, axis), (ct, z, m, s)
+
+
+def _entropy_gradient_bwd(axis, residuals, g):
+    ct, z, m, s = residuals
+    (z,) = dtypes.widen(z)  # used twice, as in Brier's
+    p = probabilities(z, m, 1 + s, axis)
+    gradient = entropy_gradient(jnp.ones_like(ct), z, m, s, axis)
+    return num.local_sum(g * gradient, axis), ct * _hessian_product(g, p, gradient - p, axis), None, None
+
+
+entropy_gradient.defvjp(_entropy_gradient_fwd, _entropy_gradient_bwd)
 
 
 def _below(z: Array, m: Array) -> Array:
@@ -150,7 +175,16 @@ def _below(z: Array, m: Array) -> Array:
     return jnp.maximum(num.shift(z, m), NEVER)
 
 
-entropy.defvjp(_entropy_fwd, _entropy_bwd)
+def _hessian_product(v: Array, p: Array, weights: Array, axis: num.Axis) -> Array:
+    """Pᵀ diag(weights) P v, which is its own transpose."""
+
+    def product(residuals, v):
+        p, weights = residuals
+        # By another threshold than the J of the gradient, so that the two share no array.
+        return centred_transpose(weights * about_centred(v, p, axis, above=0.5625), p, axis)
+
+    v = v if jax.typeof(v) == jax.typeof(p) else typed_like(p, v)
+    return linear_map(product, product, (p, weights), v, jax.typeof(v))
 
 
 @custom_vjp(nondiff_argnums=(2,))
@@ -165,12 +199,32 @@ def _brier_fwd(z, y, axis):
 
 def _brier_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
-    (z,) = dtypes.widen(z)
-    d = error(z, y, m, s, axis)
-    return ct * jacobian_product(d, probabilities(z, m, 1 + s, axis), axis), -ct * d
+    (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
+    return brier_gradient(ct, z, y, m, s, axis), -ct * error(z, y, m, s, axis)
 
 
 brier.defvjp(_brier_fwd, _brier_bwd)
+
+
+@custom_vjp(nondiff_argnums=(5,))
+def brier_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+    """ct J (p - y) from the known sums; differentiable in ct, in y, and in z, which fixes them."""
+    return ct * jacobian_product(error(z, y, m, s, axis), probabilities(z, m, 1 + s, axis), axis)
+
+
+def _brier_gradient_fwd(ct, z, y, m, s, axis):
+    return brier_gradient(ct, z, y, m, s, axis), (ct, z, y, m, s)
+
+
+def _brier_gradient_bwd(axis, residuals, g):
+    ct, z, y, m, s = residuals
+    p = probabilities(z, m, 1 + s, axis)
+    gradient = brier_gradient(jnp.ones_like(ct), z, y, m, s, axis)
+    by_z = ct * _hessian_product(g, p, gradient + p * p, axis)
+    return num.local_sum(g * gradient, axis), by_z, -ct * jacobian_product(g, p, axis), None, None
+
+
+brier_gradient.defvjp(_brier_gradient_fwd, _brier_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(4,))
