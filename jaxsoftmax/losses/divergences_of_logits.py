@@ -25,7 +25,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, softmax_of
+from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, probabilities, softmax_of
 from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -229,6 +229,11 @@ def classes(x: Array, z: Array, sums: Sums, kernel: int) -> tuple[Array, Array, 
     return jnp.exp(below_x) / sums.total_x, jnp.exp(below_z) / sums.total_z, gap - sums.ratio
 
 
+def distributions(x: Array, z: Array, sums: Sums, axis: num.Axis) -> tuple[Array, Array]:
+    """p and q, differentiable in x and z, which fix the sums."""
+    return probabilities(x, sums.top_x, sums.total_x, axis), probabilities(z, sums.top_z, sums.total_z, axis)
+
+
 @custom_vjp(nondiff_argnums=(2,))
 def kl(x: Array, z: Array, axis: num.Axis) -> Array:
     """KL(q‖p), with the class axis kept."""
@@ -242,7 +247,8 @@ def _kl_fwd(x, z, axis):
 def _kl_bwd(axis, residuals, ct):
     ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
     ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
-    dz = -4 * jacobian_product(ratio / 4, softmax_of(z, axis), axis)  # differences of ρ/4 do not overflow
+    _, q = distributions(x, z, sums, axis)
+    dz = -4 * jacobian_product(ratio / 4, q, axis)  # differences of ρ/4 do not overflow
     return ct * difference(x, z, sums, axis), ct * dz
 
 
@@ -263,8 +269,8 @@ def _jensen_shannon_fwd(x, z, axis):
 def _jensen_shannon_bwd(axis, residuals, ct):
     ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
     ratio = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3)  # p or q is 0 beyond
-    dx = jacobian_product(log_double_sigmoid(ratio), softmax_of(x, axis), axis)
-    dz = jacobian_product(log_double_sigmoid(-ratio), softmax_of(z, axis), axis)
+    p, q = distributions(x, z, sums, axis)
+    dx, dz = (jacobian_product(log_double_sigmoid(v), of, axis) for v, of in ((ratio, p), (-ratio, q)))
     return ct * dx / 2, ct * dz / 2
 
 
@@ -279,11 +285,11 @@ def difference(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
 
 
 def _difference_fwd(x, z, sums, axis):
-    return difference(x, z, sums, axis), (x, z)
+    return difference(x, z, sums, axis), (x, z, sums)
 
 
 def _difference_bwd(axis, residuals, g):
-    p, q = (softmax_of(a, axis) for a in residuals)
+    p, q = distributions(*residuals, axis)
     return jacobian_product(g, p, axis), -jacobian_product(g, q, axis), None
 
 
