@@ -28,7 +28,7 @@ GOAL = 1.1
 # What the digits cost. XLA's CPU backend runs a kernel operation by operation over rows in cache, so that arithmetic
 # shows, not only memory. Tried for the sum without the top class in place of Σ(e - ⌊e⌋) beside Σ⌊e⌋, and slower
 # somewhere (processor time of logsumexp over jax.nn's at (65536, 64), (4096, 1024), (1024, 32768), (8192, 8192); the
-# form kept: 2.2, 1.5, 1.7, 1.4):
+# form kept: 2.2, 1.5, 1.7, 1.4, and 0.7 in place of 2.2 since the logarithm is a kernel of its own):
 #   e kept in memory, Σe beside Σe where e < 1    1.1, 1.3 to 2, 4.1, 3.7
 #   m in a kernel of its own before the sums      1.6, 2.7, 7.2, 7.0
 #   one reduction of a pair                       3.8, 4.4, 4.4
@@ -37,8 +37,10 @@ GOAL = 1.1
 #
 # Memory shows most of all. XLA keeps an array, even of a constant, that two kernels share, and glibc gives back after
 # each call what a program allocated beyond 32 MiB: the next call pays for fresh pages, 4,096 in 16 MiB.
-# So derivatives that keep three arrays where theirs keep two take 2 to 3 times as long; with an allocator that keeps
-# the pages (LD_PRELOAD=libjemalloc.so.2, MALLOC_CONF=dirty_decay_ms:-1) softmax's HVP takes 1.3, KL's value 2.
+# So derivatives that keep three arrays where theirs keep two take 2 to 3 times as long: softmax's HVP took 3 while two
+# of its four arrays said which class is the top one, but 1.3 with an allocator that keeps the pages
+# (LD_PRELOAD=libjemalloc.so.2, MALLOC_CONF=dirty_decay_ms:-1). For the same reason ratios of one row move by 0.3 or
+# more between runs: it depends on what was allocated before whether a result's pages are fresh.
 #
 # KL's value, at the first three sizes (the form kept: 2.7, 2.9, 1.3):
 #   log p - log q from a sum of expm1, arrays kept            5.8, 6.3, 2.1
@@ -53,10 +55,11 @@ GOAL = 1.1
 #   g - p Σg, corrected at the top class                      1.1 to 1.4, 1.5
 #   1 - p by expm1                                            1.2 to 1.4, 1.5
 #   the top class's entry as a number per row                 2.4 to 4.2, 5
-# HVPs at (1024, 32768), where XLA makes no kernel of whole rows (softmax's, the form kept: 1.25; entropy's: 1.1):
-#   g less its top entry computed again, not kept             1.44; 0.95, and log_softmax's 1.5 for 1.3
-# Σexp(z - m) settled before p is divided by it, which takes logsumexp's JVP from 2 to 1.9, takes its HVP from 0.9 to 3.
-# KL of bfloat16 logits that are widened kernel by kernel takes as long: XLA finds one wide copy for all of them.
+# At (1024, 32768), where XLA makes no kernel of whole rows, g less its top entry computed again, not kept, took
+# softmax's HVP from 1.25 to 1.44, log_softmax's from 1.3 to 1.5.
+# Σexp(z - m) settled before p is divided by it: logsumexp's JVP at (65536, 64) from 2 to 1.9, its HVP from 0.9 to 3.
+# KL of bfloat16 logits that are widened kernel by kernel takes as long: XLA finds one wide copy for all of them, behind
+# barriers too.
 TOP_APART = "two sums where theirs is one: the top class is left out"
 CENTRED = "means are measured from the top class: one sum more for each"
 LABEL_APART = "the label is left out of its sum, by its index"
