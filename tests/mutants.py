@@ -113,6 +113,13 @@ MUTANTS = [
         "tests/contract/test_losses_optimized.py -k memory",
     ),
     Mutant(
+        "products with J: classes that all but never occur count as the top one",
+        "_core/centring.py",
+        "is_top(p, scale=0.5)",
+        "is_top(p, scale=2.0)",
+        "tests/operators/test_softmax_jacobian_optimized.py -k beside",
+    ),
+    Mutant(
         "products with J: p may leave the simplex without its total",
         "_core/centring.py",
         "along = -num.class_sum(dp * out, axis) / total",

@@ -20,7 +20,7 @@ from jaxsoftmax._linear_map import linear_map
 
 
 def is_top(p: Array, above: float = 0.5, scale: float = 1.0) -> Array:
-    """1 where p > above ≥ 1/2, else 0; with each power of two up to 2 as a scale in another form."""
+    """1 where p > above ≥ 1/2, else 0; each power of two as a scale is another form, up to 1, since ⌈-1⌉ is not 0."""
     return jnp.ceil((p - above) * scale)
 
 
@@ -96,10 +96,10 @@ def centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.
 
 def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS) -> Array:
     """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
-    top = num.class_sum(is_top(p, scale=2.0) * y, axis)
-    others = num.class_sum(y - is_top(p, scale=0.5) * y, axis)
-    rest = num.class_sum(p - is_top(p, scale=0.25) * p, axis)
-    not_top = 1 - is_top(p, scale=0.125)
+    top = num.class_sum(is_top(p, scale=0.5) * y, axis)
+    others = num.class_sum(y - is_top(p, scale=0.25) * y, axis)
+    rest = num.class_sum(p - is_top(p, scale=0.125) * p, axis)
+    not_top = 1 - is_top(p, scale=0.0625)
     return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
 
 

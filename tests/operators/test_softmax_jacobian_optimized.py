@@ -6,6 +6,8 @@ import mpmath as mp
 import numpy as np
 import pytest
 
+from jaxsoftmax._core.centring import about_centred, centred_transpose
+from jaxsoftmax._core.class_axis import ClassAxis
 from jaxsoftmax.maps.derivatives import (
     softmax_hessian,
     softmax_jacobian,
@@ -204,3 +206,19 @@ def test_memory_of_dense_forms_and_the_spectrum():
     assert jax.jit(f).lower(z).compile().memory_analysis().temp_size_in_bytes <= 64 * 4 * z.size
     small = jax.ShapeDtypeStruct((2000,), jnp.float32)
     assert jax.jit(softmax_jacobian).lower(small).compile().memory_analysis().temp_size_in_bytes <= 8 * 4 * 2000
+
+
+@pytest.mark.parametrize("top", [0.2, 5.0, 40.0])
+def test_centring_beside_classes_that_all_but_never_occur(top):
+    """Every entry of P and Pᵀ, by columns, to a few eps of itself: also where p is 0, or far below eps."""
+    z = np.array([top, 0.0, -0.1, -20.0, -60.0, -np.inf])
+    p = softmax(jnp.asarray(z, "float32"))
+    exact = np.exp(z - top) / np.sum(np.exp(z - top))
+    others = np.array([np.sum(np.delete(exact, i)) for i in range(6)])
+    want = np.where(np.eye(6, dtype=bool), others[:, None], -exact[:, None])  # Pᵀ
+    axis = ClassAxis((-1,))
+    for above in (0.5, 0.5625):
+        got = jax.vmap(lambda v: about_centred(v, p, axis, above=above))(jnp.eye(6))
+        assert np.all(abs(got - want) <= 30 * EPS * abs(want))
+    got = jax.vmap(lambda y: centred_transpose(y, p, axis))(jnp.eye(6)).T
+    assert np.all(abs(got - want) <= 30 * EPS * abs(want))
