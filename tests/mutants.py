@@ -199,9 +199,16 @@ MUTANTS = [
     Mutant(
         "KL: temperature not applied to the target",
         "losses/divergences_of_logits.py",
-        "/ temperature, num.present(z, mask, axis) / temperature",
-        "/ temperature, num.present(z, mask, axis)",
+        "return x / temperature, z / temperature",
+        "return x / temperature, z",
         f"{LOSSES} -k 'combination and softmax_kl'",
+    ),
+    Mutant(
+        "KL: logits divided by the temperature where they stand",
+        "losses/divergences_of_logits.py",
+        "(a - jnp.where(jnp.isfinite(m), m, 0.0) for",
+        "(a for",
+        "tests/contract/test_accuracy_optimized.py -k 'float32 and divergence'",
     ),
     Mutant(
         "KL: gradient in the target with the wrong sign",

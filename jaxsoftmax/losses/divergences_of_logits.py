@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
@@ -117,7 +118,9 @@ def jensen_shannon_divergence(
 
 
 def _between(divergence, *arguments) -> Array:
-    return _apply(divergence, *_arguments(*arguments))
+    *arrays, temperature, axes = _arguments(*arguments)
+    is_one = not isinstance(temperature, Tracer) and temperature == 1
+    return _apply(divergence, *arrays, None if is_one else temperature, axes)
 
 
 def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tuple:
@@ -137,8 +140,14 @@ def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
 
 
 def _tempered(x: Array, z: Array, mask: Array | None, temperature, axis: num.Axis) -> tuple[Array, Array]:
+    """The logits divided by the temperature, None for 1, and counted from their maximum before that is rounded."""
+    x, z = num.present(x, mask, axis), num.present(z, mask, axis)
+    if temperature is None:
+        return x, z
     temperature = jnp.asarray(temperature, x.dtype)
-    return num.present(x, mask, axis) / temperature, num.present(z, mask, axis) / temperature
+    tops = num.top(x, axis), num.top(z, axis)
+    x, z = (a - jnp.where(jnp.isfinite(m), m, 0.0) for a, m in zip((x, z), tops))
+    return x / temperature, z / temperature
 
 
 # Rules. x and z are floating arrays of at least float32.
