@@ -185,8 +185,8 @@ MUTANTS = [
     Mutant(
         "soft labels: p - y where p is near 1",
         "losses/cross_entropy.py",
-        "return ct * jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)",
-        "return ct * (mass * p - y)",
+        "return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)",
+        "return mass * p - y",
         "tests/contract/test_accuracy_optimized.py -k 'float32 and softmax_cross_entropy'",
     ),
     Mutant(

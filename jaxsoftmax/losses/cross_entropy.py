@@ -288,33 +288,51 @@ def _soft_label_loss_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
     (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     surprise = -log_softmax_of(z, axis)
-    return soft_label_gradient(ct, z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
+    return scaled_soft_label_gradient(ct, z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
 
 
 soft_label_loss.defvjp(_soft_label_loss_fwd, _soft_label_loss_bwd)
 
 
-@custom_vjp(nondiff_argnums=(5,))
-def soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
-    """ct times (Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
+@custom_vjp(nondiff_argnums=(4,))
+def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+    """(Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     mass = num.class_sum(y, axis)
-    return ct * jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)
+    return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)
 
 
-def _soft_label_gradient_fwd(ct, z, y, m, s, axis):
-    return soft_label_gradient(ct, z, y, m, s, axis), (ct, z, y, m, s)
+def _soft_label_gradient_fwd(z, y, m, s, axis):
+    return soft_label_gradient(z, y, m, s, axis), (z, y, m, s)
 
 
 def _soft_label_gradient_bwd(axis, residuals, g):
-    ct, z, y, m, s = residuals
+    z, y, m, s = residuals
     p = probabilities(z, m, 1 + s, axis)
-    dct = num.local_sum(g * soft_label_gradient(jnp.ones_like(ct), z, y, m, s, axis), axis)
-    scale = ct * num.class_sum(y, axis)
-    return dct, scale * jacobian_product(g, p, axis), ct * (num.class_sum(p * g, axis) - g), None, None
+    return num.class_sum(y, axis) * jacobian_product(g, p, axis), num.class_sum(p * g, axis) - g, None, None
 
 
 soft_label_gradient.defvjp(_soft_label_gradient_fwd, _soft_label_gradient_bwd)
+
+
+@custom_vjp(nondiff_argnums=(5,))
+def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+    """ct times `soft_label_gradient`; its derivative in z is multiplied once per example, by ct Σy."""
+    return ct * soft_label_gradient(z, y, m, s, axis)
+
+
+def _scaled_fwd(ct, z, y, m, s, axis):
+    return scaled_soft_label_gradient(ct, z, y, m, s, axis), (ct, z, y, m, s)
+
+
+def _scaled_bwd(axis, residuals, g):
+    ct, z, y, m, s = residuals
+    p, scale = probabilities(z, m, 1 + s, axis), ct * num.class_sum(y, axis)
+    by_ct = num.local_sum(g * soft_label_gradient(z, y, m, s, axis), axis)
+    return by_ct, scale * jacobian_product(g, p, axis), ct * (num.class_sum(p * g, axis) - g), None, None
+
+
+scaled_soft_label_gradient.defvjp(_scaled_fwd, _scaled_bwd)
 
 
 # Hessian: (Σy + 2ζ lse) J + 2ζ ppᵀ, with the weights y that the loss gives to the classes.

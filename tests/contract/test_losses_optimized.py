@@ -7,7 +7,7 @@ import pytest
 
 import jaxsoftmax as js
 from tests.contract.test_losses import cast
-from tests.helpers import one_in
+from tests.helpers import enable_x64, one_in
 from tests.registry import HEADS
 from tests.registry.samples import Z
 
@@ -51,6 +51,26 @@ def test_second_derivatives_in_half_precision(head):
     for got in products(*narrow):
         error = abs(np.asarray(got, "float64") - want) / np.max(abs(want), -1, keepdims=True)
         assert np.max(error) <= float(jnp.finfo("bfloat16").eps)
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h.name in TWICE], ids=lambda head: head.name)
+def test_every_entry_of_the_hessian(head):
+    """In three compositions of the modes, by columns: a rare class beside the others keeps its digits."""
+    z = np.array([[gap, 0.2, -0.3, -20.0] for gap in (0.0, 0.4, 12.0)])
+
+    @jax.jit
+    def hessians(z, *args):
+        loss = lambda z: head.loss(z, *args)
+        twice = jax.jacfwd(jax.grad(loss)), jax.jacrev(jax.grad(loss)), jax.jacfwd(jax.jacfwd(loss))
+        return [jax.vmap(hessian)(z) for hessian in twice]
+
+    def at(dtype):
+        return [np.asarray(H, "float64") for H in hessians(*cast([z, *(a[0] for a in head.args)], dtype))]
+
+    with enable_x64():
+        exact = at("float64")
+    for got, want in zip(at("float32"), exact):
+        assert np.all(abs(got - want) <= 1e-4 * abs(want))
 
 
 # In arrays of the logits' size, results and arguments left out.
