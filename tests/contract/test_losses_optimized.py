@@ -73,6 +73,23 @@ def test_every_entry_of_the_hessian(head):
         assert np.all(abs(got - want) <= 1e-4 * abs(want))
 
 
+@pytest.mark.parametrize("head", [h for h in HEADS if h.name in TWICE], ids=lambda head: head.name)
+def test_curvature_along_everything_that_moves(head):
+    """Forward over forward is forward over reverse: no code of a gradient is differentiated in place of its rule."""
+    args = cast([np.array([1.5, 0.2, -0.3, -20.0]), *(a[0] for a in head.args)], "float32")  # p = 0.7 at the top
+    direction, everything = tuple(map(jnp.cos, args)), tuple(range(len(args)))
+
+    def along(f):
+        return lambda *args: jax.jvp(f, args, direction)[1]
+
+    @jax.jit
+    def both(*args):
+        moved = along(jax.grad(head.loss, everything))(*args)
+        return along(along(head.loss))(*args), sum(map(jnp.vdot, moved, direction))
+
+    np.testing.assert_allclose(*both(*args), rtol=1e-5)
+
+
 # In arrays of the logits' size, results and arguments left out.
 KEPT_IN_AN_HVP = {"softmax": 1, "softmax_cross_entropy": 1, "softmax_entropy": 2, "brier_loss": 5}
 
