@@ -3,7 +3,7 @@
 Three sizes, float32 and bfloat16. Beside the ratio stands how often the compiled program goes over an array of the
 logits' size, ours and theirs, and how often it must: once for each sum or maximum over the classes that needs the one
 before, and once for a result of that size. (A kernel that does all this on rows in cache counts as one.) Then the sums
-and maxima over the classes, which are as many on any platform. Where the goal is missed, it says what the digits cost.
+and maxima over the classes that the program holds. Where the goal is missed, it says what the digits cost.
 """
 
 import functools

@@ -74,7 +74,7 @@ def passes(fn: Callable, *args: Any) -> int:
 def reductions(fn: Callable, *args: Any) -> int:
     """Sums and maxima of the compiled `fn(*args)` over arrays of the size of the first argument.
 
-    As many as any platform's compiler finds: they are counted behind the simplifications that all of them share.
+    Counted behind the simplifications of this platform's compiler, in particular of what is written twice.
     """
     size = args[0].size
     text = jax.jit(fn).lower(*args).compile().as_text()

@@ -184,6 +184,11 @@ def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) ->
     return value
 
 
+def is_known_as(constant: float, value: Any) -> bool:
+    """Whether an option is this number; of a traced one that is not known."""
+    return not isinstance(value, Tracer) and value == constant
+
+
 def as_real(name: str, x: ArrayLike, dtype: Any) -> Array:
     """Real argument beside floating ones of `dtype`, which it takes unless it has a floating dtype of its own."""
     own, x = hasattr(x, "dtype"), as_array(name, x)

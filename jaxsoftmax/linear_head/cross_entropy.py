@@ -8,11 +8,8 @@ columns of the Hessian of F. Every higher derivative of F is a symmetric form: t
 derivative again, so both modes and all orders stream.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
@@ -160,7 +157,7 @@ def _evaluated(
     checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.number("z_loss", z_loss)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not _is_zero(value)}
+    theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not checks.is_known_as(0, value)}
     if logit_softcap is not None:
         theta["logit_softcap"] = jnp.asarray(checks.positive("logit_softcap", logit_softcap), wide)
     if class_weights is not None:
@@ -178,7 +175,3 @@ def _evaluated(
     arrays = 1 if plain and statistics is None else 2
     head = Head(token_losses, *rules, axis, arrays, chunk_size, statistics, token_weights is None, axes=axes)
     return evaluate(head, reduction, theta, Tokens(known, valid), token_axes, class_axes)
-
-
-def _is_zero(option: Any) -> bool:
-    return not isinstance(option, Tracer) and option == 0

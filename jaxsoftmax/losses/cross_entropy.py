@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
@@ -165,7 +164,7 @@ def _integer_arguments(
         ignored = num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
         mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
-    smooth, penalty = (None if _is_zero(option) else option for option in (label_smoothing, z_loss))
+    smooth, penalty = (None if checks.is_known_as(0, option) else option for option in (label_smoothing, z_loss))
     return logits, labels, mask, class_weights, smooth, penalty, axes
 
 
@@ -175,10 +174,6 @@ def _soft_arguments(logits, labels, axis, axis_name, where) -> tuple:
     labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
     labels = checks.broadcast("labels", labels, logits.shape)
     return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
-
-
-def _is_zero(option: Any) -> bool:
-    return not isinstance(option, Tracer) and option == 0
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
@@ -317,7 +312,10 @@ soft_label_gradient.defvjp(_soft_label_gradient_fwd, _soft_label_gradient_bwd)
 
 @custom_vjp(nondiff_argnums=(5,))
 def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
-    """ct times `soft_label_gradient`; its derivative in z is multiplied once per example, by ct Σy."""
+    """ct times `soft_label_gradient`; its derivative in z is multiplied once per example, by ct Σy.
+
+    Two rules, since forward mode transposes this one in ct, and differentiates what stands inside as it is.
+    """
     return ct * soft_label_gradient(z, y, m, s, axis)
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
@@ -119,8 +118,7 @@ def jensen_shannon_divergence(
 
 def _between(divergence, *arguments) -> Array:
     *arrays, temperature, axes = _arguments(*arguments)
-    is_one = not isinstance(temperature, Tracer) and temperature == 1
-    return _apply(divergence, *arrays, None if is_one else temperature, axes)
+    return _apply(divergence, *arrays, None if checks.is_known_as(1, temperature) else temperature, axes)
 
 
 def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tuple:

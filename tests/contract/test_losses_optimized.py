@@ -1,4 +1,4 @@
-"""Every loss head: rounding of half precision, and what second derivatives keep in memory."""
+"""Every loss head: rounding of half precision, digits of second derivatives and what they keep in memory."""
 
 import jax
 import jax.numpy as jnp
