@@ -25,8 +25,8 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core.plumbing import sharded_like, whole
-from jaxsoftmax._core.vectors import Product, ldexp, scale_of, scaled
-from jaxsoftmax.network.singular_values import beyond, unit
+from jaxsoftmax.curvature.krylov import lanczos, unit
+from jaxsoftmax.curvature.vectors import Product, ldexp, scale_of, scaled
 
 
 class Estimate(NamedTuple):
@@ -188,7 +188,7 @@ def top_eigenpairs(
         raise ValueError(f"num_pairs must be at most the number of parameters, {A.size}, got {num_pairs}")
     start_key, key = jax.random.split(key)
     start = jax.random.normal(start_key, (A.size,), A.dtype)
-    tridiagonal, basis = _lanczos(A, start, key, min(num_steps, A.size))
+    tridiagonal, basis = lanczos(A, start, key, min(num_steps, A.size))
     eigenvalues, vectors = jnp.linalg.eigh(tridiagonal)
     order = jnp.argsort(-jnp.abs(eigenvalues))[:num_pairs]
     eigenvalues, vectors = eigenvalues[order], vectors[:, order].T @ basis
@@ -266,27 +266,11 @@ def spectral_density(
 
     def probe(key):
         start_key, key = jax.random.split(key)
-        tridiagonal, _ = _lanczos(A, A.signs(start_key), key, num_steps)
+        tridiagonal, _ = lanczos(A, A.signs(start_key), key, num_steps)
         nodes, vectors = jnp.linalg.eigh(tridiagonal)
         return ldexp(nodes, A.exponent), vectors[0] ** 2
 
     return SpectralDensity(*lax.map(probe, jax.random.split(key, checks.at_least("num_probes", num_probes, 1))))
-
-
-def _lanczos(A: "_Flat", start: Array, key: Array, num_steps: int) -> tuple[Array, Array]:
-    """(T, basis): basis @ A @ basis.T is the tridiagonal T, up to 0s where a block ends; each row is orthogonal to all
-    before it, so that no eigenvalue is found again, and every eigenvalue as often as it is there."""
-
-    def step(state, at):
-        (basis, v), (i, key) = state, at
-        basis, Av = basis.at[i].set(v), A(v)
-        size, following = beyond(basis, Av, key)
-        return (basis, following), (v @ Av, size)
-
-    basis = jnp.zeros((num_steps, A.size), A.dtype)
-    steps = jnp.arange(num_steps), jax.random.split(key, num_steps)
-    (basis, _), (diagonal, beside) = lax.scan(step, (basis, unit(start)), steps)
-    return jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1), basis
 
 
 class _Flat(NamedTuple):

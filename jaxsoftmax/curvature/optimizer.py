@@ -17,9 +17,9 @@ import optax
 from jax import Array
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.vectors import dot, exponent, ldexp, scale
 from jaxsoftmax.curvature.products import ggn_vp, linearized
 from jaxsoftmax.curvature.solve import damped_solve
+from jaxsoftmax.curvature.vectors import dot, exponent, ldexp, scale
 
 __all__ = ["GaussNewtonState", "gauss_newton"]
 

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.vectors import Product, like
 from jaxsoftmax.curvature import logit_products as middle
 from jaxsoftmax.curvature.batches import num_examples, options_per_example, sum_over_batches
+from jaxsoftmax.curvature.vectors import Product, like
 
 Model = Callable[[Any, Any], Array]
 Loss = Callable[[Array, Any], Array]

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax._core import checks, vectors
+from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import tied, zeros_like
-from jaxsoftmax._core.vectors import Product, axpy, dot, exponent, in_range, ldexp, like, norm
+from jaxsoftmax.curvature import vectors
+from jaxsoftmax.curvature.vectors import Product, axpy, dot, exponent, in_range, ldexp, like, norm
 
 
 class Solution(NamedTuple):

@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import in_auto_mode, split_axes_of
+from jaxsoftmax.curvature.krylov import extreme_singular_values
 from jaxsoftmax.network.backpropagation import example_signals
 from jaxsoftmax.network.layers import Activation, Loss, Params, affine, checked, output
-from jaxsoftmax.network.singular_values import extreme_singular_values
 
 
 class GradientFlow(NamedTuple):

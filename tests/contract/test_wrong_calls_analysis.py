@@ -16,9 +16,9 @@ import pytest
 import jaxsoftmax as js
 from jaxsoftmax import curvature, linear_head, matrix_calculus, network, plotting
 from jaxsoftmax.curvature import LastLayerLaplace, estimators, gauss_newton, last_layer_laplace
+from jaxsoftmax.curvature.krylov import extreme_singular_values
 from jaxsoftmax.matrix_calculus import identities
 from jaxsoftmax.network import Layer
-from jaxsoftmax.network.singular_values import extreme_singular_values
 from jaxsoftmax.operators.base import SymmetricOperator
 from jaxsoftmax.training import TrainState, make_train_step
 from tests.contract import test_wrong_calls

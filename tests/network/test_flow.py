@@ -9,7 +9,7 @@ import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax import network
-from jaxsoftmax.network.singular_values import extreme_singular_values
+from jaxsoftmax.curvature.krylov import extreme_singular_values
 from tests.helpers import one_in
 
 LOSS = js.softmax_cross_entropy_with_integer_labels

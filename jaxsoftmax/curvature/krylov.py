@@ -1,4 +1,4 @@
-"""Largest and smallest singular value of a Jacobian, from its products with vectors."""
+"""Krylov methods that orthogonalize in full: Lanczos, and the extreme singular values of a Jacobian."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.vectors import ldexp, scale_of, scaled
+from jaxsoftmax.curvature.vectors import ldexp, scale_of, scaled
+
+
+def lanczos(A: Callable[[Array], Array], start: Array, key: Array, num_steps: int) -> tuple[Array, Array]:
+    """(T, basis): basis @ A @ basis.T is the tridiagonal T, up to 0s where a block ends; each row is orthogonal to all
+    before it, so that no eigenvalue is found again, and every eigenvalue as often as it is there."""
+
+    def step(state, at):
+        (basis, v), (i, key) = state, at
+        basis, Av = basis.at[i].set(v), A(v)
+        size, following = beyond(basis, Av, key)
+        return (basis, following), (v @ Av, size)
+
+    basis = jnp.zeros((num_steps, start.size), start.dtype)
+    steps = jnp.arange(num_steps), jax.random.split(key, num_steps)
+    (basis, _), (diagonal, beside) = lax.scan(step, (basis, unit(start)), steps)
+    return jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1), basis
 
 
 def extreme_singular_values(
@@ -32,7 +48,7 @@ def extreme_singular_values(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxsoftmax.network.singular_values import extreme_singular_values
+      >>> from jaxsoftmax.curvature.krylov import extreme_singular_values
       >>> largest, smallest = extreme_singular_values(lambda x: x**2, jnp.array([1.0, 2.0, 0.5]), jax.random.key(0))
       >>> print(largest.round(4), smallest.round(4))
       4.0 1.0
