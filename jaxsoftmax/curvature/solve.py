@@ -13,8 +13,7 @@ from jax import Array, lax
 
 from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import tied, zeros_like
-from jaxsoftmax.curvature import vectors
-from jaxsoftmax.curvature.vectors import Product, axpy, dot, exponent, in_range, ldexp, like, norm
+from jaxsoftmax.curvature.vectors import Product, axpy, dot, exponent, ldexp, like, norm, scale, scale_of, scaled
 
 
 class Solution(NamedTuple):
@@ -63,7 +62,8 @@ def damped_solve(
       preconditioner: r -> M⁻¹ r, symmetric and positive definite, M near A + λI.
       start: first iterate; zero if it is not given.
       tol: relative tolerance of the residual.
-      max_steps: largest number of steps, one product each; one more finds the residual, and with `start` two.
+      max_steps: largest number of steps, one product each; one more finds the matrix's scale, and one the residual,
+        with `start` two.
 
     Returns:
       A `Solution`.
@@ -86,85 +86,80 @@ def damped_solve(
     checks.number("damping", damping, 0.0)
     checks.number("tol", tol, 0.0)
     checks.at_least("max_steps", max_steps, 1)
-    precondition = None
+    A = lambda v: axpy(damping, v, like(b, product(v), "product(v)", "b"))
+    M, start = None, None if start is None else like(b, start, "start", "b")
     if preconditioner is not None:
         checks.function("preconditioner", preconditioner)
-        precondition = lambda r: like(b, preconditioner(r), "preconditioner(r)", "b")
-    apply = lambda v: axpy(damping, v, like(b, product(v), "product(v)", "b"))
-    # The system is extended by s = 1, and starts at s · start: in those for derivatives of x, s is 0.
-    start = None if start is None else like(b, start, "start", "b")
+        M = lambda r: like(b, preconditioner(r), "preconditioner(r)", "b")
 
+    # The system is extended by s = 1, and starts at s · start: in those for derivatives of x, s is 0.
     def solve(extended, right):
         b, s = right
-        first = None if start is None else vectors.scale(s, start)
-        x, found = _conjugate_gradients(lambda v: extended((v, s))[0], precondition, b, first, tol, max_steps)
+        first = None if start is None else scale(s, start)
+        x, found = _solve(lambda v: extended((v, s))[0], M, b, first, tol, max_steps)
         return (x, s), found
 
     joined = lambda tree: tied(tree, tree)  # JAX transposes a linear solve only where all leaves have tangents
-    extended = lambda xs: joined((apply(xs[0]), xs[1]))
+    extended = lambda xs: joined((A(xs[0]), xs[1]))
     xs, found = lax.custom_linear_solve(extended, joined((b, jnp.ones(()))), solve, symmetric=True, has_aux=True)
     return Solution(joined(xs)[0], *found)
 
 
-class _Iterate(NamedTuple):
-    x: Any
-    r: Any
-    p: Any
-    rz: Array
-    residual: Array  # ‖r‖ / ‖b‖
-    steps: Array
-    indefinite: Array
-
-
-def _conjugate_gradients(apply, precondition, b, start, tol, max_steps):
-    """(x, (steps, residual, converged)), computed for b of scale 1.
-
-    x and p are kept times h, A being of scale 1/h²: then pᵀAp is of scale 1, and half of A's scale is taken away before
-    its product and half after it, with no pass over a vector of its own.
-    """
-    of_b = exponent(b)
-    b = z = ldexp(b, -of_b)
-    if precondition is not None:
-        shift, z = in_range(precondition, b)
-        precondition, z = vectors.scaled(precondition, exponent(z) - shift), ldexp(z, -exponent(z))
-    shift, Az = in_range(apply, z)
-    half, size = (exponent(Az) - shift) // 2, norm(b)
-    size, of_x = jnp.where(size == 0, 1.0, size), of_b - half
-    h = jnp.ldexp(jnp.ones_like(size), -half)
-
-    def iterate(x, r, steps, indefinite):
-        z = r if precondition is None else precondition(r)
-        return _Iterate(x, r, vectors.scale(h, z), dot(r, z), norm(r) / size, steps, indefinite)
-
-    def unfinished(at):
-        return (at.residual > tol) & (at.steps < max_steps) & ~at.indefinite
-
-    def step(at, Ap):
-        curvature = dot(at.p, Ap)
-        indefinite = ~(curvature > 0)
-        alpha = jnp.where(indefinite, 0.0, at.rz / jnp.where(indefinite, 1.0, curvature))
-        new = iterate(axpy(alpha, at.p, at.x), axpy(-alpha * h, Ap, at.r), at.steps + 1, indefinite)
-        beta = jnp.where(indefinite, 0.0, new.rz / jnp.where(at.rz == 0, 1.0, at.rz))
-        return new._replace(p=axpy(beta, at.p, new.p))
-
-    def restarted(x, steps, indefinite):
-        return iterate(x, axpy(-h, apply(x), b), steps, indefinite)
+def _solve(A, M, b, x, tol, max_steps):
+    """(x, (steps, residual, converged)): conjugate gradients, in units in which A, M and b are about 1."""
+    A, M, b, unit = _in_units(A, M, b)
+    size = norm(b)
+    unfinished = lambda at: (at.size > tol * size) & (at.steps < max_steps) & ~at.indefinite
+    begin = lambda x, *seen: _iterate(M, x, axpy(-1.0, A(x), b), *seen)
 
     # The recurrence for r drifts away from b - Ax. Where that is beyond the goal, and has halved, it starts once more.
     def run(state):
-        at, before, _ = state
-        at = lax.while_loop(unfinished, lambda at: step(at, apply(at.p)), at)
-        x = ldexp(ldexp(at.x, of_x), -of_x)  # what of x is in the range
-        at = restarted(x, at.steps, at.indefinite)
-        return at, at.residual, at.residual <= before / 2
+        before, _ = state
+        end = lax.while_loop(unfinished, lambda at: _step(A, M, at), before)
+        x = ldexp(ldexp(end.x, unit), -unit)  # what of x is in the range
+        after = begin(x, end.steps, end.indefinite)
+        return after, after.size <= before.size / 2
 
     none = jnp.int32(0), jnp.array(False)
-    if start is None:  # the product that found the scale is that of the first step
-        at, Ap = iterate(jax.tree.map(zeros_like, b), b, *none), ldexp(Az, -shift - half)
-        before, at = at.residual, lax.cond(unfinished(at), lambda at: step(at, Ap), lambda at: at, at)
-    else:
-        at = restarted(ldexp(start, -of_x), *none)
-        before = at.residual
-    worthwhile = lambda state: unfinished(state[0]) & state[2]
-    at, _, _ = lax.while_loop(worthwhile, run, (at, before, jnp.array(True)))
-    return ldexp(at.x, of_x), (at.steps, at.residual, at.residual <= tol)
+    at = _iterate(M, jax.tree.map(zeros_like, b), b, *none) if x is None else begin(ldexp(x, -unit), *none)
+    at, _ = lax.while_loop(lambda state: unfinished(state[0]) & state[1], run, (at, jnp.array(True)))
+    residual = at.size / jnp.where(size == 0, 1.0, size)
+    return ldexp(at.x, unit), (at.steps, residual, residual <= tol)
+
+
+def _in_units(A, M, b):
+    """The system for y, x = 2^e y, with numbers about 1: (2^-a A, 2^-m M, 2^-c b, e = c - a)."""
+    of_b = exponent(b)
+    b = z = ldexp(b, -of_b)
+    if M is not None:
+        M = scaled(M, scale_of(M, b))
+        z = M(b)
+    of_A = scale_of(A, z)
+    return scaled(A, of_A), M, b, of_b - of_A
+
+
+class _Iterate(NamedTuple):
+    x: Any
+    r: Any  # b - Ax
+    p: Any  # the direction
+    rz: Array  # <r, Mr>
+    size: Array  # ‖r‖
+    steps: Array
+    indefinite: Array  # the last direction had curvature ≤ 0
+
+
+def _iterate(M, x, r, steps, indefinite) -> _Iterate:
+    """A first iterate: its direction is that of the preconditioned residual."""
+    z = r if M is None else M(r)
+    return _Iterate(x, r, z, dot(r, z), norm(r), steps, indefinite)
+
+
+def _step(A, M, at: _Iterate) -> _Iterate:
+    """One step of conjugate gradients; none in a direction of curvature ≤ 0."""
+    Ap = A(at.p)
+    curvature = dot(at.p, Ap)
+    indefinite = ~(curvature > 0)
+    alpha = jnp.where(indefinite, 0.0, at.rz / jnp.where(indefinite, 1.0, curvature))
+    new = _iterate(M, axpy(alpha, at.p, at.x), axpy(-alpha, Ap, at.r), at.steps + 1, indefinite)
+    beta = new.rz / jnp.where(at.rz == 0, 1.0, at.rz)
+    return new._replace(p=axpy(beta, at.p, new.p))

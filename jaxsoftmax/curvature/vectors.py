@@ -53,30 +53,26 @@ def exponent(v: Any) -> Array:
     return jnp.frexp(_largest(v))[1]
 
 
-def in_range(product: Product, v: Any) -> tuple[Array, Any]:
-    """(e, A 2^e v), for a v of entries about 1: e is 0, or half of the range where A v under- or overflows."""
-    info = jnp.finfo(_largest(v).dtype)
+def scale_of(product: Product, probe: Any) -> Array:
+    """The e with 2^-e A `probe` of entries about 1, for a `probe` of entries about 1.
+
+    Where A `probe` under- or overflows, a second product is taken, of a `probe` half of the range away.
+    """
+    first = jnp.zeros_like(_largest(probe))
+    info = jnp.finfo(first.dtype)
     far = jnp.int32(info.maxexp // 2)
 
-    def out_of_range(state):
-        _, Av, tries = state
-        size = _largest(Av)
+    def unknown(state):
+        _, size, tries = state
         return (tries < 2) & ~((size > info.tiny / info.eps) & (size < jnp.inf))
 
     def attempt(state):
-        _, Av, tries = state
-        shift = jnp.where(tries == 0, 0, jnp.where(_largest(Av) < 1, far, -far))
-        return shift, product(ldexp(v, shift)), tries + 1
+        _, size, tries = state
+        shift = jnp.where(tries == 0, 0, jnp.where(size < 1, far, -far))
+        return shift, _largest(product(ldexp(probe, shift))).astype(first.dtype), tries + 1
 
-    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(product, v))
-    shift, Av, _ = lax.while_loop(out_of_range, attempt, (jnp.int32(0), nothing, jnp.int32(0)))
-    return shift, Av
-
-
-def scale_of(product: Product, probe: Any) -> Array:
-    """The e with 2^-e A `probe` of entries about 1, for a `probe` of entries about 1."""
-    shift, Av = in_range(product, probe)
-    return exponent(Av) - shift
+    shift, size, _ = lax.while_loop(unknown, attempt, (jnp.int32(0), first, jnp.int32(0)))
+    return jnp.frexp(size)[1] - shift
 
 
 def scaled(product: Product, e: Any) -> Product:

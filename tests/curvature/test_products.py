@@ -322,14 +322,14 @@ def test_solver_at_the_edges(x64):
 
 
 def test_products_that_a_solution_takes():
-    """One for each step and one for the residual; with a start, two for the residual and one for the scale."""
+    """One for each step, one for the scale and one for the residual; with a start, two for the residual."""
     d, calls = jnp.array([1.0, 2.0, 3.0, 4.0]), []
 
     def product(v):
         jax.debug.callback(lambda: calls.append(None))
         return d * v
 
-    for start, more in ((None, 1), (jnp.ones(4), 3)):
+    for start, more in ((None, 2), (jnp.ones(4), 3)):
         calls.clear()
         solution = jax.jit(lambda start: damped_solve(product, jnp.ones(4), 0.0, start=start))(start)
         jax.effects_barrier()
