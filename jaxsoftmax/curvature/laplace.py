@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
+from jaxsoftmax._core.plumbing import tensordot
 from jaxsoftmax._core.scalar_functions import sigmoid
 from jaxsoftmax.curvature.batches import options_per_example, sum_over_batches
 from jaxsoftmax.curvature.logit_products import hessian_product
@@ -34,8 +35,8 @@ from jaxsoftmax.losses import (
     sum_squared_error,
 )
 from jaxsoftmax.maps.softmax import softmax
-from jaxsoftmax.network.layers import Layer, affine
 
+Affine = tuple[Array, Array | None]  # W and b
 CATEGORICAL = softmax_cross_entropy, safe_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 NOISE = {l2_loss: 1.0, squared_error: 0.5, sum_squared_error: 0.5}  # variance of the normal distribution
 MAPS = dict.fromkeys(CATEGORICAL, softmax) | {sigmoid_binary_cross_entropy: sigmoid} | dict.fromkeys(NOISE)
@@ -51,7 +52,7 @@ class LastLayerLaplace:
     """The posterior over a last layer; made by `last_layer_laplace`. A pytree.
 
     Args:
-      layer: the trained layer, W (K, D) and b (K,) or None: the mean.
+      layer: the trained layer, the pair of W (K, D) and b (K,) or None: the mean.
       eigenvalues: of G, (n,), with n = K (D + 1), or K D without a bias.
       eigenvectors: of G, (K, D + 1, n) or (K, D, n).
       total_loss: Σ_i l_i at the mean.
@@ -62,15 +63,14 @@ class LastLayerLaplace:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import softmax_cross_entropy_with_integer_labels as loss
       >>> from jaxsoftmax.curvature import last_layer_laplace
-      >>> from jaxsoftmax.network import Layer
-      >>> posterior = last_layer_laplace(Layer(jnp.eye(2)), jnp.eye(2), jnp.array([0, 1]), loss, prior_precision=1.0)
+      >>> posterior = last_layer_laplace((jnp.eye(2), None), jnp.eye(2), jnp.array([0, 1]), loss, prior_precision=1.0)
       >>> print([round(float(p), 2) for p in posterior.probabilities(jnp.array([3.0, 0.0]))])  # softmax says 0.95
       [0.82, 0.18]
 
     Reference: Daxberger et al., Laplace Redux, arXiv:2106.14806.
     """
 
-    layer: Layer
+    layer: Affine
     eigenvalues: Array
     eigenvectors: Array
     total_loss: Array
@@ -84,7 +84,7 @@ class LastLayerLaplace:
         precisions = jnp.maximum(self.eigenvalues + self.prior_precision, jnp.finfo(self.eigenvalues.dtype).tiny)
         deviations = 1 / jnp.sqrt(precisions)
         roots = jnp.einsum("...d,kdn,n->...kn", phi, self.eigenvectors, deviations)
-        return affine(self.layer, features), jnp.einsum("...kn,...ln->...kl", roots, roots)
+        return _affine(self.layer, features), jnp.einsum("...kn,...ln->...kl", roots, roots)
 
     def predictive(self, features: ArrayLike) -> tuple[Array, Array]:
         """Mean (..., K) and covariance (..., K, K) of new targets: for the heads that are squared errors."""
@@ -142,7 +142,7 @@ class LastLayerLaplace:
 
 
 def last_layer_laplace(
-    layer: Layer,
+    layer: Affine,
     features: ArrayLike,
     labels: Any,
     loss: Callable[[Array, Any], Array],
@@ -153,7 +153,7 @@ def last_layer_laplace(
     """Posterior over the last layer of a trained network.
 
     Args:
-      layer: the layer, W (K, D) and b (K,) or None.
+      layer: the layer, the pair of W (K, D) and b (K,) or None, such as a `network.Layer`.
       features: what it receives for the training data, (N, D).
       labels: the data's labels, leading with N.
       loss: what it was trained with, -log p(label | logits): a softmax or sigmoid cross-entropy or a squared error of
@@ -165,7 +165,7 @@ def last_layer_laplace(
       A `LastLayerLaplace`.
 
     Raises:
-      TypeError: if layer is no `Layer`, features are not real, or the head is another.
+      TypeError: if layer is no pair of arrays, features are not real, or the head is another.
       ValueError: if shapes do not fit, or a number is out of range.
 
     Example:
@@ -181,8 +181,8 @@ def last_layer_laplace(
 
     Reference: MacKay, The evidence framework applied to classification networks (1992); arXiv:2106.14806.
     """
-    if not isinstance(layer, Layer):
-        raise TypeError(f"layer must be a network.Layer, got {type(layer).__name__}")
+    if not isinstance(layer, tuple | list) or len(layer) != 2:
+        raise TypeError(f"layer must be the pair (W, b), or (W, None), got {type(layer).__name__}")
     head: Any = checks.function("loss", loss)
     while isinstance(head, functools.partial) and not head.args:
         head = head.func
@@ -192,7 +192,7 @@ def last_layer_laplace(
     checks.positive("prior_precision", prior_precision)
     checks.at_least("batch_size", batch_size, 1)
     checks.float_tree("layer", layer)
-    shapes = [jnp.shape(leaf) for leaf in layer if leaf is not None]
+    shapes = [checks.as_array("each part of layer", leaf).shape for leaf in layer if leaf is not None]
     if len(shapes[0]) != 2 or shapes[1:] not in ([], [shapes[0][:1]]):
         raise ValueError(f"layer must have W of shape (K, D) and b of shape (K,), got {shapes}")
     features = _features(features, layer)
@@ -204,19 +204,19 @@ def last_layer_laplace(
         raise ValueError(f"labels must lead with the {len(features)} examples of features, got shapes {got}")
     G, total = _gauss_newton_matrix(loss, batch_size, layer, features, labels)
     eigenvalues, eigenvectors = jnp.linalg.eigh(G)
-    eigenvectors = eigenvectors.reshape(len(layer.W), -1, len(eigenvalues))
+    eigenvectors = eigenvectors.reshape(len(layer[0]), -1, len(eigenvalues))
     precision = jnp.asarray(prior_precision, G.dtype)
     return LastLayerLaplace(layer, jnp.maximum(eigenvalues, 0), eigenvectors, total, precision, head)
 
 
 def _gauss_newton_matrix(loss, batch_size, layer, features, labels):
     """G and the total loss, over slices of the data."""
-    num_classes, width = len(layer.W), _with_one(features[:1], layer).shape[1]
+    num_classes, width = len(layer[0]), _with_one(features[:1], layer).shape[1]
     classes = jnp.eye(num_classes, dtype=features.dtype)
 
     def of_batch(data):
         features, labels, options = data
-        z, phi = affine(layer, features), _with_one(features, layer)
+        z, phi = _affine(layer, features), _with_one(features, layer)
         columns = lambda k: hessian_product(loss, z, labels, options, jnp.broadcast_to(k, z.shape))
         H = jax.vmap(columns, out_axes=1)(classes)  # (B, K, K)
         G = jnp.einsum("bkl,bi,bj->kilj", H, phi, phi)
@@ -227,20 +227,24 @@ def _gauss_newton_matrix(loss, batch_size, layer, features, labels):
     return sum_over_batches(of_batch, (features, labels, options), batch_size, like)
 
 
-def _features(features: ArrayLike, layer: Layer) -> Array:
+def _features(features: ArrayLike, layer: Affine) -> Array:
     features = checks.as_float("features", features)
-    width = layer.W.shape[1]
-    if features.ndim == 0 or features.shape[-1] != width:
-        raise ValueError(f"features must have shape (..., {width}) for W of {layer.W.shape}, got {features.shape}")
+    shape = jnp.shape(layer[0])
+    if features.ndim == 0 or features.shape[-1] != shape[1]:
+        raise ValueError(f"features must have shape (..., {shape[1]}) for W of {shape}, got {features.shape}")
     return features
 
 
-def _with_one(features: Array, layer: Layer) -> Array:
+def _affine(layer: Affine, features: Array) -> Array:
+    W, b = layer
+    z = tensordot(features, W, (-1, 1))
+    return z if b is None else z + jnp.broadcast_to(b, z.shape)
+
+
+def _with_one(features: Array, layer: Affine) -> Array:
     """The features, and a 1 that multiplies the bias."""
-    if layer.b is None:
-        return features
-    return jnp.concatenate([features, jnp.ones_like(features[..., :1])], -1)
+    return features if layer[1] is None else jnp.concatenate([features, jnp.ones_like(features[..., :1])], -1)
 
 
-def _squared_norm(layer: Layer) -> Array:
-    return sum((jnp.sum(leaf**2) for leaf in layer if leaf is not None), jnp.zeros((), layer.W.dtype))
+def _squared_norm(layer: Affine) -> Array:
+    return sum((jnp.sum(leaf**2) for leaf in layer if leaf is not None), jnp.zeros((), layer[0].dtype))

@@ -159,8 +159,7 @@ def test_laplace_is_exact_for_linear_regression(x64):
 
 def test_laplace_for_classification_against_dense(x64):
     x, labels, W = data(30)
-    layer = network.Layer(W)
-    posterior = laplace(layer, x, labels, loss=CROSS_ENTROPY, prior_precision=2.0, batch_size=8)
+    posterior = laplace((W, None), x, labels, loss=CROSS_ENTROPY, prior_precision=2.0, batch_size=8)
     total = jax.jit(lambda w: CROSS_ENTROPY(x @ w.reshape(3, 5).T, labels).sum())
     G = np.asarray(jax.jit(jax.hessian(total))(W.reshape(-1)))
     precision = G + 2 * np.eye(15)
@@ -206,7 +205,7 @@ def test_predictive_probabilities(key, x64):
 def test_laplace_refuses():
     x, labels, W = data(30)
     build = functools.partial(last_layer_laplace, loss=CROSS_ENTROPY, labels=labels)
-    with pytest.raises(TypeError, match="layer must be a network.Layer, got"):
+    with pytest.raises(TypeError, match=r"layer must be the pair \(W, b\), or \(W, None\), got"):
         build(W, x)
     with pytest.raises(ValueError, match=r"features must have shape \(\.\.\., 5\)"):
         build(network.Layer(W), x[:, :4])
