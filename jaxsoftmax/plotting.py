@@ -1,23 +1,29 @@
 """Pictures: the Jacobian and its spectrum. Each function returns a matplotlib Figure and shows nothing itself."""
 
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax import network
 from jaxsoftmax._core import checks
 from jaxsoftmax.maps.entmax import entmax
-from jaxsoftmax.network.layers import Activation, Loss, Params
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from jaxsoftmax.verify import largest_eigenvalue_bound
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from jaxsoftmax.network.picture import visualize_gradient_flow
+
 __all__ = ["visualize_gradient_flow", "visualize_jacobian", "visualize_spectrum"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "visualize_gradient_flow":  # it needs a chapter that is imported when first asked for
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("jaxsoftmax.network.picture").visualize_gradient_flow
 
 
 def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequence[str] | None = None) -> "Figure":
@@ -106,67 +112,6 @@ def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")
     return figure
-
-
-def visualize_gradient_flow(
-    params: Params,
-    x: ArrayLike,
-    targets: ArrayLike,
-    loss: Loss,
-    activation: Activation = jnp.tanh,
-) -> "Figure":
-    """Draw how gradients fare on their way down a network: norms, singular values, saturated units, layer by layer.
-
-    Args:
-      params, x, targets, loss, activation: as in `jaxsoftmax.network.gradient_flow`; x of shape (batch, d_0).
-
-    Returns:
-      A matplotlib Figure with three panels; lines are medians over the examples, bands run from the 10th to the 90th
-      percentile.
-
-    Raises:
-      ImportError: if matplotlib is not installed.
-      TypeError, ValueError: as `gradient_flow`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxsoftmax import network, plotting, sum_squared_error
-      >>> params = network.init(jax.random.key(0), (4, 3, 3, 2))
-      >>> figure = plotting.visualize_gradient_flow(params, jnp.ones((5, 4)), jnp.zeros((5, 2)), sum_squared_error)
-      >>> len(figure.axes)
-      3
-
-    Reference: Glorot and Bengio (2010).
-    """
-    flow = network.gradient_flow(params, x, targets, loss, activation)
-    figure = new_figure((13.0, 4.0))
-    norms, values, stuck = figure.subplots(1, 3)
-    layers = np.arange(1, len(params) + 1)
-    _band(norms, layers, flow.gradient_norms, "steelblue", "‖∂l/∂z_n‖")
-    norms.set(title="Gradient norms", ylabel="norm", yscale="log")
-    for pairs, at, color, what in (
-        (flow.layer_singular_values, layers, "firebrick", "∂z_n/∂z_{n-1}"),
-        (flow.output_singular_values, layers[:-1], "seagreen", "∂z_N/∂z_n"),
-    ):
-        _band(values, at, pairs[..., 0], color, f"{what}, largest")
-        _band(values, at, pairs[..., 1], color, f"{what}, smallest", linestyle="--")
-    values.set(title="Singular values", ylabel="singular value", yscale="log")
-    _band(stuck, layers[:-1], flow.saturation, "darkorange", "units with slope below 0.1")
-    stuck.set(title="Saturation", ylabel="fraction of units", ylim=(0, 1))
-    for axes in (norms, values, stuck):
-        axes.set_xlabel("layer n")
-        axes.set_xticks(layers)
-        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False, ncols=2)
-    return figure
-
-
-def _band(axes: Any, at: np.ndarray, samples: ArrayLike, color: str, label: str, linestyle: str = "-") -> None:
-    """Median over the examples, with the band that holds four in five."""
-    samples = np.asarray(samples, np.float64).reshape(len(at), -1)
-    if len(at):
-        low, middle, high = np.percentile(samples, [10, 50, 90], axis=1)
-        axes.plot(at, middle, "o", color=color, label=label, linestyle=linestyle)
-        axes.fill_between(at, low, high, color=color, alpha=0.15)
 
 
 def new_figure(size: tuple[float, float]) -> Any:
