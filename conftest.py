@@ -27,6 +27,7 @@ def add_flag(flag: str) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 add_flag("--xla_force_host_platform_device_count=8")
 JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 # Less work to compile, and the other cores have tests of their own. Some programs fail to compile so on 0.6.

@@ -1,4 +1,7 @@
-"""`python -m benchmarks NAME... [--gpu-sizes] [--json FILE]`: times and ratios, as a table and as JSON."""
+"""`python -m benchmarks NAME... [--gpu-sizes] [--json FILE]`: times and ratios, as a table and as JSON.
+
+`python -m benchmarks compiled …` bounds times on accelerators instead, without one: see its `--help`.
+"""
 
 import argparse
 import importlib
@@ -6,12 +9,14 @@ import itertools
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
 import optax
 
 from benchmarks import BENCHMARKS, GPU_SIZES, Row
+from benchmarks.compiled import table
 
 COLUMNS = f"{'name':52} {'size':>12} {'ours ms':>10} {'theirs ms':>10} {'ratio':>6} {'goal':>5}"
 
@@ -56,5 +61,11 @@ def main() -> None:
                 options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def accelerators() -> None:
+    """The bounds; this process runs nothing on a device, and looks for none."""
+    jax.config.update("jax_platforms", "cpu")
+    table.main(sys.argv[2:])
+
+
 if __name__ == "__main__":
-    main()
+    accelerators() if sys.argv[1:2] == ["compiled"] else main()

@@ -1,0 +1,39 @@
+"""What compilers for GPU and TPU make of the package: no change loses a fusion unseen.
+
+A kernel more, or a pass more over an array of the logits' size, is a program that takes longer on every such machine.
+The compilers need no device: `pip install ".[accelerators]"`.
+"""
+
+import pytest
+
+from benchmarks.compiled import chips, rows
+from benchmarks.compiled.cost import Cost
+
+pytestmark = pytest.mark.slow
+
+WIDE, MIDDLE, LONG = rows.SIZES
+
+# Chip, function, mode, size, dtype; kernels and passes at most. On TPU a kernel costs nothing of its own: passes alone.
+PROGRAMS = [
+    ("h100", "integer_labels", "VJP", MIDDLE, "float32", 6, 4.1),
+    ("h100", "integer_labels", "VJP", MIDDLE, "bfloat16", 6, 4.1),
+    ("v5e", "softmax", "value", LONG, "float32", None, 4.1),
+    ("v5e", "integer_labels", "VJP", LONG, "float32", None, 4.1),
+]
+
+
+def measured(chip: str, name: str, mode: str, size: tuple[int, ...], dtype: str) -> tuple[Cost, int]:
+    """What ours costs, and the bytes of the logits."""
+    (pair,) = rows.names((name,))
+    args = pair.arguments(size, dtype, *pair.kinds)
+    call, inputs = rows.in_mode(pair.ours, mode, args, pair.wrt)
+    return chips.measure(call, *inputs, chip=chip), args[0].size * args[0].dtype.itemsize
+
+
+@pytest.mark.parametrize("chip, name, mode, size, dtype, kernels, passes", PROGRAMS)
+def test_no_fusion_is_lost(chip, name, mode, size, dtype, kernels, passes):
+    if absent := chips.missing(chip):
+        pytest.skip(f"no compiler for {chip} here: {', '.join(absent)} not installed, see docs/performance.md")
+    cost, logits = measured(chip, name, mode, size, dtype)
+    assert cost.bytes <= passes * logits
+    assert kernels is None or cost.kernels <= kernels
