@@ -64,8 +64,8 @@ An environment for it, of 1.7 GB, where no device is needed (Python 3.12 or late
     pip install ".[accelerators]"
 """
 
-# libtpu asks a machine of Google's cloud what it is, unless it is told: one host of a slice. It drives no device here, and
-# several processes may load it.
+# libtpu asks a machine of Google's cloud what it is, unless it is told: one host of a slice. It drives no device here,
+# and several processes may load it.
 TPU_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -80,7 +80,7 @@ def missing(chip: str) -> list[str]:
     found = []
     for name in PACKAGES[CHIPS[chip].platform]:
         try:
-            version, wanted = importlib.metadata.version(name), jax.lib.__version__
+            version, wanted = importlib.metadata.version(name), importlib.metadata.version("jaxlib")
         except importlib.metadata.PackageNotFoundError:
             found.append(name)
         else:
@@ -119,5 +119,6 @@ def compiled(f: Callable, *args: Any, chip: str, mesh: Mesh | None = None):
 def measure(f: Callable, *args: Any, chip: str, mesh: Mesh | None = None, rounds: int = 1) -> Cost:
     """The bound of one run of `f`, on one device of them; `rounds` are of loops whose end depends on the numbers."""
     program = compiled(f, *args, chip=chip, mesh=mesh)
-    temp = program.memory_analysis().temp_size_in_bytes
-    return dataclasses.replace(cost_of(parse(program.as_text()), CHIPS[chip], rounds), temp=temp)
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None and text is not None  # every compiler here gives both
+    return dataclasses.replace(cost_of(parse(text), CHIPS[chip], rounds), temp=memory.temp_size_in_bytes)

@@ -76,8 +76,7 @@ def lines(pairs: Sequence[rows.Pair], options: argparse.Namespace) -> Iterator[t
         (pair, dtype, size, [mode for mode in pair.modes if mode in options.mode])
         for pair in pairs
         for dtype in options.dtype
-        for size in pair.sizes
-        if not options.size or size in options.size
+        for size in sizes(pair, options.size)
     ]
     everything, done = sum(len(modes) for *_, modes in wanted), 0
     for pair, dtype, size, modes in wanted:
@@ -89,6 +88,13 @@ def lines(pairs: Sequence[rows.Pair], options: argparse.Namespace) -> Iterator[t
         progress("")
         cells = {result.mode: result.cell() for result in row}
         yield f"| {pair.name} | {dtype} {text_of(size)} | {' | '.join(cells.get(m, '') for m in options.mode)} |", row
+
+
+def sizes(pair: rows.Pair, wanted: Sequence[tuple[int, ...]] | None) -> list[tuple[int, ...]]:
+    """Those wanted; of a pair with sizes of its own, those wanted among them."""
+    if wanted is None:
+        return list(pair.sizes)
+    return [size for size in wanted if size in pair.sizes or pair.sizes is rows.SIZES and len(size) == 2]
 
 
 def text_of(size: tuple[int, ...]) -> str:
