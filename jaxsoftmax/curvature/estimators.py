@@ -58,10 +58,6 @@ def hutchinson_trace(product: Product, like: Any, key: Array, num_samples: int) 
     Returns:
       An `Estimate` with scalars.
 
-    Raises:
-      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
-      ValueError: if `num_samples` is less than 1, or `like` has no entry.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax.curvature import hutchinson_trace
@@ -88,9 +84,6 @@ def hutchinson_diagonal(product: Product, like: Any, key: Array, num_samples: in
 
     Returns:
       An `Estimate` with pytrees like `like`.
-
-    Raises:
-      TypeError, ValueError: as `hutchinson_trace`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,9 +114,6 @@ def hutchpp_trace(product: Product, like: Any, key: Array, num_samples: int) -> 
 
     Returns:
       An `Estimate` with scalars. With n parameters and num_samples ≥ 3n it is exact.
-
-    Raises:
-      TypeError, ValueError: as `hutchinson_trace`, with 3 samples at least.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -166,10 +156,6 @@ def top_eigenpairs(
       (eigenvalues, eigenvectors, residuals): eigenvalues (num_pairs,) by decreasing modulus; unit eigenvectors, a
       pytree like `like` with a leading axis of `num_pairs`; residuals ‖Av - λv‖ (num_pairs,), each a bound of the
       distance from λ to an eigenvalue of A, up to the rounding of the product: found by one more product for each.
-
-    Raises:
-      TypeError: as `hutchinson_trace`.
-      ValueError: if there are not 1 ≤ num_pairs ≤ num_steps, or fewer parameters than num_pairs.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -246,10 +232,6 @@ def spectral_density(
 
     Returns:
       A `SpectralDensity`.
-
-    Raises:
-      TypeError: as `hutchinson_trace`.
-      ValueError: if `num_steps` or `num_probes` is less than 1.
 
     Example:
       >>> import jax, jax.numpy as jnp

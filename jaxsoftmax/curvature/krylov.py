@@ -43,9 +43,6 @@ def extreme_singular_values(
     Returns:
       The largest and the min(m, n)-th singular value, two scalars.
 
-    Raises:
-      ValueError: if x or f(x) is not a vector, or `num_steps` is less than 1.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax.curvature.krylov import extreme_singular_values

@@ -164,10 +164,6 @@ def last_layer_laplace(
     Returns:
       A `LastLayerLaplace`.
 
-    Raises:
-      TypeError: if layer is no pair of arrays, features are not real, or the head is another.
-      ValueError: if shapes do not fit, or a number is out of range.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, softmax_cross_entropy_with_integer_labels

@@ -78,10 +78,6 @@ def gauss_newton(
       the gradient was taken, and, unless adapt is 1, `value` and `value_fn`: the loss there and as a function of
       params. A train step from `make_train_step` hands over all three.
 
-    Raises:
-      TypeError: if f or loss is not callable.
-      ValueError: if a number is out of range; when update is called, if an argument it needs is missing.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, softmax_cross_entropy_with_integer_labels

@@ -47,10 +47,6 @@ def hvp(f: Model, loss: Loss, params: Any, x: Any, labels: Any, v: Any, *, batch
     Returns:
       The product, a pytree like params.
 
-    Raises:
-      TypeError: if f or loss is not callable, params has leaves that are not floating-point, or v's tree differs.
-      ValueError: if shapes do not fit, or `batch_size` is less than 1.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import curvature, sum_squared_error
@@ -81,9 +77,6 @@ def ggn_vp(f: Model, loss: Loss, params: Any, x: Any, labels: Any, v: Any, *, ba
 
     Returns:
       The product, a pytree like params. Positive semidefinite where the loss is convex in the logits.
-
-    Raises:
-      TypeError, ValueError: as `hvp`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -128,10 +121,6 @@ def fisher_vp(
     Returns:
       The product, a pytree like params.
 
-    Raises:
-      TypeError: as `hvp`, and if the head is no likelihood; the message names those that are.
-      ValueError: as `hvp`, and if `num_samples` is less than 1.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import curvature, network, softmax_cross_entropy_with_integer_labels
@@ -167,9 +156,6 @@ def empirical_fisher_vp(
     Returns:
       The product, a pytree like params. Each value of the loss counts as one example.
 
-    Raises:
-      TypeError, ValueError: as `hvp`.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import curvature, l2_loss
@@ -192,9 +178,6 @@ def linearized(product: Product, like: Any) -> Product:
     Returns:
       v -> A v, a pytree whose arrays are the activations (of all the data, with `batch_size` as well): it goes into and
       comes out of compiled functions.
-
-    Raises:
-      TypeError: if `product` is not callable or `like` has leaves that are not floating-point.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp

@@ -68,10 +68,6 @@ def damped_solve(
     Returns:
       A `Solution`.
 
-    Raises:
-      TypeError: if `product` is not callable, b's leaves are not floating-point, or start's tree differs from b's.
-      ValueError: if a number is out of range, or an array of `start` differs in shape from b's.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax.curvature import damped_solve

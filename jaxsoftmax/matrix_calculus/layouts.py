@@ -30,10 +30,6 @@ def frobenius(A: ArrayLike, B: ArrayLike) -> Array:
     Returns:
       The products, of the shape of the broadcast leading axes, in the common floating dtype; a scalar for vectors.
 
-    Raises:
-      TypeError: if an argument is complex or no array.
-      ValueError: if the matrices or vectors differ in shape, or the leading axes do not broadcast.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax.matrix_calculus import frobenius
@@ -69,10 +65,6 @@ def numerator_layout(derivatives: Any, out_ndim: int = 0) -> Any:
     Returns:
       The pytree with the axes after the first `out_ndim` of each leaf in reverse order. Doing it twice does nothing.
 
-    Raises:
-      TypeError: if a leaf is no array, or `out_ndim` no integer.
-      ValueError: if a leaf has fewer than `out_ndim` axes, or `out_ndim` is negative.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax.matrix_calculus import numerator_layout
@@ -106,9 +98,6 @@ def denominator_layout(derivatives: Any) -> Any:
     Returns:
       The pytree with each leaf transposed.
 
-    Raises:
-      TypeError: if a leaf is no array.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax.matrix_calculus import denominator_layout, numerator_layout
@@ -130,10 +119,6 @@ def differential(f: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     Returns:
       The function df(X, dX), with dX shaped like X; its value is shaped like f(X). dX is converted to X's dtypes, and
       integer X to the default float dtype.
-
-    Raises:
-      TypeError: if f is not callable; when df is called, if X is complex or dX's tree differs from X's.
-      ValueError: when df is called, if an array of dX differs in shape from that of X.
 
     Example:
       >>> import jax.numpy as jnp

@@ -46,11 +46,6 @@ def backprop(
       The gradients, with the structure of params and, in denominator layout, its shapes; of the mean of the loss over
       all leading axes: what `jax.grad` of `mean(loss(forward(params, x, activation), targets))` gives.
 
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, the loss is not one value per example, or the layout
-        is unknown.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, softmax_cross_entropy_with_integer_labels
@@ -104,11 +99,6 @@ def derivatives(
     Returns:
       `Derivatives`.
 
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, the loss is not one value per example, or the layout
-        is unknown.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, sum_squared_error
@@ -139,10 +129,6 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
     Returns:
       ([∂a_n/∂z_n for n < N], [∂z_N/∂z_n for n ≤ N]): arrays (..., d_n, d_n) and (..., d_N, d_n), numerator layout, as
       from `jax.jacobian`.
-
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -57,11 +57,6 @@ def gradient_flow(
     Returns:
       `GradientFlow`. No Jacobian is formed.
 
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, the loss is not one value per example, or `num_steps`
-        is less than 1.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, sum_squared_error

@@ -54,10 +54,6 @@ def init(key: Array, sizes: Sequence[int], *, bias: bool = True, dtype: DTypeLik
     Returns:
       A tuple of N `Layer`s, the n-th with W of shape (d_n, d_{n-1}) and b of shape (d_n,) or None.
 
-    Raises:
-      TypeError: if a size is not an integer or dtype is not floating-point.
-      ValueError: if there are fewer than two sizes or one is less than 1.
-
     Example:
       >>> import jax
       >>> from jaxsoftmax import network
@@ -93,10 +89,6 @@ def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> 
 
     Returns:
       z_N, (..., d_N).
-
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp

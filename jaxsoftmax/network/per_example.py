@@ -24,10 +24,6 @@ def per_example_gradients(
       The gradients, with the structure of params; each array has the batch axes of x in front. Their mean over the
       batch is what `backprop` returns.
 
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, or the loss is not one value per example.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, sum_squared_error
@@ -61,10 +57,6 @@ def per_example_gradient_norms(
 
     Returns:
       The norms over all parameters, of the shape of the batch.
-
-    Raises:
-      TypeError: if params is not a sequence of `Layer`s.
-      ValueError: if the widths of x and of the layers do not fit, or the loss is not one value per example.
 
     Example:
       >>> import jax, jax.numpy as jnp

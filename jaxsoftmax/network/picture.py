@@ -30,10 +30,6 @@ def visualize_gradient_flow(
       A matplotlib Figure with three panels; lines are medians over the examples, bands run from the 10th to the 90th
       percentile.
 
-    Raises:
-      ImportError: if matplotlib is not installed.
-      TypeError, ValueError: as `gradient_flow`.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import network, plotting, sum_squared_error

@@ -93,10 +93,6 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
     Returns:
       A `JacobianReport`: `.ok`, the figures in `.properties`, and a table as `str()`.
 
-    Raises:
-      TypeError: if `x` is not real.
-      ValueError: if `x` is a scalar, or has no class or no example.
-
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> report = jaxsoftmax.verify_jacobian_properties(jnp.array([2.0, 1.0, 0.5, -0.5]))
