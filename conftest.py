@@ -1,9 +1,9 @@
 """The strict session of every test: eight CPU devices, no implicit promotion of dtype or rank, no window for plots.
 
-`pytest` starts one worker per core and one more; files named on the command line run in one process, without workers.
-Two of three workers compile quickly, with little optimization, which halves the time. What is said of compiled programs
-(accuracy, rounding, memory) is tested on those that users run: the files `test_*_optimized.py` go to the third worker.
-`JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` optimizes everywhere.
+`pytest` starts one worker per core; with files, `-k` or `-m optimized` on its command line it is one process, without
+workers. Workers compile with little optimization, which halves the time. What is said of compiled programs (accuracy,
+rounding, memory) is marked `optimized`, and tested on those that users run: workers leave it to a process that
+tests/test_optimized.py starts. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` optimizes everywhere.
 
 The environment variables come before `import jax`, which reads them when it starts.
 """
@@ -14,12 +14,7 @@ import os
 from pathlib import Path
 
 MAPS = Path("/proc/self/maps")  # of Linux alone
-QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "0"
-
-
-def compiles_quickly(worker: str) -> bool:
-    """Whether the worker of this name, gw0, gw1, …, leaves most optimizations out."""
-    return QUICK and int(worker.removeprefix("gw")) % 3 > 0
+BEFORE = {name: value for name, value in os.environ.items() if "XDIST" not in name}
 
 
 def add_flag(flag: str) -> None:
@@ -34,15 +29,15 @@ JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 if JAXLIB > (0, 6):
     add_flag("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["MPLBACKEND"] = "Agg"
-if compiles_quickly(os.environ.get("PYTEST_XDIST_WORKER", "gw0")):
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    if JAXLIB < (0, 11):  # later ones know no such flag
-        add_flag("--xla_cpu_use_fusion_emitters=false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+if QUICK and JAXLIB < (0, 11):  # later ones know no such flag
+    add_flag("--xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
 import jax
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers import enable_x64
 
@@ -54,39 +49,19 @@ hypothesis.settings.register_profile("jaxsoftmax", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("jaxsoftmax")
 
 
-class Schedule(LoadScopeScheduling):
-    """A whole file of tests at a time to each worker, of its own kind.
-
-    There is one worker more than cores. The last waits until another has no file of its kind left.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        return nodeid.partition("::")[0]
-
-    def _assign_work_unit(self, node) -> None:
-        working = [other for other in self.nodes if self.assigned_work[other] and not other.shutting_down]
-        if QUICK and node not in working and len(working) == len(self.nodes) - 1 > 0:
-            return
-        quick = compiles_quickly(node.gateway.id)
-        for scope in self.workqueue:
-            if not QUICK or len(self.nodes) == 1 or quick != scope.endswith("_optimized.py"):
-                self.workqueue.move_to_end(scope, last=False)
-                return super()._assign_work_unit(node)
-        node.shutdown()
-        for other in self.nodes:
-            if not self.assigned_work[other] and not other.shutting_down:
-                self._reschedule(other)
-                self._reschedule(other)  # a worker keeps its last test until it has the next
-
-
-def pytest_xdist_make_scheduler(config, log):
-    return Schedule(config, log)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_xdist_auto_num_workers(config):
     cores = yield
-    return 0 if any(".py" in argument for argument in config.args) else min(cores, 8) + 1
+    one = config.option.keyword or "optimized" in config.option.markexpr or any(".py" in arg for arg in config.args)
+    return 0 if one else min(cores, 8)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where programs are compiled quickly, the marked tests are left to tests/test_optimized.py, which comes first."""
+    if QUICK:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("optimized")])
+        items[:] = [item for item in items if not item.get_closest_marker("optimized")]
+        items.sort(key=lambda item: item.path.name != "test_optimized.py")
 
 
 @pytest.hookimpl(trylast=True)
@@ -103,6 +78,12 @@ def fresh_caches():
     if not MAPS.exists() or len(MAPS.read_bytes().splitlines()) > 4000:
         jax.clear_caches()
         gc.collect()  # programs in reference cycles hold gigabytes
+
+
+@pytest.fixture
+def environment():
+    """The environment as it was before this file changed it."""
+    return BEFORE
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxsoftmax.autodiff import custom_vjp
+
+pytestmark = pytest.mark.optimized
 
 
 def test_residuals_are_those_of_fwd():

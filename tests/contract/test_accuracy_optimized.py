@@ -18,6 +18,8 @@ from tests.registry import FUNCTIONS, HEADS
 from tests.registry import formulas as exact
 from tests.registry.samples import MASK, Z
 
+pytestmark = pytest.mark.optimized
+
 LABEL = "softmax_cross_entropy_with_integer_labels"
 GOAL = {"value": 2, "vjp": 2, "jvp": 20, "hvp": 20}
 HALF = ("bfloat16", "float16")

@@ -11,6 +11,8 @@ from tests.helpers import enable_x64, one_in
 from tests.registry import HEADS
 from tests.registry.samples import Z
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("head", one_in(3, HEADS), ids=lambda head: head.name)
 def test_half_precision_logits(head):

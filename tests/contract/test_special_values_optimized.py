@@ -9,6 +9,8 @@ import jaxsoftmax as js
 from tests.contract.test_special_values import check
 from tests.helpers import one_in
 
+pytestmark = pytest.mark.optimized
+
 FUNCTIONS = ["log_softmax", "logsumexp", "softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"]
 
 

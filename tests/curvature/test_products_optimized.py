@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax import network
 from jaxsoftmax.curvature import ggn_vp
 from tests.curvature.test_products import f
+
+pytestmark = pytest.mark.optimized
 
 
 def test_memory_does_not_grow_with_the_data():

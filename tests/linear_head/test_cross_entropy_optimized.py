@@ -14,6 +14,8 @@ from jaxsoftmax.linear_head import (
 )
 from tests.linear_head.test_cross_entropy import SLOW, N, arguments, assert_close, full, fused
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize(
     "chunk_size,std", [(4, 4.0), pytest.param(1, 1.0, marks=SLOW), pytest.param(100, 4.0, marks=SLOW)]

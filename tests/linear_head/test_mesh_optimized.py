@@ -16,6 +16,8 @@ from jaxsoftmax import linear_softmax_cross_entropy_loss
 from tests import programs
 from tests.linear_head.test_mesh import BOTH, CLASSES, EXPLICIT, WHOLE, Mesh, arguments
 
+pytestmark = pytest.mark.optimized
+
 SIZE = 1024, 64, 8192  # N, D, V
 RELEASE = tuple(int(part) for part in jax.__version__.split(".")[:2])
 

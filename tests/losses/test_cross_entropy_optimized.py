@@ -10,6 +10,8 @@ import jaxsoftmax as js
 from tests.helpers import ulp
 from tests.losses.test_cross_entropy import ce
 
+pytestmark = pytest.mark.optimized
+
 EPS = float(np.finfo(np.float32).eps)
 
 DIFFERENTIATED = {f: (jax.value_and_grad(f), jax.jit(jax.value_and_grad(f))) for f in (ce, js.softmax_cross_entropy)}

@@ -10,6 +10,8 @@ from tests.helpers import one_in
 from tests.losses.test_entmax_losses import definition
 from tests.maps.test_entmax import EPS
 
+pytestmark = pytest.mark.optimized
+
 
 def problems():
     """(logits, labels) of 6 classes in float32: labels on the top class and off it, sparse, dense, near p."""

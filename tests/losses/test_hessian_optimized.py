@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxsoftmax import losses
 from jaxsoftmax.losses.hessian import logits_hessian
 from tests.losses.test_hessian import CE
+
+pytestmark = pytest.mark.optimized
 
 
 def test_digits_where_the_model_is_sure():

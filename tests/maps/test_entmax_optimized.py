@@ -12,6 +12,8 @@ from jaxsoftmax.maps.softmax import softmax
 from tests.helpers import one_in
 from tests.maps.test_entmax import EPS, on_support, reference, slopes
 
+pytestmark = pytest.mark.optimized
+
 ALPHAS = [1.0, 1.001, 1.2, 1.5, 1.8, 2.0, 2.5, 4.0]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 import jaxsoftmax as js
 
+pytestmark = pytest.mark.optimized
+
 EPS = float(np.finfo(np.float32).eps)
 
 

@@ -7,6 +7,8 @@ import jaxsoftmax
 from jaxsoftmax import network
 from tests.network.test_backpropagation import ACTIVATIONS, assert_close, backprop, sample
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Norms of per-example gradients form no gradients."""
 
 import jax
+import pytest
 
 from jaxsoftmax import network
 from tests.network.test_flow import LOSS, sample
+
+pytestmark = pytest.mark.optimized
 
 
 def test_norms_form_no_gradients():

@@ -21,6 +21,8 @@ from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from tests.helpers import one_in
 from tests.operators.test_softmax_jacobian import METHODS, logits
 
+pytestmark = pytest.mark.optimized
+
 EPS = float(np.finfo(np.float32).eps)
 
 TINY = float(np.finfo(np.float32).tiny)

@@ -7,6 +7,8 @@ import pytest
 
 import jaxsoftmax as js
 
+pytestmark = pytest.mark.optimized
+
 GAPS = (0, 5, 12, 20, 40, 60)
 
 
