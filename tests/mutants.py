@@ -110,7 +110,7 @@ MUTANTS = [
         "_core/centring.py",
         "for above in (0.5, 0.5625)",
         "for above in (0.5, 0.5)",
-        "tests/contract/test_losses_optimized.py -k memory",
+        "tests/contract/test_losses.py -m 'optimized and not slow' -k memory",
     ),
     Mutant(
         "products with J: classes that all but never occur count as the top one",
@@ -250,7 +250,7 @@ MUTANTS = [
         "_core/dtypes.py",
         "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else",
         "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 16 else",
-        "tests/contract/test_losses_optimized.py",
+        "tests/contract/test_losses.py -m 'optimized and not slow'",
     ),
     Mutant(
         "half precision: a wide copy for the maximum",

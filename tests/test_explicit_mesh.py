@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsoftmax as js
 from jaxsoftmax import curvature, network
 from tests.helpers import DERIVATIVE_RTOL, assert_close
+from tests.meshes import KINDS, around, mesh_of, placed
 
-pytestmark = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no axes of type Explicit")
+pytestmark = pytest.mark.skipif("Explicit" not in KINDS, reason="this JAX has no axes of type Explicit")
 SLOW = pytest.mark.slow
 
 B, K = 4, 8
@@ -23,14 +23,10 @@ LABELS = np.array([3, 0, 7, 4], np.int32)
 ce = js.softmax_cross_entropy_with_integer_labels
 
 
-def place(mesh, tree, specs):
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))), tree, specs)
-
-
 def assert_as_on_one_device(fn, args, specs):
-    mesh = jax.make_mesh((2, 2), ("batch", "classes"), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        got = jax.jit(fn)(*place(mesh, args, specs))
+    mesh = mesh_of("Explicit", batch=2, classes=2)
+    with around(mesh):
+        got = jax.jit(fn)(*placed(mesh, args, specs))
     assert_close(got, jax.jit(fn)(*args), 10 * DERIVATIVE_RTOL["float32"])
 
 
@@ -130,11 +126,11 @@ def test_networks(of_network, layout):
 
 
 def test_the_gradient_by_hand_lies_as_the_weights_do():
-    mesh = jax.make_mesh((2, 2), ("batch", "classes"), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,) * 2)
-    params, spec = network.init(jax.random.key(0), (4, K)), (("classes", "batch"), ("classes",))
-    with jax.set_mesh(mesh):
-        (layer,) = place(mesh, params, (network.Layer(*spec),))
-        x, labels = place(mesh, (V[:, None, :4], LABELS[:, None]), (("batch",), ("batch",)))
+    mesh, spec = mesh_of("Explicit", batch=2, classes=2), (("classes", "batch"), ("classes",))
+    params = network.init(jax.random.key(0), (4, K))
+    with around(mesh):
+        (layer,) = placed(mesh, params, (network.Layer(*spec),))
+        x, labels = placed(mesh, (V[:, None, :4], LABELS[:, None]), (("batch",), ("batch",)))
         (found,) = jax.jit(lambda layer: network.backprop((layer,), x, labels, ce))(layer)
     assert jax.typeof(found.W).sharding == jax.typeof(layer.W).sharding
     assert jax.typeof(found.b).sharding == jax.typeof(layer.b).sharding

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as js
 from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, one_in, shard_map
+from tests.meshes import mesh_of
 
 B, K = 4, 8
 _rng = np.random.default_rng(11)
@@ -204,9 +205,7 @@ CASES = HEADS + MAPS + J + HESSIANS
 
 @functools.cache
 def meshes():
-    devices = np.array(jax.devices())
-    axes = {"axis_types": (jax.sharding.AxisType.Auto,) * 2} if hasattr(jax.sharding, "AxisType") else {}
-    return jax.make_mesh((2, 2), ("rows", "columns"), devices=devices[:4], **axes)
+    return mesh_of(rows=2, columns=2)
 
 
 TWO = dict(axis_name="columns", batch="rows")

@@ -3,21 +3,19 @@
 The mesh has axes of type Auto or Explicit; batch, or batch and classes are split.
 """
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.helpers import DERIVATIVE_RTOL, assert_close, one_in
+from tests.meshes import KINDS, around, mesh_of, placed
 from tests.registry import CASES, HEADS
 from tests.registry.samples import LOGP, B, K, Z
 
 DEFAULT = {(name, "Explicit", "both") for name in ("entmax", "softmax_vjp", "huber_loss")}
 DEFAULT |= {("label_cross_entropy_options", kind, "both") for kind in ("Auto", "Explicit")}
-KINDS = ["Auto", "Explicit"] if hasattr(jax, "set_mesh") else ["Auto"]
 
 
 def every():
@@ -31,15 +29,10 @@ def every():
                 )
 
 
-def mesh_of(kind: str):
-    devices = jax.devices()[: B * K // 2]
-    return jax.make_mesh((B, K // 2), ("batch", "classes"), devices=devices, axis_types=(AxisType[kind],) * 2)
-
-
-def placed(mesh, split: str, x):
-    """x with its axes of length B over "batch" and, where they are split, of length K over "classes"."""
+def split_over(mesh, split: str, arrays):
+    """Axes of length B over "batch" and, where they are split, of length K over "classes"."""
     names = {B: "batch", K: "classes" if split == "both" else None}
-    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*map(names.get, x.shape))))
+    return placed(mesh, list(arrays), [tuple(map(names.get, x.shape)) for x in arrays])
 
 
 def derivatives(case, *args):
@@ -65,9 +58,9 @@ def on_one_device(case):
 
 @pytest.mark.parametrize("case, kind, split", list(every()))
 def test_as_on_one_device(case, kind, split, x64):
-    mesh = mesh_of(kind)
-    args = (placed(mesh, split, x) for x in case.cast("float64"))
-    with jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext():
+    mesh = mesh_of(kind, batch=B, classes=K // 2)
+    args = split_over(mesh, split, case.cast("float64"))
+    with around(mesh):
         got = jax.jit(functools.partial(derivatives, case))(*args)
     assert_close(got, on_one_device(case), 10 * DERIVATIVE_RTOL["float64"])
 
@@ -82,9 +75,9 @@ def test_logits_and_targets_that_lie_otherwise(head, whole, x64):
     """One of the two split, the other on every device: gradients come back as their arguments lie."""
     args = [jnp.asarray(x) for x in (LOGP if head.logarithms else Z, *head.args)]
     both = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(head.loss(*args))), (0, 1)))
-    mesh = mesh_of("Explicit")
-    with jax.set_mesh(mesh):
-        placed_args = [placed(mesh, "both", x) if i != whole else x for i, x in enumerate(args)]
-        got = both(*placed_args)
+    mesh = mesh_of("Explicit", batch=B, classes=K // 2)
+    with around(mesh):
+        lying = [x if i == whole else split for i, (x, split) in enumerate(zip(args, split_over(mesh, "both", args)))]
+        got = both(*lying)
     assert_close(got, both(*args), DERIVATIVE_RTOL["float64"])
-    assert jax.typeof(got[1][1 - whole]).sharding == jax.typeof(placed_args[1 - whole]).sharding
+    assert jax.typeof(got[1][1 - whole]).sharding == jax.typeof(lying[1 - whole]).sharding

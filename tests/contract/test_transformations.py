@@ -221,7 +221,7 @@ def test_remat(case):
 
 @over([c for c in CASES if c.name not in {h.name for h in HEADS}])
 def test_dtypes(case):
-    """Value and gradient in each dtype, against float64 at the same arguments; of heads in test_losses_optimized.py."""
+    """Value and gradient in each dtype, against float64 at the same arguments; of heads in test_losses.py."""
 
     def value_and_gradient(args):
         value, pullback = jax.vjp(case.fn, *args)

@@ -22,6 +22,7 @@ from jaxsoftmax.curvature import (
     linearized,
 )
 from tests.helpers import one_in
+from tests.meshes import KINDS, around, mesh_of, placed
 
 CE = js.softmax_cross_entropy_with_integer_labels
 N, K = 7, 3
@@ -254,10 +255,8 @@ def sharded_problem(kind):
     v = jax.tree.map(jnp.cos, params)
     if kind is None:
         return params, x, labels, v
-    mesh = jax.make_mesh((4, 2), ("data", "model"), **kind)
-    at = lambda a, *spec: jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-    place = lambda tree: {"W1": at(tree["W1"], None, "model"), "W2": at(tree["W2"], "model", None)}
-    return place(params), at(x, "data", None), at(labels, "data"), place(v)
+    weights = {"W1": (None, "model"), "W2": ("model", None)}
+    return placed(mesh_of(kind, data=4, model=2), (params, x, labels, v), (weights, ("data",), ("data",), weights))
 
 
 def mlp(params, x):
@@ -266,12 +265,6 @@ def mlp(params, x):
     if any(name is not None for spec in specs for name in spec):
         params = {name: jax.sharding.reshard(W, jax.sharding.PartitionSpec()) for name, W in params.items()}
     return jnp.tanh(x @ params["W1"]) @ params["W2"]
-
-
-def kinds():
-    if not hasattr(jax, "set_mesh"):
-        return {"auto": {}}
-    return {name.lower(): {"axis_types": (getattr(jax.sharding.AxisType, name),) * 2} for name in ("Auto", "Explicit")}
 
 
 def everything(params, x, labels, v):
@@ -290,16 +283,13 @@ def everything(params, x, labels, v):
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [([*kinds()][-1], 3), *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in kinds())],
+    [(KINDS[-1], 3), *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind, count):
-    kind = kinds()[kind]
     found = jax.jit(lambda *arguments: {name: of() for name, of in itertools.islice(everything(*arguments), count)})
     wanted = found(*sharded_problem(None))
     arguments = sharded_problem(kind)
-    mesh = arguments[1].sharding.mesh
-    context = jax.set_mesh(mesh) if hasattr(jax, "set_mesh") and "axis_types" in kind else mesh
-    with context:
+    with around(arguments[1].sharding.mesh):
         found = found(*arguments)
     for name in wanted:
         a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree[name])]) for tree in (found, wanted))

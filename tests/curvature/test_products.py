@@ -367,3 +367,17 @@ def test_solver_refuses_options():
         damped_solve(lambda v: v, jnp.ones(2), 1.0, max_steps=0)
     with pytest.raises(ValueError, match="tol must lie in"):
         damped_solve(lambda v: v, jnp.ones(2), 1.0, tol=-1e-3)
+
+
+@pytest.mark.optimized
+def test_memory_does_not_grow_with_the_data():
+    params = network.init(jax.random.key(0), (32, 64, 10))
+    loss = js.softmax_cross_entropy_with_integer_labels
+
+    def temporaries(count, batch_size):
+        x, y = jax.ShapeDtypeStruct((count, 32), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)
+        product = jax.jit(lambda params, x, y, v: ggn_vp(f, loss, params, x, y, v, batch_size=batch_size))
+        return product.lower(params, x, y, params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096, 64) < 1.1 * temporaries(1024, 64)
+    assert temporaries(4096, None) > 3 * temporaries(1024, None)

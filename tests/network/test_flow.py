@@ -161,3 +161,12 @@ def test_gradient_flow_of_one_layer(x64):
     flow = network.gradient_flow(params, x, labels, LOSS)
     assert flow.output_singular_values.shape == (0, 2, 2) and flow.saturation.shape == (0, 2)
     assert flow.layer_singular_values.shape == (1, 2, 2)
+
+
+@pytest.mark.optimized
+def test_norms_form_no_gradients():
+    """The compiled norms need no array of the size of the per-example gradients."""
+    params, x, labels = sample((64,), (32, 128, 10))
+    norms = jax.jit(lambda params, x, labels: network.per_example_gradient_norms(params, x, labels, LOSS))
+    temporaries = norms.lower(params, x, labels).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 64 * 128 * 32 * 4 / 2

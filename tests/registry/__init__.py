@@ -1,7 +1,7 @@
 """The registry of public differentiable functions: samples, formulas, and what each of them has.
 
-A new loss head enters `heads.HEADS`, a new map `FUNCTIONS` and `CASES`. The tests by transformation, option, mask,
-special value, dtype and accuracy run over them, and those of wrong calls over the heads.
+A new loss head is a row of `heads.TABLE`, a new map enters `FUNCTIONS` and `CASES`. The tests by transformation,
+option, mask, special value, dtype and accuracy run over them, and those of wrong calls over the heads.
 """
 
 import dataclasses
@@ -169,7 +169,7 @@ class Case:
 
 ce = js.softmax_cross_entropy_with_integer_labels
 Whole = functools.partial(Case, batched=False)
-Loss = functools.partial(Case, is_loss=True)
+OfLoss = functools.partial(Case, is_loss=True)
 
 CASES = [
     Case("softmax", js.softmax, (Z,)),
@@ -192,20 +192,20 @@ CASES = [
     Case("softmax_hessian", js.softmax_hessian, (Z,)),
     Case("softmax_second_derivative", js.softmax_second_derivative, (V, Y, P)),
     Case("softmax_third_derivative", lambda u, v, p: js.softmax_third_derivative(u, v, v, p), (V, Y, P)),
-    Loss(
+    OfLoss(
         "cross_entropy_where",
         lambda z, y: js.softmax_cross_entropy(z, y, where=MASK),
         (Z, MASK * Y),
         False,
     ),
-    Loss("label_cross_entropy_axis0", lambda z: ce(z, np.array([0, 2, 1, 1], np.int32), axis=0), (Z,), False),
-    Loss(
+    OfLoss("label_cross_entropy_axis0", lambda z: ce(z, np.array([0, 2, 1, 1], np.int32), axis=0), (Z,), False),
+    OfLoss(
         "label_cross_entropy_options",
         lambda z, w: ce(z, LABELS, label_smoothing=0.125, class_weights=w, ignore_index=3, z_loss=0.0625),
         (Z, WEIGHTS),
         False,
     ),
-    *(Loss(h.name, h.loss, (LOGP if h.logarithms else Z, *h.args), kinks=h.kinks) for h in HEADS),
+    *(OfLoss(h.name, h.loss, (LOGP if h.logarithms else Z, *h.args), kinks=h.kinks) for h in HEADS),
 ]
 
 

@@ -275,6 +275,10 @@ def entmax_loss(z, n, c, alpha=1.5):
     return total(k * u**power * (x - z[c]) for k, u, x in zip(n, root, z)) + tsallis
 
 
+def multiclass_sparsemax(z, n, c):
+    return entmax_loss(z, n, c, 2)
+
+
 def xlogx(t):
     return t * mp.log(t) if t else mpf(0)
 

@@ -159,9 +159,6 @@ TO_LOGITS = (
     *((z, ZEROS, NAN, "nan") for z in NO_LIMIT),
 )
 
-TEMPERATURE = {"temperature": Option((2.5,), POSITIVE)}
-ALPHA = ("x", 1j, 0.5, float("nan"), np.ones(7))
-
 
 def softmax(z):
     e = np.exp(z - z.max())
@@ -185,221 +182,115 @@ def entmax15(z):
     return np.maximum(z / 2 - high, 0) ** 2
 
 
-HEADS = [
-    Head(
-        losses.softmax_cross_entropy_with_integer_labels,
-        exact.label_loss,
-        ("label",),
-        {
-            "ignore_index": Option((3,), (1.5, "x", 1j)),
-            "class_weights": Option((WEIGHTS,), (*NOT_NUMBERS[:3], np.ones(2), np.ones((N, FEW)), 1j * np.ones(FEW))),
-            "z_loss": Option((0.0625,), NUMBER),
-            "label_smoothing": Option((0.125,), (*NUMBER, -0.1, 1.5, float("nan"))),
-        },
-        special=(*HARD, (excluded, 1, L2, [0, -0.5, 0.5])),
-        peers={"optax": optax.losses.softmax_cross_entropy_with_integer_labels},
+# Options with values to test beside the default, and wrong ones.
+CLASS_WEIGHTS = (*NOT_NUMBERS[:3], np.ones(2), np.ones((N, FEW)), 1j * np.ones(FEW))
+TEMPERATURE = {"temperature": Option((2.5,), POSITIVE)}
+OPTIONS = {
+    losses.softmax_cross_entropy_with_integer_labels: {
+        "ignore_index": Option((3,), (1.5, "x", 1j)),
+        "class_weights": Option((WEIGHTS,), CLASS_WEIGHTS),
+        "z_loss": Option((0.0625,), NUMBER),
+        "label_smoothing": Option((0.125,), (*NUMBER, -0.1, 1.5, float("nan"))),
+    },
+    losses.focal_loss_with_integer_labels: {"gamma": Option((0.0, 0.5, 1.0), (*NUMBER, -1.0, float("nan")))},
+    losses.poly_loss_cross_entropy: {"epsilon": Option((0.0, -0.75), NUMBER)},
+    losses.softmax_kl_divergence: TEMPERATURE,
+    losses.jensen_shannon_divergence: TEMPERATURE,
+    losses.entmax_loss: {"alpha": Option((1.25, 2.0), ("x", 1j, 0.5, float("nan"), np.ones(7)))},
+    losses.sigmoid_binary_cross_entropy: {"pos_weight": Option((2.5,), ("x", 1j, np.ones(7)))},
+    losses.sigmoid_focal_loss: {
+        "alpha": Option((0.25,), ("x", 1j, 1.5, -0.1, np.ones(7))),
+        "gamma": Option((0.0, 0.5, 1.0), ("x", 1j, -1.0, np.ones(7))),
+    },
+    losses.huber_loss: {"delta": Option((0.375,), (*POSITIVE[:2], -1.0))},
+}
+SPECIAL = {
+    losses.softmax_cross_entropy_with_integer_labels: (*HARD, (excluded, 1, L2, [0, -0.5, 0.5])),
+    losses.softmax_cross_entropy: (
+        *SOFT,
+        (excluded, [0.0, 0.5, 0.5], L2, ZEROS),
+        (excluded, [0.2, 0.4, 0.4], INF, "finite"),
     ),
-    Head(
-        losses.softmax_cross_entropy,
-        exact.soft_label_loss,
-        ("soft",),
-        special=(*SOFT, (excluded, [0.0, 0.5, 0.5], L2, ZEROS), (excluded, [0.2, 0.4, 0.4], INF, "finite")),
-        minimum=lambda z: (softmax(z), entropy(z)),
-        peers={"optax": optax.losses.softmax_cross_entropy},
+    losses.safe_softmax_cross_entropy: SOFT,
+    losses.focal_loss_with_integer_labels: HARD,
+    losses.poly_loss_cross_entropy: SOFT,
+    losses.softmax_kl_divergence: (*TO_LOGITS, (excluded, [0.0, 0.0, -INF], INF, "finite")),
+    losses.jensen_shannon_divergence: (*TO_LOGITS, (certain, [-INF, 0.0, -INF], L2, ZEROS)),
+    losses.softmax_entropy: (
+        (excluded, None, L2, ZEROS),
+        (certain, None, 0, ZEROS),
+        *((z, None, NAN, "nan") for z in NO_LIMIT),
     ),
-    Head(
-        losses.safe_softmax_cross_entropy,
-        exact.soft_label_loss,
-        ("soft",),
-        special=SOFT,
-        many=False,
-        peers={"optax": optax.losses.safe_softmax_cross_entropy},
+    losses.brier_loss: (
+        (excluded, [0.0, 1.0, 0.0], 0.25, [0, -0.25, 0.25]),
+        (certain, [0.0, 1.0, 0.0], 1, ZEROS),
+        (certain, [1.0, 0.0, 0.0], 0, ZEROS),
+        *((z, [0.0, 1.0, 0.0], NAN, "nan") for z in NO_LIMIT),
     ),
-    Head(
-        losses.natural_gradient_norm,
-        exact.natural_gradient_norm,
-        ("label",),
-        support=True,
-        many=False,
-        hessian=False,
+    losses.entmax_loss: HARD,
+    losses.multiclass_sparsemax_loss: HARD,
+}
+
+# z -> (the target for which the logits z are optimal, the loss there).
+itself = lambda z: (z, 0)
+MINIMUM = {
+    losses.softmax_cross_entropy: lambda z: (softmax(z), entropy(z)),
+    losses.softmax_kl_divergence: lambda z: (z + 3, 0),
+    losses.jensen_shannon_divergence: lambda z: (z - 2, 0),
+    losses.brier_loss: lambda z: (softmax(z), 0),
+    losses.entmax_loss: lambda z: (entmax15(z), 0),
+    losses.generalized_kl_divergence: lambda z: (np.exp(z), 0),
+    losses.sum_squared_error: itself,
+    losses.sigmoid_binary_cross_entropy: lambda x: (
+        sigmoid(x),
+        -sigmoid(x) * np.log(sigmoid(x)) - sigmoid(-x) * np.log(sigmoid(-x)),
     ),
-    Head(
-        losses.focal_loss_with_integer_labels,
-        exact.focal,
-        ("label",),
-        {"gamma": Option((0.0, 0.5, 1.0), (*NUMBER, -1.0, float("nan")))},
-        special=HARD,
-    ),
-    Head(
-        losses.poly_loss_cross_entropy,
-        exact.poly,
-        ("soft",),
-        {"epsilon": Option((0.0, -0.75), NUMBER)},
-        special=SOFT,
-        terms=(lambda z, n, y, **_: exact.soft_label_loss(z, n, y), exact.missed),
-        peers={"optax": lambda z, y: optax.losses.poly_loss_cross_entropy(z, y, epsilon=2.0)},
-    ),
-    Head(
-        losses.softmax_kl_divergence,
-        exact.kl,
-        ("logits",),
-        TEMPERATURE,
-        special=(*TO_LOGITS, (excluded, [0.0, 0.0, -INF], INF, "finite")),
-        minimum=lambda z: (z + 3, 0),
-    ),
-    Head(
-        losses.jensen_shannon_divergence,
-        exact.jensen_shannon,
-        ("logits",),
-        TEMPERATURE,
-        special=(*TO_LOGITS, (certain, [-INF, 0.0, -INF], L2, ZEROS)),
-        minimum=lambda z: (z - 2, 0),
-    ),
-    Head(
-        losses.softmax_entropy,
-        exact.entropy,
-        special=(
-            (excluded, None, L2, ZEROS),
-            (certain, None, 0, ZEROS),
-            *((z, None, NAN, "nan") for z in NO_LIMIT),
-        ),
-    ),
-    Head(
-        losses.brier_loss,
-        exact.brier,
-        ("soft",),
-        special=(
-            (excluded, [0.0, 1.0, 0.0], 0.25, [0, -0.25, 0.25]),
-            (certain, [0.0, 1.0, 0.0], 1, ZEROS),
-            (certain, [1.0, 0.0, 0.0], 0, ZEROS),
-            *((z, [0.0, 1.0, 0.0], NAN, "nan") for z in NO_LIMIT),
-        ),
-        minimum=lambda z: (softmax(z), 0),
-    ),
-    Head(
-        losses.entmax_loss,
-        exact.entmax_loss,
-        ("label",),
-        {"alpha": Option((1.25, 2.0), ALPHA)},
-        special=HARD,
-        minimum=lambda z: (entmax15(z), 0),
-        many=False,
-        kinks=True,
-    ),
-    Head(
-        losses.multiclass_sparsemax_loss,
-        lambda z, n, c: exact.entmax_loss(z, n, c, 2),
-        ("label",),
-        special=HARD,
-        many=False,
-        kinks=True,
-        peers={"optax": optax.losses.multiclass_sparsemax_loss},
-    ),
-    Head(
-        losses.kl_divergence,
-        exact.log_kl,
-        ("soft",),
-        absolute=True,
-        logarithms=True,
-        peers={"optax": optax.losses.kl_divergence},
-    ),
-    Head(
-        losses.kl_divergence_with_log_targets,
-        exact.log_targets_kl,
-        ("log",),
-        absolute=True,
-        logarithms=True,
-        peers={"optax": optax.losses.kl_divergence_with_log_targets},
-    ),
-    Head(
-        losses.generalized_kl_divergence,
-        exact.generalized_kl,
-        ("soft",),
-        minimum=lambda z: (np.exp(z), 0),
-        absolute=True,
-        logarithms=True,
-    ),
-    Head(
-        losses.sum_squared_error,
-        exact.sum_squared_error,
-        ("logits",),
-        minimum=lambda z: (z, 0),
-        absolute=True,
-    ),
-    Head(
-        losses.sigmoid_binary_cross_entropy,
-        exact.logistic,
-        ("soft",),
-        {"pos_weight": Option((2.5,), ("x", 1j, np.ones(7)))},
-        minimum=lambda x: (sigmoid(x), -sigmoid(x) * np.log(sigmoid(x)) - sigmoid(-x) * np.log(sigmoid(-x))),
-        elementwise=True,
-        absolute=True,
-        many=False,
-        peers={"optax": optax.losses.sigmoid_binary_cross_entropy},
-    ),
-    Head(
-        losses.sigmoid_focal_loss,
-        exact.sigmoid_focal,
-        ("soft",),
-        {
-            "alpha": Option((0.25,), ("x", 1j, 1.5, -0.1, np.ones(7))),
-            "gamma": Option((0.0, 0.5, 1.0), ("x", 1j, -1.0, np.ones(7))),
-        },
-        elementwise=True,
-        absolute=True,
-        many=False,
-        peers={"optax": lambda z, y: optax.losses.sigmoid_focal_loss(z, y, gamma=2.0)},
-    ),
-    Head(
-        losses.sparsemax_loss,
-        exact.sparse_logistic,
-        ("soft",),
-        minimum=lambda x: (np.clip((x + 1) / 2, 0, 1), 0),
-        elementwise=True,
-        absolute=True,
-        many=False,
-        kinks=True,
-    ),
-    Head(
-        losses.squared_error,
-        exact.squared_error,
-        ("logits",),
-        minimum=lambda x: (x, 0),
-        elementwise=True,
-        absolute=True,
-        many=False,
-        peers={"optax": optax.losses.squared_error},
-    ),
-    Head(
-        losses.l2_loss,
-        exact.l2_loss,
-        ("logits",),
-        minimum=lambda x: (x, 0),
-        elementwise=True,
-        absolute=True,
-        many=False,
-        peers={"optax": optax.losses.l2_loss},
-    ),
-    Head(
-        losses.huber_loss,
-        exact.huber,
-        ("logits",),
-        {"delta": Option((0.375,), (*POSITIVE[:2], -1.0))},
-        minimum=lambda x: (x, 0),
-        elementwise=True,
-        absolute=True,
-        many=False,
-        kinks=True,
-        peers={"optax": optax.losses.huber_loss},
-    ),
-    Head(
-        losses.log_cosh,
-        exact.log_cosh,
-        ("logits",),
-        minimum=lambda x: (x, 0),
-        elementwise=True,
-        absolute=True,
-        many=False,
-        peers={"optax": optax.losses.log_cosh},
-    ),
+    losses.sparsemax_loss: lambda x: (np.clip((x + 1) / 2, 0, 1), 0),
+    losses.squared_error: itself,
+    losses.l2_loss: itself,
+    losses.huber_loss: itself,
+    losses.log_cosh: itself,
+}
+TERMS = {losses.poly_loss_cross_entropy: (lambda z, n, y, **_: exact.soft_label_loss(z, n, y), exact.missed)}
+LOG_PROBS, ELEMENT, DIVIDES = "absolute logarithms", "elementwise absolute not_many", "support not_many not_hessian"
+
+# The function, its formula, its argument after the logits, and what else it is: fields of a head, or not.
+# fmt: off
+TABLE = [
+    (losses.softmax_cross_entropy_with_integer_labels, exact.label_loss,            "label", ""),
+    (losses.softmax_cross_entropy,                     exact.soft_label_loss,       "soft", ""),
+    (losses.safe_softmax_cross_entropy,                exact.soft_label_loss,       "soft", "not_many"),
+    (losses.natural_gradient_norm,                     exact.natural_gradient_norm, "label", DIVIDES),
+    (losses.focal_loss_with_integer_labels,            exact.focal,                 "label", ""),
+    (losses.poly_loss_cross_entropy,                   exact.poly,                  "soft", ""),
+    (losses.softmax_kl_divergence,                     exact.kl,                    "logits", ""),
+    (losses.jensen_shannon_divergence,                 exact.jensen_shannon,        "logits", ""),
+    (losses.softmax_entropy,                           exact.entropy,               "", ""),
+    (losses.brier_loss,                                exact.brier,                 "soft", ""),
+    (losses.entmax_loss,                               exact.entmax_loss,           "label", "not_many kinks"),
+    (losses.multiclass_sparsemax_loss,                 exact.multiclass_sparsemax,  "label", "not_many kinks"),
+    (losses.kl_divergence,                             exact.log_kl,                "soft", LOG_PROBS),
+    (losses.kl_divergence_with_log_targets,            exact.log_targets_kl,        "log", LOG_PROBS),
+    (losses.generalized_kl_divergence,                 exact.generalized_kl,        "soft", LOG_PROBS),
+    (losses.sum_squared_error,                         exact.sum_squared_error,     "logits", "absolute"),
+    (losses.sigmoid_binary_cross_entropy,              exact.logistic,              "soft", ELEMENT),
+    (losses.sigmoid_focal_loss,                        exact.sigmoid_focal,         "soft", ELEMENT),
+    (losses.sparsemax_loss,                            exact.sparse_logistic,       "soft", ELEMENT + " kinks"),
+    (losses.squared_error,                             exact.squared_error,         "logits", ELEMENT),
+    (losses.l2_loss,                                   exact.l2_loss,               "logits", ELEMENT),
+    (losses.huber_loss,                                exact.huber,                 "logits", ELEMENT + " kinks"),
+    (losses.log_cosh,                                  exact.log_cosh,              "logits", ELEMENT),
 ]
+# fmt: on
+
+
+def of_row(loss: Callable, formula: Callable, argument: str, what: str) -> Head:
+    by_loss = {"choices": OPTIONS, "special": SPECIAL, "minimum": MINIMUM, "terms": TERMS}
+    fields = {field: table[loss] for field, table in by_loss.items() if loss in table}
+    fields |= {word.removeprefix("not_"): not word.startswith("not_") for word in what.split()}
+    theirs = getattr(optax.losses, loss.__name__, None)
+    peers = {} if theirs is None else {"optax": theirs}
+    return Head(loss, formula, (argument,) if argument else (), peers=peers, **fields)
+
+
+HEADS = [of_row(*row) for row in TABLE]
