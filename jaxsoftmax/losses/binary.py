@@ -225,8 +225,8 @@ _miss.defvjp(lambda x, y: (_miss(x, y), (x, y)), _miss_bwd)
 
 
 @curvature_of(sigmoid_binary_cross_entropy)
-def _logistic_curvature(logits, labels, *, pos_weight=None) -> Curvature:
-    return _logistic_operators(*_logistic_arguments(logits, labels, pos_weight))
+def _logistic_curvature(**arguments) -> Curvature:
+    return _logistic_operators(*_logistic_arguments(**arguments))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -248,8 +248,8 @@ def _binary_score(x: Array, y: Array) -> Array:
 
 
 @curvature_of(sigmoid_focal_loss)
-def _focal_curvature(logits, labels, alpha=None, gamma=2.0) -> Curvature:
-    return _focal_operators(*_focal_arguments(logits, labels, alpha, gamma))
+def _focal_curvature(**arguments) -> Curvature:
+    return _focal_operators(*_focal_arguments(**arguments))
 
 
 @functools.partial(jax.jit, inline=True)

@@ -207,7 +207,7 @@ _log_kl_term.defvjp(lambda logq, logt: (_log_kl_term(logq, logt), (logq, logt)),
 def _generalized_kl_term(logq: Array, t: Array) -> Array:
     """t (exp(d) - 1 - d) with d = log q - log t."""
     d = -_log_ratio(logq, t)
-    return jnp.where((jnp.abs(d) < 1) & (t != 0), t * exp_remainder(d), jnp.exp(logq) - t - t * d)
+    return jnp.where((jnp.abs(d) < 1) & (t != 0), t * exp_remainder(d), jnp.exp(logq) - t * (1 + d))
 
 
 def _generalized_kl_bwd(residuals, ct):
@@ -220,9 +220,8 @@ _generalized_kl_term.defvjp(lambda logq, t: (_generalized_kl_term(logq, t), (log
 
 @custom_vjp
 def _excess(logq: Array, t: Array) -> Array:
-    """q - t from log q: t (exp(d) - 1) where the two are close."""
-    d = -_log_ratio(logq, t)
-    return jnp.where((jnp.abs(d) < 1) & (t != 0), t * jnp.expm1(d), jnp.exp(logq) - t)
+    """q - t from log q: as (q - 1) + (1 - t) for q near 1, where q itself would round more than log q did."""
+    return jnp.where(jnp.abs(logq) < 0.5, jnp.expm1(logq) + (1 - t), jnp.exp(logq) - t)
 
 
 _excess.defvjp(lambda logq, t: (_excess(logq, t), logq), lambda logq, ct: (ct * jnp.exp(logq), -ct))
@@ -232,12 +231,12 @@ _excess.defvjp(lambda logq, t: (_excess(logq, t), logq), lambda logq, ct: (ct * 
 
 
 @curvature_of(kl_divergence)
-def _kl_curvature(log_predictions, targets, axis=-1, where=None, *, axis_name=None) -> Curvature:
+def _kl_curvature(log_predictions, targets, axis, where, axis_name) -> Curvature:
     return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, axis_name, where)))
 
 
 @curvature_of(kl_divergence_with_log_targets)
-def _log_kl_curvature(log_predictions, log_targets, axis=-1, where=None, *, axis_name=None) -> Curvature:
+def _log_kl_curvature(log_predictions, log_targets, axis, where, axis_name) -> Curvature:
     arguments = _arguments(log_predictions, log_targets, "log_targets", axis, axis_name, where)
     return _no_curvature(*on_last_axis(*arguments))
 
@@ -248,7 +247,7 @@ def _no_curvature(log_predictions: Array, _, __, axis: num.ClassAxis) -> Curvatu
 
 
 @curvature_of(generalized_kl_divergence)
-def _generalized_kl_curvature(log_predictions, targets, axis=-1, where=None, *, axis_name=None) -> Curvature:
+def _generalized_kl_curvature(log_predictions, targets, axis, where, axis_name) -> Curvature:
     arguments = _arguments(log_predictions, targets, "targets", axis, axis_name, where)
     log_predictions, _, mask, axis = on_last_axis(*arguments)
     hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask), axis=axis)

@@ -302,12 +302,12 @@ def _binary_residual(z: Array, y: Array) -> Array:
 
 
 @curvature_of(entmax_loss)
-def _entmax_curvature(logits, labels, alpha=1.5, axis=-1, where=None, *, axis_name=None) -> Curvature:
-    return _entmax_operators(*on_last_axis(*_arguments(logits, labels, alpha, axis, axis_name, where)))
+def _entmax_curvature(**arguments) -> Curvature:
+    return _entmax_operators(*on_last_axis(*_arguments(**arguments)))
 
 
 @curvature_of(multiclass_sparsemax_loss)
-def _sparsemax_curvature(scores, labels, *, axis_name=None) -> Curvature:
+def _sparsemax_curvature(scores, labels, axis_name) -> Curvature:
     labels = checks.as_labels("labels", labels)
     return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, axis_name, None)))
 

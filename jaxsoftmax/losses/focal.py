@@ -242,8 +242,8 @@ one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 
 
 @curvature_of(focal_loss_with_integer_labels)
-def _focal_curvature(logits, labels, gamma=2.0, axis=-1, where=None, *, axis_name=None) -> Curvature:
-    return _focal_operators(*on_last_axis(*_focal_arguments(logits, labels, gamma, axis, axis_name, where)))
+def _focal_curvature(**arguments) -> Curvature:
+    return _focal_operators(*on_last_axis(*_focal_arguments(**arguments)))
 
 
 @functools.partial(
@@ -309,8 +309,8 @@ def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
 
 
 @curvature_of(poly_loss_cross_entropy)
-def _poly_curvature(logits, labels, epsilon=2.0, axis=-1, where=None, *, axis_name=None) -> Curvature:
-    return _poly_operators(*on_last_axis(*_poly_arguments(logits, labels, epsilon, axis, axis_name, where)))
+def _poly_curvature(**arguments) -> Curvature:
+    return _poly_operators(*on_last_axis(*_poly_arguments(**arguments)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)

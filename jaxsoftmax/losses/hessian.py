@@ -9,7 +9,7 @@ vector in U (`jaxsoftmax.operators`). Where the logits are capped first, x = x(z
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +37,28 @@ class Curvature(NamedTuple):
 
 
 _CURVATURE: dict[Callable, Callable[..., Curvature]] = {}
+_JITTED = type(jax.jit(lambda x: x))
 
 
 def curvature_of(*losses: Callable) -> Callable:
-    """Enter a function of the arguments of `losses` that returns their `Curvature`."""
+    """Enter a function that returns the `Curvature` of `losses`: it gets all their arguments by name, defaults too."""
 
     def enter(rule: Callable[..., Curvature]) -> Callable[..., Curvature]:
-        _CURVATURE.update(dict.fromkeys(losses, rule))
+        _CURVATURE.update({loss: _bound(rule, inspect.signature(loss)) for loss in losses})
         return rule
 
     return enter
+
+
+def _bound(rule: Callable[..., Curvature], signature: inspect.Signature) -> Callable[..., Curvature]:
+    """`rule` called as the loss of this signature is, so that a default stands in the loss alone."""
+
+    def call(*args: Any, **kwargs: Any) -> Curvature:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return rule(**given.arguments)
+
+    return call
 
 
 def logits_hessian(
@@ -60,7 +72,8 @@ def logits_hessian(
     """Hessian of a loss head in its logits, as an operator: O(K) memory, no K×K matrix but in `as_matrix`.
 
     Args:
-      loss: a head of this package, such as `softmax_cross_entropy`, or a `functools.partial` of one with options.
+      loss: a head of this package, such as `softmax_cross_entropy`, jitted or not, or a `functools.partial` of one with
+        options.
       logits: floating-point logits (..., K), the class axis last. A head that works element by element gives a
         diagonal operator along the last axis.
       *args: what `loss` takes after the logits.
@@ -207,8 +220,9 @@ def only_examples(mask: Array | None, x: Array, axis: num.Axis) -> Array:
 
 def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Array | None]:
     """The head's curvature in the capped logits, and these, None if there is no cap."""
-    head, options = _head(loss), {**_options(loss), **kwargs}
-    if "axis_name" in options and "axis_name" not in inspect.signature(head).parameters:
+    loss, options = _plain(loss, kwargs)
+    head = _head(loss)
+    if "axis_name" in options and "axis_name" not in inspect.signature(loss).parameters:
         raise TypeError(
             f"axis_name={options['axis_name']!r} splits the classes of a head, and {_name(loss)} works element by "
             "element: its operator on this device's block needs no axis_name"
@@ -235,18 +249,20 @@ def _capped(operator: SymmetricOperator, logits: ArrayLike, cap: ArrayLike | Non
 
 
 def _head(loss: Callable) -> Callable[..., Curvature]:
-    while isinstance(loss, functools.partial) and not loss.args:
-        loss = loss.func
     if not callable(loss) or loss not in _CURVATURE:
         known = ", ".join(sorted(head.__name__ for head in _CURVATURE))
         raise TypeError(f"loss must be a head with a closed form ({known}), or a partial of one, got {_name(loss)}")
     return _CURVATURE[loss]
 
 
-def _options(loss: Callable) -> dict[str, Any]:
-    if isinstance(loss, functools.partial):
-        return {**_options(loss.func), **loss.keywords}
-    return {}
+def _plain(loss: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The head itself of a partial or jitted one, and its options: those of a partial, and `options` before them."""
+    while isinstance(loss, _JITTED) or isinstance(loss, functools.partial) and not loss.args:
+        if isinstance(loss, functools.partial):
+            loss, options = loss.func, {**loss.keywords, **options}
+        else:
+            loss = cast(Any, loss).__wrapped__
+    return loss, options
 
 
 def _name(loss: Any) -> str:

@@ -210,17 +210,17 @@ _huber.defvjp(_huber_fwd, _huber_bwd)
 
 
 @curvature_of(squared_error)
-def _squared_error_curvature(predictions, targets=None) -> Curvature:
+def _squared_error_curvature(predictions, targets) -> Curvature:
     return _of_variance(0.5, _errors(predictions, targets), predictions)
 
 
 @curvature_of(l2_loss)
-def _l2_curvature(predictions, targets=None) -> Curvature:
+def _l2_curvature(predictions, targets) -> Curvature:
     return _of_variance(1.0, _errors(predictions, targets), predictions)
 
 
 @curvature_of(sum_squared_error)
-def _sum_squared_error_curvature(predictions, targets, axis=-1, *, axis_name=None) -> Curvature:
+def _sum_squared_error_curvature(predictions, targets, axis, axis_name) -> Curvature:
     errors = _errors(predictions, targets)
     errors, axis = on_last_axis(errors, num.class_axis(axis, errors.ndim, axis_name))
     return _of_variance(0.5, errors, predictions, axis)
@@ -249,14 +249,14 @@ NORMAL = {
 
 
 @curvature_of(huber_loss)
-def _huber_curvature(predictions, targets=None, *, delta=1.0) -> Curvature:
+def _huber_curvature(predictions, targets, delta) -> Curvature:
     errors = _errors(predictions, targets, broadcast=True)
     delta = checks.option("delta", delta, errors.shape, errors.dtype, low=0.0).astype(errors.dtype)
     return _convex(jnp.where(jnp.abs(errors) <= delta, 1.0, 0.0 * delta))
 
 
 @curvature_of(log_cosh)
-def _log_cosh_curvature(predictions, targets=None) -> Curvature:
+def _log_cosh_curvature(predictions, targets) -> Curvature:
     errors = _errors(predictions, targets, broadcast=True)
     return _convex(4 * elementary.sigmoid(2 * errors) * elementary.sigmoid(-2 * errors))
 

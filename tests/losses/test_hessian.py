@@ -11,7 +11,8 @@ from mpmath import mpf
 
 from jaxsoftmax import losses
 from jaxsoftmax.losses.cross_entropy import natural_gradient_norm
-from jaxsoftmax.losses.hessian import logits_hessian, loss_fisher, loss_ggn
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, logits_hessian, loss_fisher, loss_ggn
+from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from tests.helpers import one_in
 from tests.registry import HEADS
 from tests.registry import formulas as exact
@@ -269,3 +270,31 @@ def test_wrong_calls_are_named():
         logits_hessian(CE, z, labels, logit_softcap=2.0).factor_mv(z)
     with pytest.raises(TypeError, match="labels"):
         logits_hessian(CE, z, z)
+
+
+def test_defaults_stand_in_the_loss_alone(monkeypatch):
+    """The operator's rule is given every argument, defaults of the loss included."""
+    monkeypatch.setattr("jaxsoftmax.losses.hessian._CURVATURE", {})
+    given = {}
+
+    def loss(logits, labels, gamma=3.5, *, axis_name=None):
+        return logits
+
+    @curvature_of(loss)
+    def rule(**arguments):
+        given.update(arguments)
+        return Curvature(*2 * [SoftmaxJacobian.from_logits(arguments["logits"])])
+
+    logits_hessian(loss, jnp.zeros(3), 1)
+    assert given["gamma"] == 3.5 and given["labels"] == 1 and given["axis_name"] is None
+    logits_hessian(functools.partial(loss, gamma=1.0), jnp.zeros(3), labels=2)
+    assert given["gamma"] == 1.0 and given["labels"] == 2
+
+
+def test_a_jitted_head_is_the_head():
+    logits, label = jnp.array([2.0, 1.0, 0.5]), jnp.array(0)
+    head = functools.partial(losses.focal_loss_with_integer_labels, gamma=0.5)
+    want = logits_hessian(head, logits, label).as_matrix()
+    np.testing.assert_array_equal(logits_hessian(jax.jit(head), logits, label).as_matrix(), want)
+    with pytest.raises(TypeError, match="got focal_loss_with_integer_labels"):
+        logits_hessian(jax.grad(losses.focal_loss_with_integer_labels), logits, label)
