@@ -26,20 +26,17 @@ from jaxsoftmax._core.scalar_functions import sigmoid
 from jaxsoftmax.curvature.batches import options_per_example, sum_over_batches
 from jaxsoftmax.curvature.logit_products import hessian_product
 from jaxsoftmax.losses import (
-    l2_loss,
     safe_softmax_cross_entropy,
     sigmoid_binary_cross_entropy,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
-    squared_error,
-    sum_squared_error,
 )
+from jaxsoftmax.losses.regression import VARIANCE
 from jaxsoftmax.maps.softmax import softmax
 
 Affine = tuple[Array, Array | None]  # W and b
 CATEGORICAL = softmax_cross_entropy, safe_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
-NOISE = {l2_loss: 1.0, squared_error: 0.5, sum_squared_error: 0.5}  # variance of the normal distribution
-MAPS = dict.fromkeys(CATEGORICAL, softmax) | {sigmoid_binary_cross_entropy: sigmoid} | dict.fromkeys(NOISE)
+MAPS = dict.fromkeys(CATEGORICAL, softmax) | {sigmoid_binary_cross_entropy: sigmoid} | dict.fromkeys(VARIANCE)
 
 
 @functools.partial(
@@ -88,10 +85,10 @@ class LastLayerLaplace:
 
     def predictive(self, features: ArrayLike) -> tuple[Array, Array]:
         """Mean (..., K) and covariance (..., K, K) of new targets: for the heads that are squared errors."""
-        if self.head not in NOISE:
+        if self.head not in VARIANCE:
             raise TypeError(f"predictive is for squared errors; {self.head.__name__} has probabilities")
         mean, covariance = self.logits(features)
-        noise = NOISE[self.head] * jnp.eye(mean.shape[-1], dtype=mean.dtype)
+        noise = VARIANCE[self.head] * jnp.eye(mean.shape[-1], dtype=mean.dtype)
         return mean, covariance + jnp.expand_dims(noise, tuple(range(mean.ndim - 1)))
 
     def probabilities(self, features: ArrayLike, key: Array | None = None, num_samples: int = 100) -> Array:

@@ -8,6 +8,7 @@ Reference: docs/mathematics.md, section 7.4.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -205,28 +206,29 @@ def _huber_bwd(residuals, ct):
 _huber.defvjp(_huber_fwd, _huber_bwd)
 
 
-# Hessians, diagonal along the last axis. A squared error is the likelihood of a normal distribution: of variance 1/2,
-# or 1 with the factor of l2_loss.
+# Hessians, diagonal along the last axis. A squared error is the likelihood of a normal distribution of this variance.
+VARIANCE: dict[Callable, float] = {squared_error: 0.5, l2_loss: 1.0, sum_squared_error: 0.5}
 
 
 @curvature_of(squared_error)
 def _squared_error_curvature(predictions, targets) -> Curvature:
-    return _of_variance(0.5, _errors(predictions, targets), predictions)
+    return _likelihood(squared_error, _errors(predictions, targets), predictions)
 
 
 @curvature_of(l2_loss)
 def _l2_curvature(predictions, targets) -> Curvature:
-    return _of_variance(1.0, _errors(predictions, targets), predictions)
+    return _likelihood(l2_loss, _errors(predictions, targets), predictions)
 
 
 @curvature_of(sum_squared_error)
 def _sum_squared_error_curvature(predictions, targets, axis, axis_name) -> Curvature:
     errors = _errors(predictions, targets)
     errors, axis = on_last_axis(errors, num.class_axis(axis, errors.ndim, axis_name))
-    return _of_variance(0.5, errors, predictions, axis)
+    return _likelihood(sum_squared_error, errors, predictions, axis)
 
 
-def _of_variance(variance: float, errors: Array, predictions: ArrayLike, axis: num.ClassAxis = AXIS) -> Curvature:
+def _likelihood(loss: Callable, errors: Array, predictions: ArrayLike, axis: num.ClassAxis = AXIS) -> Curvature:
+    variance = VARIANCE[loss]
     hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance), axis=axis)
     mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)
     model = Likelihood(mean, jnp.ones_like(mean), *NORMAL[variance])
@@ -244,7 +246,8 @@ def _score(variance: float, mean: Array, targets: Array) -> Array:
 
 # draw and score for each variance, made once: they are static fields of a pytree.
 NORMAL = {
-    variance: (functools.partial(_draw, variance), functools.partial(_score, variance)) for variance in (0.5, 1.0)
+    variance: (functools.partial(_draw, variance), functools.partial(_score, variance))
+    for variance in VARIANCE.values()
 }
 
 
