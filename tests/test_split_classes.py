@@ -248,6 +248,23 @@ def test_value_and_gradient_are_those_of_one_device(case, place, x64):
     assert_close(gradient, right, DERIVATIVE_RTOL["float64"])
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_logits_that_are_not_split_are_refused(case):
+    """The same on every device, all classes would count twice: the types say it."""
+
+    def call(*args):
+        *args, labels, mask = args
+        return case.fn(*args, labels, mask, axis_name=("rows", "columns"))
+
+    args = tuple(jnp.asarray(a, jnp.float32) for a in case.args)
+    for named in (None, "rows"):  # over no axis, and over one of the two
+        specs = tuple(over(spec, None, named) for spec in (*case.specs, WHOLE, CLASSES))
+        split = shard_map(call, mesh=meshes(), in_specs=specs, out_specs=P())
+        shared = "rows.*columns" if named is None else "columns"
+        with pytest.raises(ValueError, match=rf"axis_name=.* is the same on every device along .*{shared}.*in_specs"):
+            jax.eval_shape(split, *args, LABELS, MASK)
+
+
 @pytest.mark.parametrize("case", shown(FEW, ["cross_entropy_options", "entmax"]))
 def test_forward_mode_and_hessian_products(case, x64):
     args = tuple(map(jnp.asarray, case.args))

@@ -13,6 +13,9 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxsoftmax._core import dtypes
+from jaxsoftmax.autodiff import varying_axes
+
 
 def as_array(name: str, x: Any) -> Array:
     """`x` as a JAX array, or a TypeError that names the argument."""
@@ -52,6 +55,53 @@ def as_labels(name: str, labels: ArrayLike) -> Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype (class indices), got {labels.dtype}")
     return labels
+
+
+def class_indices(labels: ArrayLike, logits: Array, axes: tuple[int, ...], name: str = "labels") -> Array:
+    """One integer per example of `logits`, whose classes lie along `axes`."""
+    labels, shape = as_array(name, labels), tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+    remedy = "a weight per class goes to softmax_cross_entropy, a one-hot label as jnp.argmax(labels, axis)"
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must have an integer dtype (class indices), got {labels.dtype}{_of(logits, axes)}; {remedy}"
+        )
+    if not _fits(labels.shape, shape):
+        raise ValueError(
+            f"{name} has shape {labels.shape}, and class indices need {shape}{_of(logits, axes)}; {remedy}"
+        )
+    return broadcast(name, labels, shape)
+
+
+def class_probabilities(labels: ArrayLike, logits: Array, axes: tuple[int, ...], name: str = "labels") -> Array:
+    """A real weight per class, of the shape of `logits`, whose classes lie along `axes`; booleans count as 0 and 1."""
+    labels = as_array(name, labels)
+    remedy = (
+        "class indices go to softmax_cross_entropy_with_integer_labels, or here as "
+        "jax.nn.one_hot(labels, num_classes); one-hot integers as labels.astype(float)"
+    )
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must have a floating-point dtype (a weight per class), got {labels.dtype} of shape "
+            f"{labels.shape}{_of(logits, axes)}; {remedy}"
+        )
+    if not _fits(labels.shape, logits.shape):
+        raise ValueError(
+            f"{name} has shape {labels.shape}, and weights per class need one that broadcasts to {logits.shape}"
+            f"{_of(logits, axes)}; {remedy}"
+        )
+    return broadcast(name, as_real(name, labels, dtypes.compute_dtype(logits.dtype)), logits.shape)
+
+
+def _of(logits: Array, axes: tuple[int, ...]) -> str:
+    """For messages about labels: beside which logits they stand."""
+    return f" beside logits of shape {logits.shape} with the classes along axis {', '.join(map(str, axes))}"
+
+
+def class_weights(weights: ArrayLike, num_classes: int) -> Array:
+    """One floating-point number per class, none below 0: NaN where that shows only under jit."""
+    weights = as_loss_float("class_weights", weights)
+    same_shape("class_weights", weights, "the class axis", (num_classes,))
+    return within("class_weights", weights, 0.0)
 
 
 def as_mask(name: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
@@ -143,8 +193,8 @@ def axis_names(argument: str, value: Any) -> tuple[str, ...]:
     return names
 
 
-def mesh_axes(axis_name: Any) -> tuple[str, ...]:
-    """The mesh axes of a `jax.shard_map` that `axis_name` stands for."""
+def mesh_axes(axis_name: Any, argument: str = "", *arrays: Array) -> tuple[str, ...]:
+    """The axes of a `jax.shard_map` that `axis_name` stands for, over which the argument, or all arrays, are split."""
     names = axis_names("axis_name", axis_name)
     try:
         lax.psum(1, names)
@@ -152,7 +202,22 @@ def mesh_axes(axis_name: Any) -> tuple[str, ...]:
         raise ValueError(
             f"axis_name={axis_name!r} needs a jax.shard_map over a mesh with that axis around it"
         ) from None
+    if arrays:
+        _assert_split(names, argument, *arrays)
     return names
+
+
+def _assert_split(names: tuple[str, ...], argument: str, *arrays: Array) -> None:
+    """Raise where types say that along a name every device has the same of all the arrays."""
+    tracked = frozenset().union(*(varying_axes(jax.typeof(lax.axis_index(name))) for name in names))
+    shared = [n for n in names if n in tracked and not any(n in varying_axes(jax.typeof(x)) for x in arrays)]
+    if shared:
+        raise ValueError(
+            f"axis_name={names} says that the classes are split over it, and {argument} of shape {arrays[0].shape} is "
+            f"the same on every device along {shared}: its classes would count once per device. Split it in in_specs, "
+            f"or leave axis_name out; if equal blocks are meant, jax.lax.pcast({argument}, {tuple(shared)}, "
+            "to='varying')"
+        )
 
 
 def all_classes(what: str, names: tuple[str, ...]) -> None:
@@ -174,14 +239,31 @@ def integer(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> Any:
-    """A real scalar in [low, high]; a traced value passes, since it cannot be looked at."""
-    if isinstance(value, Tracer):
-        return value
-    if np.ndim(value) != 0 or not np.isrealobj(value) or not jnp.issubdtype(np.asarray(value).dtype, np.number):
+    """A real scalar in [low, high]: NaN where a traced one is not."""
+    if np.ndim(value) != 0 or not _is_real(value):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-    return value
+    return within(name, value, low, high)
+
+
+def _is_real(value: Any) -> bool:
+    dtype = value.dtype if isinstance(value, Tracer) else np.asarray(value).dtype
+    return jnp.issubdtype(dtype, jnp.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def within(name: str, value: Any, low: float = -np.inf, high: float = np.inf, above_low: bool = False) -> Any:
+    """`value`, every entry in [low, high], or with `above_low` in (low, high]: NaN where that is not so under jit."""
+    inside = lambda x: (x > low if above_low else x >= low) & (x <= high)
+    if not isinstance(value, Array) or not isinstance(value, Tracer) and value.is_fully_addressable:
+        if not np.all(inside(np.asarray(value))):
+            needed = f"be larger than {low}" if above_low else f"lie in [{low}, {high}]"
+            raise ValueError(f"{name} must {needed}, got {value}")
+        return value
+    if (low, high) == (-np.inf, np.inf):
+        return value
+    value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
+    # Computed there alone: a NaN that is only a constant stops jax.debug_nans as well.
+    outside = jnp.where(inside(value), 0.0, jnp.inf).astype(value.dtype)
+    return value + (outside - outside)
 
 
 def is_known_as(constant: float, value: Any) -> bool:
@@ -198,20 +280,24 @@ def as_real(name: str, x: ArrayLike, dtype: Any) -> Array:
 
 
 def positive(name: str, value: Any) -> Any:
-    """A real scalar above 0; a traced value passes."""
-    value = number(name, value)
-    if not isinstance(value, Tracer) and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return value
+    """A real scalar larger than 0: NaN where a traced one is not."""
+    return within(name, number(name, value), 0.0, above_low=True)
 
 
 def option(
-    name: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any, low: float = -np.inf, high: float = np.inf
+    name: str,
+    value: ArrayLike,
+    shape: tuple[int, ...],
+    dtype: Any,
+    low: float = -np.inf,
+    high: float = np.inf,
+    above_low: bool = False,
 ) -> Array:
-    """A real number in [low, high], or an array of them that is taken as it comes; broadcast to `shape`."""
+    """Real numbers as in `within`, one or an array of them, broadcast to `shape`; of `dtype` if they have none."""
     if np.ndim(value) == 0:
-        number(name, value, low, high)
-    return broadcast(name, as_real(name, value, dtype), shape)
+        number(name, value)
+    as_real(name, value, dtype)  # what it is, before how large it is
+    return broadcast(name, as_real(name, within(name, value, low, high, above_low), dtype), shape)
 
 
 def at_least(name: str, value: Any, low: int) -> int:

@@ -46,9 +46,9 @@ class ClassAxis:
 Axis = ClassAxis | int  # an integer where the classes are one whole axis
 
 
-def class_axis(axis: Any, ndim: int, axis_name: Any) -> ClassAxis:
-    """The arguments `axis` and `axis_name` of a public function, checked."""
-    return ClassAxis(checks.axes(axis, ndim), checks.mesh_axes(axis_name))
+def class_axis(axis: Any, x: Array, axis_name: Any, name: str = "logits", *beside: Array) -> ClassAxis:
+    """The arguments `axis` and `axis_name` of a public function, checked; x or what is beside it has the classes."""
+    return ClassAxis(checks.axes(axis, x.ndim), checks.mesh_axes(axis_name, name, x, *beside))
 
 
 def positions(axis: Axis) -> tuple[int, ...]:

@@ -113,9 +113,8 @@ class LastLayerLaplace:
 
     def log_evidence(self, prior_precision: ArrayLike | None = None) -> Array:
         """Log marginal likelihood of the data, with -l for the log-likelihood, at this or another prior precision."""
-        precision = self.prior_precision if prior_precision is None else prior_precision
-        if prior_precision is not None:
-            checks.positive("prior_precision", prior_precision)
+        known = prior_precision is None
+        precision = self.prior_precision if known else checks.positive("prior_precision", prior_precision)
         precision, size = jnp.asarray(precision, self.eigenvalues.dtype), _squared_norm(self.layer)
         fit = -self.total_loss - jnp.where(size == 0, 0.0, precision * size) / 2
         share = jnp.where(self.eigenvalues == 0, 0.0, self.eigenvalues / precision)
@@ -182,7 +181,7 @@ def last_layer_laplace(
     if head not in MAPS:
         names = ", ".join(sorted(known.__name__ for known in MAPS))
         raise TypeError(f"loss must be one of {names}, got {getattr(head, '__name__', head)}")
-    checks.positive("prior_precision", prior_precision)
+    prior_precision = checks.positive("prior_precision", prior_precision)
     checks.at_least("batch_size", batch_size, 1)
     checks.float_tree("layer", layer)
     shapes = [checks.as_array("each part of layer", leaf).shape for leaf in layer if leaf is not None]

@@ -99,7 +99,8 @@ def gauss_newton(
     checks.function("loss", loss)
     for name, number in (("learning_rate", learning_rate), ("warm_start", warm_start)):
         checks.number(name, number)
-    for name, number, low in (("damping", damping, 0.0), ("adapt", adapt, 1.0), ("tol", tol, 0.0)):
+    damping = checks.number("damping", damping, 0.0)
+    for name, number, low in (("adapt", adapt, 1.0), ("tol", tol, 0.0)):
         checks.number(name, number, low)
     checks.at_least("max_steps", max_steps, 1)
     if batch_size is not None:

@@ -79,7 +79,7 @@ def damped_solve(
     """
     checks.function("product", product)
     checks.float_tree("b", b)
-    checks.number("damping", damping, 0.0)
+    damping = checks.number("damping", damping, 0.0)
     checks.number("tol", tol, 0.0)
     checks.at_least("max_steps", max_steps, 1)
     A = lambda v: axpy(damping, v, like(b, product(v), "product(v)", "b"))
@@ -98,7 +98,8 @@ def damped_solve(
     joined = lambda tree: tied(tree, tree)  # JAX transposes a linear solve only where all leaves have tangents
     extended = lambda xs: joined((A(xs[0]), xs[1]))
     xs, found = lax.custom_linear_solve(extended, joined((b, jnp.ones(()))), solve, symmetric=True, has_aux=True)
-    return Solution(joined(xs)[0], *found)
+    x = jax.tree.map(lambda leaf: jnp.where(jnp.isnan(damping), jnp.nan, leaf), joined(xs)[0])
+    return Solution(x, *found)
 
 
 def _solve(A, M, b, x, tol, max_steps):

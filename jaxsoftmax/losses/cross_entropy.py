@@ -150,16 +150,14 @@ def _integer_arguments(
 ) -> tuple:
     """The arguments, checked; ignored examples are masked, and options that are off are None."""
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
-    labels = checks.as_labels("labels", labels)
-    labels = checks.broadcast("labels", labels, axes.without(logits.shape))
+    axes = num.class_axis(axis, logits, axis_name)
+    labels = checks.class_indices(labels, logits, axes.positions)
     mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
-    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    label_smoothing = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.number("z_loss", z_loss)
     if class_weights is not None:
-        class_weights = checks.as_loss_float("class_weights", class_weights)
         num_classes = math.prod(logits.shape[i] for i in axes.positions)
-        checks.same_shape("class_weights", class_weights, "the class axis", (num_classes,))
+        class_weights = checks.class_weights(class_weights, num_classes)
     if ignore_index is not None:
         ignored = num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
@@ -170,9 +168,8 @@ def _integer_arguments(
 
 def _soft_arguments(logits, labels, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
-    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
-    labels = checks.broadcast("labels", labels, logits.shape)
+    axes = num.class_axis(axis, logits, axis_name)
+    labels = checks.class_probabilities(labels, logits, axes.positions)
     return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 

@@ -123,7 +123,7 @@ def _between(divergence, *arguments) -> Array:
 
 def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
+    axes = num.class_axis(axis, logits, axis_name)
     targets = checks.as_loss_float("target_logits", target_logits)
     targets = checks.broadcast("target_logits", targets, logits.shape)
     mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)

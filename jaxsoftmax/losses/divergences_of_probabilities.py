@@ -147,9 +147,8 @@ def _divergence(term, *arguments) -> Array:
 
 def _arguments(log_predictions, targets, name, axis, axis_name, where) -> tuple:
     log_predictions = checks.as_loss_float("log_predictions", log_predictions)
-    axes = num.class_axis(axis, log_predictions.ndim, axis_name)
-    targets = checks.as_real(name, targets, dtypes.compute_dtype(log_predictions.dtype))
-    targets = checks.broadcast(name, targets, log_predictions.shape)
+    axes = num.class_axis(axis, log_predictions, axis_name, "log_predictions")
+    targets = checks.class_probabilities(targets, log_predictions, axes.positions, name)
     mask = checks.as_loss_mask("where", where, log_predictions.shape, axes.positions, of_classes=True)
     return log_predictions, targets, mask, axes
 

@@ -110,8 +110,8 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike, *, axis_name
     Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; `optax.multiclass_sparsemax_loss`.
     """
     scores = checks.as_loss_float("scores", scores)
-    axes = num.class_axis(-1, scores.ndim, axis_name)
-    labels = checks.broadcast("labels", checks.as_labels("labels", labels), scores.shape[:-1])
+    axes = num.class_axis(-1, scores, axis_name, "scores")
+    labels = checks.class_indices(labels, scores, axes.positions)
     alphas, exact = as_order(2.0, scores.shape, axes)
     return _loss(scores, labels, alphas, None, exact, axes)
 
@@ -152,12 +152,12 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
 
 def _arguments(logits, labels, alpha, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
+    axes = num.class_axis(axis, logits, axis_name)
     labels = checks.as_array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = checks.broadcast("labels", labels, axes.without(logits.shape))
+        labels = checks.class_indices(labels, logits, axes.positions)
     elif jnp.issubdtype(labels.dtype, jnp.floating):
-        labels = checks.broadcast("labels", labels, logits.shape)
+        labels = checks.class_probabilities(labels, logits, axes.positions)
     else:
         raise TypeError(f"labels must have an integer (indices) or floating (distributions) dtype, got {labels.dtype}")
     alphas, exact = as_order(alpha, logits.shape, axes)

@@ -101,15 +101,14 @@ def brier_loss(
 
 def _entropy_arguments(logits, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
+    axes = num.class_axis(axis, logits, axis_name)
     return logits, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
 def _brier_arguments(logits, labels, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
-    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
-    labels = checks.broadcast("labels", labels, logits.shape)
+    axes = num.class_axis(axis, logits, axis_name)
+    labels = checks.class_probabilities(labels, logits, axes.positions)
     return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 

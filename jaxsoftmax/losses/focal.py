@@ -114,18 +114,16 @@ def poly_loss_cross_entropy(
 
 def _focal_arguments(logits, labels, gamma, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
-    labels = checks.as_labels("labels", labels)
-    labels = checks.broadcast("labels", labels, axes.without(logits.shape))
-    checks.number("gamma", gamma, 0.0)
+    axes = num.class_axis(axis, logits, axis_name)
+    labels = checks.class_indices(labels, logits, axes.positions)
+    gamma = checks.number("gamma", gamma, 0.0)
     return logits, labels, gamma, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
 def _poly_arguments(logits, labels, epsilon, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits.ndim, axis_name)
-    labels = checks.as_real("labels", labels, dtypes.compute_dtype(logits.dtype))
-    labels = checks.broadcast("labels", labels, logits.shape)
+    axes = num.class_axis(axis, logits, axis_name)
+    labels = checks.class_probabilities(labels, logits, axes.positions)
     checks.number("epsilon", epsilon)
     return logits, labels, epsilon, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 

@@ -234,7 +234,7 @@ def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Ar
     logits = logits if x is None else x
     if temperature is None:
         return head(logits, *args, **options), x
-    checks.positive("logit_temperature", temperature)
+    temperature = checks.positive("logit_temperature", temperature)
     scale = 1 / jnp.asarray(temperature, dtypes.compute_dtype(logits.dtype))
     at = head(dtypes.widen(logits)[0] * scale, *args, **options)
     scaled: Any = (None if a is None else a.scaled(scale * scale) for a in at)

@@ -101,7 +101,7 @@ def sum_squared_error(
     Reference: docs/mathematics.md, section 7.
     """
     errors = _errors(predictions, targets)
-    axes = num.class_axis(axis, errors.ndim, axis_name)
+    axes = num.class_axis(axis, errors, axis_name, "predictions")
     return jnp.squeeze(num.class_sum(_square(errors), axes), axes.positions)
 
 
@@ -223,7 +223,7 @@ def _l2_curvature(predictions, targets) -> Curvature:
 @curvature_of(sum_squared_error)
 def _sum_squared_error_curvature(predictions, targets, axis, axis_name) -> Curvature:
     errors = _errors(predictions, targets)
-    errors, axis = on_last_axis(errors, num.class_axis(axis, errors.ndim, axis_name))
+    errors, axis = on_last_axis(errors, num.class_axis(axis, errors, axis_name, "predictions"))
     return _likelihood(sum_squared_error, errors, predictions, axis)
 
 

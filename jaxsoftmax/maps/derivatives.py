@@ -207,7 +207,7 @@ def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int, axis_nam
     arrays = [checks.as_float(name, v) for name, v in tangents.items()]
     for name, v in zip(tangents, arrays):
         checks.same_shape(name, v, "p", p.shape)
-    return num.ClassAxis((checks.axis_index(axis, p.ndim),), checks.mesh_axes(axis_name)), p, *arrays
+    return num.ClassAxis((checks.axis_index(axis, p.ndim),), checks.mesh_axes(axis_name, "p", p)), p, *arrays
 
 
 def _product(*arguments) -> Array:

@@ -131,7 +131,7 @@ def entmax(
 
 def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: Axis, axis_name: AxisName, where: ArrayLike | None) -> Array:
     x = checks.as_float("x", x)
-    axes = num.class_axis(axis, x.ndim, axis_name)
+    axes = num.class_axis(axis, x, axis_name, "x")
     alphas, exact = as_order(alpha, x.shape, axes)
     return _map(x, alphas, checks.as_mask("where", where, x.shape), exact, axes)
 

@@ -58,7 +58,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ax
     Reference: docs/mathematics.md, sections 1 and 5; `jax.nn.softmax`.
     """
     x = checks.as_float("x", x)
-    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), num.class_axis(axis, x.ndim, axis_name))
+    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), num.class_axis(axis, x, axis_name, "x"))
 
 
 def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
@@ -86,7 +86,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *
     Reference: docs/mathematics.md, section 5; `jax.nn.log_softmax`, which returns 0 for the first of these two.
     """
     x = checks.as_float("x", x)
-    axes = num.class_axis(axis, x.ndim, axis_name)
+    axes = num.class_axis(axis, x, axis_name, "x")
     return _map(log_softmax_of, -jnp.inf, x, checks.as_mask("where", where, x.shape), axes)
 
 
@@ -134,7 +134,8 @@ def logsumexp(
         b = checks.as_inexact("b", b)
         shape = checks.common_shape("a", a, "b", b)
         a, b = jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
-    mask, axes = checks.as_mask("where", where, a.shape), num.class_axis(axis, a.ndim, axis_name)
+    mask = checks.as_mask("where", where, a.shape)
+    axes = num.class_axis(axis, a, axis_name, "a", *([] if b is None else [b]))
     if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
         if axes.mesh_axes:
             raise TypeError("a and b must be real where axis_name splits the terms over a mesh")

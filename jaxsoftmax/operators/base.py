@@ -250,12 +250,9 @@ class SymmetricOperator:
 
     def _damping(self, damping: ArrayLike, instead: str, ndim: int) -> Array:
         """`damping` in the operator's dtype, with `ndim` axes, the last of length 1."""
-        value = checks.as_float("damping", damping)
-        if not isinstance(value, Tracer):
-            if not np.all(np.asarray(value) >= 0):
-                raise ValueError(f"damping must not be negative, got {damping}")
-            if self.singular and not np.all(np.asarray(value) > 0):
-                raise ValueError(f"damping must be positive, got {damping}: the operator is singular; see {instead}")
+        value = checks.within("damping", checks.as_float("damping", damping), 0.0)
+        if self.singular and not isinstance(value, Tracer) and not np.all(np.asarray(value) > 0):
+            raise ValueError(f"damping must be positive, got {damping}: the operator is singular; see {instead}")
         batch = self._reference.shape[:-1]
         checks.broadcast("damping", value, batch)
         return lead(value.astype(self.dtype)[..., None], max(ndim, len(batch) + 1) - value.ndim - 1)

@@ -123,7 +123,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @classmethod
     def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> "SoftmaxJacobian":
-        axis = num.ClassAxis((-1,), checks.mesh_axes(axis_name))
+        axis = num.ClassAxis((-1,), checks.mesh_axes(axis_name, "p", p))
         if _is_one(alpha):
             return cls(p, jnp.ones_like(num.class_max(lax.stop_gradient(p), axis)), axis=axis)
         order = order_of(p, *as_order(alpha, p.shape, axis), axis)

@@ -214,7 +214,7 @@ def test_softcap(x64):
     np.testing.assert_allclose(slope[1:], np.cosh(np.asarray(z[1:]) / 30) ** -2, rtol=1e-14)
     assert slope[0] == 0
     assert losses.softcap_logits(z.astype("bfloat16"), 30.0).dtype == "bfloat16"
-    with pytest.raises(ValueError, match="must be positive, got 0"):
+    with pytest.raises(ValueError, match="must be larger than 0.0, got 0"):
         losses.softcap_logits(z, 0)
 
 

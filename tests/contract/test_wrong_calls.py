@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxsoftmax as js
+from jaxsoftmax.curvature import damped_solve
 from tests.helpers import enable_x64, one_in
 from tests.registry import CASES, HEADS
 from tests.wrong_calls import (
@@ -69,9 +70,11 @@ LINEAR = {
     **on_mesh,
 }
 
+INDICES = np.ones((N, K), int)  # of a dtype that class indices have, too
 KINDS = {
     "label": (LABELS, HARD),
     "soft": (P, SOFT),
+    "soft of classes": (P, (*SOFT, INDICES, INDICES[0])),
     "log": (Z, SOFT),
     "logits": (V, (*LOGITS, SHAPELESS)),
 }
@@ -87,10 +90,17 @@ DIFFERENT = {  # where an argument may be more, or less, than its kind says
 }
 
 
+def numbers_of(option) -> list[float]:
+    """The wrong values of an option that are numbers out of its range."""
+    some = isinstance(option.values[-1], float)
+    return [x for x in option.wrong if some and isinstance(x, float) and not np.isnan(x)]
+
+
 def of_head(head) -> dict:
     """Its arguments by the kinds and options of the registry."""
     first, *rest = head.parameters
-    call = {first: (Z, LOGITS), **{name: KINDS[kind] for name, kind in zip(rest, head.kinds)}}
+    kinds = [f"{kind} of classes" if kind == "soft" and not head.elementwise else kind for kind in head.kinds]
+    call = {first: (Z, LOGITS), **{name: KINDS[kind] for name, kind in zip(rest, kinds)}}
     for name, option in head.choices.items():
         value = option.values[-1]
         call[name] = (np.ones(K, np.float32) if isinstance(value, np.ndarray) else value, option.wrong)
@@ -147,6 +157,82 @@ def test_unknown_and_missing_arguments(f):
         f(**right, colour=1)
     with pytest.raises(TypeError, match=next(iter(right))):
         f(**dict(list(right.items())[1:]))
+
+
+# What is known only when the compiled program runs.
+
+J = js.SoftmaxJacobian.from_probs(jnp.array([0.75, 0.25]))
+TRACED = {
+    "softcap": (lambda cap: js.softcap_logits(jnp.asarray(Z), cap), (0.0, -1.0)),
+    "entmax": (lambda alpha: js.entmax(jnp.asarray(Z), alpha), (0.5,)),
+    "solve": (lambda damping: J.solve(jnp.ones(2), damping), (-1.0,)),
+    "logdet": (lambda damping: J.logdet(damping), (-1.0,)),
+    "damped_solve": (lambda damping: damped_solve(lambda v: 3 * v, jnp.ones(2), damping).x, (-1.0,)),
+    "temperature": (lambda t: js.logits_hessian(js.softmax_entropy, jnp.asarray(Z), logit_temperature=t).diagonal(),
+                    (0.0, -1.0)),
+    "cap": (lambda c: js.logits_hessian(js.softmax_entropy, jnp.asarray(Z), logit_softcap=c).diagonal(), (-1.0,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_numbers_out_of_range_give_nan(name):
+    f, wrong = TRACED[name]
+    for value in wrong:
+        assert np.all(np.isnan(jax.jit(f)(value)))
+        with pytest.raises(ValueError):
+            f(value)
+
+
+OPTIONS = [(head, name) for head in HEADS for name, option in head.choices.items() if numbers_of(option)]
+
+
+@pytest.mark.parametrize(("head", "name"), OPTIONS, ids=lambda x: getattr(x, "name", x))
+def test_traced_options_out_of_range_give_nan(head, name):
+    """Loss and gradient of every example, and nothing else of what is in range."""
+    args = tuple(np.asarray(a, np.int32 if a.dtype.kind == "i" else np.float32) for a in head.args)
+    z = jnp.asarray(np.cos(np.arange(args[0].shape[0] * 4)).reshape(-1, 4), jnp.float32)
+    f = jax.jit(jax.value_and_grad(lambda z, value: jnp.sum(head.loss(z, *args, **{name: value}))))
+    for value in numbers_of(head.choices[name]):
+        assert np.all(np.isnan(f(z, value)[0])) and np.all(np.isnan(f(z, value)[1])), value
+    with jax.debug_nans(True):
+        f(z, float(head.choices[name].values[-1]))
+
+
+def test_class_weights_below_0():
+    loss = js.softmax_cross_entropy_with_integer_labels
+    weights = jnp.array([1.0, -1.0, 2.0])
+    with pytest.raises(ValueError, match="class_weights must lie in"):
+        loss(Z, LABELS, class_weights=weights)
+    got = jax.jit(lambda w: loss(jnp.asarray(Z), jnp.array([1, 2]), class_weights=w))(weights)
+    assert np.isnan(got[0]) and np.isfinite(got[1])
+
+
+# The other head's labels, and another axis: the message says which.
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [js.softmax_cross_entropy_with_integer_labels, js.focal_loss_with_integer_labels, js.multiclass_sparsemax_loss],
+)
+@pytest.mark.parametrize("labels", [P, INDICES])
+def test_weights_of_classes_for_a_head_of_indices(loss, labels):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"labels .*\(2, 3\) .* axis 1; .*softmax_cross_entropy, .*argmax"
+    ):
+        loss(jnp.asarray(Z), labels)
+
+
+@pytest.mark.parametrize("loss", [js.softmax_cross_entropy, js.poly_loss_cross_entropy, js.brier_loss])
+@pytest.mark.parametrize("size", [N, K])
+def test_indices_for_a_head_of_weights(loss, size):
+    """Also where as many examples as classes let them broadcast."""
+    with pytest.raises(TypeError, match=rf"labels .*int.*\({size}, 3\) .* axis 1; .*_with_integer_labels, .*one_hot"):
+        loss(jnp.zeros((size, K)), np.zeros(size, int))
+
+
+def test_labels_along_another_axis():
+    with pytest.raises(ValueError, match=r"shape \(2,\), and class indices need \(3,\) beside .*\(2, 3\) .* axis 0"):
+        js.softmax_cross_entropy_with_integer_labels(jnp.asarray(Z), LABELS, axis=0)
 
 
 # What the session may have switched on or off.

@@ -209,7 +209,7 @@ def test_laplace_refuses():
         build(W, x)
     with pytest.raises(ValueError, match=r"features must have shape \(\.\.\., 5\)"):
         build(network.Layer(W), x[:, :4])
-    with pytest.raises(ValueError, match="prior_precision must be positive, got 0"):
+    with pytest.raises(ValueError, match="prior_precision must be larger than 0.0, got 0"):
         build(network.Layer(W), x, prior_precision=0.0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         build(network.Layer(W), x, batch_size=0)

@@ -264,7 +264,7 @@ def test_wrong_calls_are_named():
         logits_hessian(CE, labels, labels)
     with pytest.raises(ValueError, match=r"logits must have a last axis .* got shape \(\)"):
         logits_hessian(losses.l2_loss, jnp.float32(1.0))
-    with pytest.raises(ValueError, match="logit_softcap must be positive"):
+    with pytest.raises(ValueError, match="logit_softcap must be larger than 0"):
         logits_hessian(CE, z, labels, logit_softcap=0.0)
     with pytest.raises(TypeError, match="capped logits has no factor"):
         logits_hessian(CE, z, labels, logit_softcap=2.0).factor_mv(z)
