@@ -16,7 +16,7 @@ from jaxsoftmax.curvature.estimators import (
     top_eigenpairs,
 )
 from jaxsoftmax.curvature.laplace import LastLayerLaplace, last_layer_laplace
-from jaxsoftmax.curvature.products import empirical_fisher_vp, fisher_vp, ggn_vp, hvp, linearized
+from jaxsoftmax.curvature.products import dense, empirical_fisher_vp, fisher_vp, ggn_vp, hvp, linearized
 from jaxsoftmax.curvature.solve import Solution, damped_solve
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "Solution",
     "SpectralDensity",
     "damped_solve",
+    "dense",
     "empirical_fisher_vp",
     "fisher_vp",
     "gauss_newton",

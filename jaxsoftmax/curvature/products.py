@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax.curvature import logit_products as middle
@@ -87,6 +88,8 @@ def ggn_vp(f: Model, loss: Loss, params: Any, x: Any, labels: Any, v: Any, *, ba
       >>> product = curvature.ggn_vp(network.forward, loss, params, x, labels, params)
       >>> [layer.W.shape for layer in product]
       [(3, 4)]
+
+    The whole matrix of a small model is `dense` of this: with JAX 0.10.2 on a CPU, `jax.vmap` over v can be wrong.
 
     Reference: Schraudolph, Fast curvature matrix-vector products (2002); Martens, arXiv:1412.1193.
     """
@@ -193,6 +196,42 @@ def linearized(product: Product, like: Any) -> Product:
     checks.function("product", product)
     checks.float_tree("like", like)
     return jax.linearize(product, jax.tree.map(jnp.zeros_like, like))[1]
+
+
+def dense(product: Product, like: Any) -> Array:
+    """The matrix of a product, column by column: for small models, to look at, factor or decompose.
+
+    Args:
+      product: v -> A v, such as `functools.partial(ggn_vp, f, loss, params, x, labels)`.
+      like: pytree of the structure, shapes and dtypes of v, with P numbers in all.
+
+    Returns:
+      A, of shape (P, P), rows and columns in the order of `jax.flatten_util.ravel_pytree(like)`. The columns are taken
+      one after another (`jax.lax.map`): memory for one product, and no `jax.vmap`, of which XLA's CPU backend in
+      JAX 0.10.2 can make a wrong program.
+
+    Example:
+      >>> import functools, jax.numpy as jnp
+      >>> from jaxsoftmax import curvature, l2_loss
+      >>> f = lambda w, x: x @ w
+      >>> product = functools.partial(curvature.ggn_vp, f, l2_loss, jnp.zeros(2), jnp.eye(2), jnp.zeros(2))
+      >>> print(curvature.dense(product, jnp.zeros(2)))
+      [[0.5 0. ]
+       [0.  0.5]]
+
+    Reference: https://github.com/jax-ml/jax/issues/39103 (what a batched product may become).
+    """
+    checks.function("product", product)
+    checks.float_tree("like", like)
+    flat, unravel = ravel_pytree(like)
+
+    def column(unit):
+        v = unravel(unit)
+        Av = product(v)
+        checks.same_tree("product(v)", Av, "v", v)
+        return ravel_pytree(Av)[0]
+
+    return lax.map(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
 class _Call(NamedTuple):

@@ -10,10 +10,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxsoftmax as js
-from jaxsoftmax import network
+from jaxsoftmax import curvature, network
 from jaxsoftmax.curvature import damped_solve, empirical_fisher_vp, fisher_vp, ggn_vp, hvp
 from jaxsoftmax.losses.binary import sigmoid_binary_cross_entropy
-from tests.helpers import assert_close
+from tests.helpers import assert_close, enable_x64
 
 BATCH, WIDTHS = 7, (5, 4, 3)
 f = network.forward
@@ -381,3 +381,31 @@ def test_memory_does_not_grow_with_the_data():
 
     assert temporaries(4096, 64) < 1.1 * temporaries(1024, 64)
     assert temporaries(4096, None) > 3 * temporaries(1024, None)
+
+
+@pytest.mark.optimized
+def test_dense_is_the_matrix():
+    """Of a product that XLA's CPU backend in JAX 0.10.2 makes wrong where `jax.vmap` batches it."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params, x = network.init(keys[0], (3, 16, 5)), jax.random.normal(keys[1], (64, 3))
+    labels = jax.random.randint(keys[2], (64,), 0, 5)
+    loss = js.softmax_cross_entropy_with_integer_labels
+    got = curvature.dense(functools.partial(ggn_vp, f, loss, params, x, labels), params)
+    with enable_x64():
+        wide, inputs = jax.tree.map(lambda leaf: np.asarray(leaf, float), params), np.asarray(x, float)
+        flat, unravel = ravel_pytree(wide)
+        J = np.asarray(jax.jacrev(lambda theta: f(unravel(theta), inputs))(flat))
+    z = np.asarray(f(params, x), float)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    H = p[:, :, None] * np.eye(5) - p[:, :, None] * p[:, None]
+    np.testing.assert_allclose(got, np.einsum("nka,nkl,nlb->ab", J, H, J) / 64, atol=1e-6)
+
+
+def test_dense_keeps_rows_and_columns_apart():
+    matrix = jnp.arange(9.0).reshape(3, 3)
+    product = lambda v: ravel_pytree(v)[1](matrix @ ravel_pytree(v)[0])
+    np.testing.assert_array_equal(curvature.dense(product, {"a": jnp.ones(1), "b": jnp.ones(2)}), matrix)
+    with pytest.raises(TypeError, match="product must be a function"):
+        curvature.dense(matrix, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"product\(v\)"):
+        curvature.dense(lambda v: v[:2], jnp.ones(3))
