@@ -268,3 +268,126 @@ def test_heads_of_nothing(head, shape):
             js.logits_hessian(head.loss, z, *args)
     elif head.hessian:
         assert js.logits_hessian(head.loss, z, *args).mv(z).shape == shape
+
+
+# Reports of 2019 to 2026, by their place: each with what it asked for.
+
+
+def both_ways(f, *args, argnums=0):
+    """A derivative by reverse mode, after a check that forward mode has the same."""
+    reverse, forward = jax.jacrev(f, argnums)(*args), jax.jacfwd(f, argnums)(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), reverse, forward)
+    return reverse
+
+
+@pytest.mark.parametrize("loss", [js.softmax_cross_entropy, js.safe_softmax_cross_entropy])
+def test_no_tangent_beside_an_excluded_class(loss):
+    """optax 1762: the tangent along nothing is 0, and no Jacobian has a NaN."""
+    z, y = jnp.array([-INF, 0.0, 0.0]), jnp.array([0.0, 1.0, 0.0])
+    assert jax.jvp(loss, (z, y), (jnp.zeros(3), jnp.zeros(3)))[1] == 0
+    by_z, by_y = both_ways(loss, z, y, argnums=(0, 1))
+    np.testing.assert_allclose(by_z, [0, -0.5, 0.5], atol=1e-7)
+    np.testing.assert_allclose(by_y[1:], np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [js.kl_divergence, js.generalized_kl_divergence])
+@pytest.mark.parametrize("first", [-2.0, -INF])
+def test_targets_of_probability_0(loss, first):
+    """optax 1786, torch 89558, torchmetrics 1029: in the targets too, also where the prediction is -inf."""
+    q, t = jnp.array([first, -0.5, -1.5]), jnp.array([0.0, 0.4, 0.6])
+    by_q, by_t = both_ways(loss, q, t, argnums=(0, 1))
+    assert np.isfinite(loss(q, t)) and np.all(np.isfinite(by_q)) and np.all(np.isfinite(by_t))
+    one = 1 if loss is js.kl_divergence else 0
+    np.testing.assert_allclose(by_t[1:], np.log(np.asarray(t[1:])) + one - np.asarray(q[1:]), rtol=1e-5)
+    assert np.isinf(loss(q, jnp.array([0.1, 0.4, 0.5]))) == np.isinf(first)
+
+
+def test_log_targets_of_probability_0():
+    """optax 1786."""
+    q, t = jnp.array([-INF, -0.5, -1.5]), jnp.log(jnp.array([0.0, 0.4, 0.6]))
+    by_q, by_t = both_ways(js.kl_divergence_with_log_targets, q, t, argnums=(0, 1))
+    assert np.isfinite(js.kl_divergence_with_log_targets(q, t)) and by_q[0] == by_t[0] == 0
+    np.testing.assert_allclose(by_q[1:], [-0.4, -0.6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_losses_of_what_is_sure(gamma):
+    """optax 1267, keras-retinanet 706: the gradient of a right answer is 0 at every gamma, of a wrong one it is 1."""
+    binary = lambda x: js.sigmoid_focal_loss(x, jnp.ones(()), gamma=gamma)
+    assert [both_ways(binary, x) for x in (1000.0, -1000.0)] == [0, -1]
+    assert both_ways(jax.grad(binary), 1000.0) == 0
+    z = jnp.array([1000.0, 0.0, 1.0])
+    for label, right in ((0, [0, 0, 0]), (2, [1, 0, -1])):
+        f = lambda z, label=label: js.focal_loss_with_integer_labels(z, label, gamma=gamma)
+        np.testing.assert_allclose(both_ways(f, z), right, atol=1e-6)
+        assert np.all(np.isfinite(both_ways(jax.grad(f), z)))
+
+
+def test_entropy_of_what_a_mask_leaves():
+    """jax 17070, 17117; trl 7263: what is masked, or excluded, is large or has probability 0."""
+    kept, z = jnp.array([True, True, False]), jnp.array([1.0, 2.0, 100.0])
+    short = both_ways(js.softmax_entropy, z[:2])
+    np.testing.assert_allclose(both_ways(lambda z: js.softmax_entropy(z, where=kept), z), [*short, 0], atol=1e-6)
+    for dtype in ("float16", "float32"):
+        excluded = jnp.where(kept, z, -INF).astype(dtype)
+        np.testing.assert_allclose(js.softmax_entropy(excluded), js.softmax_entropy(z[:2]), rtol=1e-3)
+        np.testing.assert_allclose(jax.grad(js.softmax_entropy)(excluded)[:2], short, atol=1e-3)
+
+
+def test_smoothing_with_weights_and_ignored_examples():
+    """torch 72056, 73205, 91383: as without the ignored ones; torch 104776: smoothing in the weights' proportions."""
+    z, labels = jnp.asarray(Z, "float32"), jnp.array([0, -100, 3])
+    weights, kept = jnp.array([1.0, 2.0, 3.0, 0.5]), np.array([0, 2])
+    options = {"class_weights": weights, "label_smoothing": 0.2}
+    got = ce(z, labels, ignore_index=-100, **options)
+    np.testing.assert_allclose(got[kept], ce(z[kept], labels[kept], **options), rtol=1e-6)
+    assert got[1] == 0
+    logs = np.asarray(jax.nn.log_softmax(z[kept]), float)
+    smooth = 0.8 * np.eye(4)[np.asarray(labels)[kept]] + 0.2 / 4
+    np.testing.assert_allclose(got[kept], -np.sum(np.asarray(weights) * smooth * logs, -1), rtol=1e-5)
+    np.testing.assert_array_equal(ce(z, jnp.array([4, 4, 4]), ignore_index=4), 0)  # chainer 5127
+    assert np.all(np.isnan(ce(z, jnp.array([4, 4, 4]))))  # optax 1185
+
+
+def test_maps_to_the_simplex():
+    """keras 23425: entries sum to 1; entmax 13: one axis more, the same gradients; entmax 23: α = 1 is softmax."""
+    np.testing.assert_allclose(js.sparsemax(jnp.array([0.0, 0.5, 1.0])), [0, 0.25, 0.75])
+    a = jnp.array([[-2, 0, 0.5], [0.1, 2, -0.4]])
+    for f in (js.sparsemax, js.entmax15, js.softmax):
+        gradient = jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2))
+        np.testing.assert_allclose(gradient(a[:, None])[:, 0], gradient(a), rtol=1e-6)
+        np.testing.assert_allclose(f(a).sum(-1), 1, rtol=1e-6)
+    for alpha in (1.0, 1 + 1e-5):
+        np.testing.assert_allclose(js.entmax(a, alpha), js.softmax(a), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_long_rows_in_half_precision(dtype):
+    """executorch 20090, candle 3727, last 43: 65,536 equal logits, whose sum no half precision counts."""
+    z, eps = jnp.zeros(65536, dtype), float(jnp.finfo(dtype).eps)
+    wide = lambda x: np.asarray(x, np.float64)
+    np.testing.assert_allclose(wide(js.softmax(z)).sum(), 1, rtol=eps)
+    np.testing.assert_allclose(wide(js.logsumexp(z)), np.log(65536), rtol=eps)
+    np.testing.assert_allclose(wide(jax.grad(js.logsumexp)(z)) * 65536, 1, rtol=eps)
+    np.testing.assert_allclose(wide(ce(z, 0)), np.log(65536), rtol=1e-6)
+
+
+def test_fused_head_with_weights_behind_it():
+    """Liger 968, 1298: reduction="none", and each token's loss with a weight of its own, ignored ones among them."""
+    rng = np.random.default_rng(0)
+    x, w, b = (jnp.asarray(rng.normal(size=s), "float32") for s in ((4, 5), (5, 7), (7,)))
+    labels, c = jnp.array([1, -100, 3, 4]), jnp.array([0.5, 2.0, -1.0, 0.0])
+    fused = lambda x, w, b: (
+        c @ js.linear_softmax_cross_entropy_loss(x, labels, w, bias=b, reduction="none", ignore_index=-100)
+    )
+    plain = lambda x, w, b: c @ ce(x @ w + b[None], labels, ignore_index=-100)
+    for got, want in zip(*(jax.grad(f, (0, 1, 2))(x, w, b) for f in (fused, plain))):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_many_axes():
+    """jax 39257: eight axes, on which XLA of JAX 0.10.2 and 0.11.0 crashed elsewhere."""
+    a = jnp.cos(jnp.arange(2.0 * 3 * 2**6)).reshape(2, 3, *[2] * 6)
+    np.testing.assert_allclose(js.softmax(a, axis=(1, 3)).sum((1, 3)), 1, rtol=1e-6)
+    got = ce(a, jnp.ones((2, *[2] * 6), int), axis=1)
+    np.testing.assert_allclose(got, -jax.nn.log_softmax(a, 1)[:, 1], rtol=1e-5, atol=1e-6)
