@@ -128,7 +128,10 @@ def test_a_loop_counts_as_often_as_it_runs(trips, limit, rounds, known):
     assert found.open_loops == (not known)
 
 
-def test_of_branches_the_dearest_counts():
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%cheap, %dear}", "true_computation=%dear, false_computation=%cheap"]
+)
+def test_of_branches_the_dearest_counts(branches):
     text = """
 %cheap (x: f32[64]) -> f32[64] {
   ROOT %x = f32[64]{0} parameter(0)
@@ -142,10 +145,10 @@ def test_of_branches_the_dearest_counts():
 ENTRY %main (x: f32[64], i: s32[]) -> f32[64] {
   %x = f32[64]{0} parameter(0)
   %i = s32[] parameter(1)
-  ROOT %c = f32[64]{0} conditional(%i, %x, %x), branch_computations={%cheap, %dear}
+  ROOT %c = f32[64]{0} conditional(%i, %x, %x), BRANCHES
 }
 """
-    assert cost(text).bytes == 512
+    assert cost(text.replace("BRANCHES", branches)).bytes == 512
 
 
 def test_on_tpu_what_lies_on_the_chip_costs_what_is_copied_there():

@@ -17,6 +17,7 @@ from benchmarks.compiled.text import Array, Computation, Operation, Program
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "partition-id", "replica-id"}
 FREE |= {"after-all", "opt-barrier", "add-dependency", "get-dimension-size"}
 INNER = {"while", "conditional", "call", "async-start"}
+BRANCHES = "branch_computations", "true_computation", "false_computation"
 SLICES = {"slice", "dynamic-slice", "gather"}
 COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}  # by hardware of their own, beside the kernels
 UPDATES = {"dynamic-update-slice", "scatter"}
@@ -117,9 +118,7 @@ class _Counter:
     def inner(self, op: Operation) -> Cost:
         """Of an operation that only runs others: a loop's rounds, the dearest branch, a call."""
         if op.opcode == "conditional":
-            return max(
-                map(self.named, op.called("branch_computations", "called_computations")), key=lambda c: c.seconds
-            )
+            return max(map(self.named, op.called(*BRANCHES)), key=lambda c: c.seconds)
         round_ = total(map(self.named, op.called("calls", "body", "condition", "to_apply", "called_computations")))
         if op.opcode != "while":
             return round_

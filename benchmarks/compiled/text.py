@@ -17,7 +17,7 @@ NAME = r"%?([\w.\-]+)"
 ARRAY = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 COMPUTATION = re.compile(rf"(ENTRY )?{NAME} \(.*\{{$")
 OPERATION = re.compile(rf"\s+(ROOT )?{NAME} = ")
-CALLED = re.compile(r"(calls|body|condition|to_apply|\w+_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+CALLED = re.compile(r"(calls|body|condition|to_apply|\w+_computations?)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 TRIPS = re.compile(r'known_trip_count[^\d}]*"(\d+)"')
 
 
