@@ -8,7 +8,8 @@ Every formula is one of softmax at π, times s or √s. A scale of 0 is the zero
 import dataclasses
 import functools
 import math
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,12 @@ from jaxsoftmax.maps.softmax import AxisName, softmax
 from jaxsoftmax.operators import spectrum
 from jaxsoftmax.operators.base import Likelihood, SymmetricOperator
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.log_derivatives import logarithm, over
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["probs", "scale", "likelihood"], meta_fields=["axis"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["probs", "scale", "likelihood", "logits"], meta_fields=["axis"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class SoftmaxJacobian(SymmetricOperator):
     """J = s (diag(π) - ππᵀ), the Jacobian of softmax or α-entmax; build it with `from_logits` or `from_probs`.
@@ -76,6 +80,7 @@ class SoftmaxJacobian(SymmetricOperator):
     scale: Array
     likelihood: Likelihood | None = None
     axis: num.ClassAxis = AXIS
+    logits: Array | None = None
 
     @classmethod
     def from_logits(
@@ -98,7 +103,8 @@ class SoftmaxJacobian(SymmetricOperator):
         _check_classes("x", x)
         (z,) = dtypes.widen(x)
         if _is_one(alpha):
-            return cls._of_probs(softmax(z, where=where, axis_name=axis_name), alpha, axis_name)
+            J = cls._of_probs(softmax(z, where=where, axis_name=axis_name), alpha, axis_name)
+            return dataclasses.replace(J, logits=z)
         return cls._of_probs(entmax(z, alpha, where=where, axis_name=axis_name), alpha, axis_name)
 
     @classmethod
@@ -181,7 +187,7 @@ class SoftmaxJacobian(SymmetricOperator):
     def spectral_norm(self) -> Array:
         """The largest eigenvalue, shape (...), at most s/2; O(K), about 6 passes."""
         self._whole("spectral_norm")
-        return self.scale[..., 0] * in_auto_mode(spectrum.largest_eigenvalue, self.probs, self._split_batch)
+        return self.scale[..., 0] * self._spectrum(spectrum.largest_eigenvalue, ())
 
     @compiled
     def eigvalsh(self) -> Array:
@@ -190,7 +196,7 @@ class SoftmaxJacobian(SymmetricOperator):
         The derivative of an eigenvalue shared by n classes of equal probability is the mean over its eigenspace.
         """
         self._whole("eigvalsh")
-        return self.scale * in_auto_mode(spectrum.eigenvalues, self.probs, (*self._split_batch, None))
+        return self.scale * self._spectrum(spectrum.eigenvalues, (None,))
 
     @compiled
     def eigh(self) -> tuple[Array, Array]:
@@ -199,13 +205,18 @@ class SoftmaxJacobian(SymmetricOperator):
         The eigenvectors of a multiple eigenvalue are one basis of many, with derivative 0.
         """
         self._whole("eigh")
-        batch = self._split_batch
-        values, vectors = in_auto_mode(spectrum.eigenpairs, self.probs, (*batch, None), (*batch, None, None))
+        values, vectors = self._spectrum(spectrum.eigenpairs, (None,), (None, None))
         return self.scale * values, vectors
 
     @property
-    def _split_batch(self) -> tuple:
-        return split_axes_of(self.probs)[:-1]
+    def _logs(self) -> Array:
+        """log π, which carries the derivative in π of what grows as π vanishes."""
+        return logarithm(self.probs, self.logits, self.axis)
+
+    def _spectrum(self, fun: Callable, *axes: tuple) -> Any:
+        """fun(π, log π), the results of which have these axes behind the batch's."""
+        batch = split_axes_of(self.probs)[:-1]
+        return in_auto_mode(lambda x: fun(*x), (self.probs, self._logs), *((*batch, *more) for more in axes))
 
     @compiled
     def rank(self) -> Array:
@@ -240,7 +251,8 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @compiled
     def _pinv_mv(self, v: Array) -> Array:
-        return self._centre(self._centre(v) / self._on_support) / jnp.where(self.scale == 0, 1, self.scale)
+        scale = jnp.where(self.scale == 0, 1, self.scale)
+        return self._centre(over(self._centre(v), self._on_support, self._logs)) / scale
 
     @property
     def _support(self) -> tuple[Array, Array]:
@@ -263,7 +275,7 @@ class SoftmaxJacobian(SymmetricOperator):
         """Logarithm of the product of the nonzero eigenvalues, log(n Π_support π) + (n - 1) log s; O(K). 0 if J = 0."""
         _, number = self._support
         logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
-        return (logs + num.class_sum(jnp.log(self._on_support), self.axis))[..., 0]
+        return (logs + num.class_sum(self._logs, self.axis))[..., 0]
 
     # With w = 1/(sπ + λ), (J + λI)⁻¹ = diag(w) + s (π∘w)(π∘w)ᵀ/(λ Σπ∘w): no negative term.
 

@@ -7,17 +7,20 @@ the two are equal, the root is their common value. A root is kept as λ = o + x,
 distances (p_j - o) - x then have a small relative error, which is all that eigenvalues, eigenvectors and derivatives
 are made of. Everything here takes one probability vector; `jnp.vectorize` makes the batch.
 
-Reference: docs/mathematics.md, section 2; Bunch, Nielsen and Sorensen 1978 (the iteration); Gu and Eisenstat 1994
-(orthogonal eigenvectors).
+Reference: docs/mathematics.md, section 2; Bunch, Nielsen and Sorensen 1978, and LAPACK's laed4 (the iteration); Gu and
+Eisenstat 1994, and LAPACK's laed3 (orthogonal eigenvectors).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxsoftmax._core.centring import AXIS, jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.entmax import log1p
+from jaxsoftmax.operators.log_derivatives import quotient
 
 # Roots scale with p. Multiplied by 2⁶⁴, float32 probabilities from 1 to 1e-38 neither overflow nor underflow below.
 SCALE = 2.0**64
@@ -25,35 +28,33 @@ BLOCK = 2**16  # entries of one block of the roots × poles array: small enough 
 MAX_PASSES = 60  # 7 suffice; a bisection of the whole range would end before
 
 
-@functools.partial(jnp.vectorize, signature="(k)->()")
-def largest_eigenvalue(p: Array) -> Array:
+@functools.partial(jnp.vectorize, signature="(k),(k)->()")
+def largest_eigenvalue(p: Array, logs: Array) -> Array:
     """The largest eigenvalue of diag(p) - ppᵀ, in about 6 passes of O(K)."""
-    p = SCALE * p
+    p = SCALE * lax.stop_gradient(p)
     upper = jnp.max(p, keepdims=True)
     second = jnp.where(jnp.sum(p == upper) > 1, upper, jnp.max(jnp.where(p < upper, p, 0)))
-    return _eigenvalue(second, *_roots(p, second, upper))[0]
+    roots = _roots(p, second, upper)
+    return _moving(roots.value / SCALE, _one_log_eigenvalue(logs, p, roots))[0]
 
 
-@functools.partial(jnp.vectorize, signature="(k)->(k)")
-def eigenvalues(p: Array) -> Array:
+@functools.partial(jnp.vectorize, signature="(k),(k)->(k)")
+def eigenvalues(p: Array, logs: Array) -> Array:
     """All eigenvalues of diag(p) - ppᵀ, ascending, in about 7 passes of O(K²), with O(K) memory."""
-    p = -jnp.sort(-SCALE * p)
-    return _with_zero(_eigenvalue(p[1:], *_roots(p, p[1:], p[:-1])))
+    order = jnp.argsort(-lax.stop_gradient(p))
+    p, logs = SCALE * lax.stop_gradient(p)[order], logs[order]
+    roots = _roots(p, p[1:], p[:-1])
+    return _with_zero(_moving(roots.value / SCALE, _log_eigenvalues(logs, p, roots)))
 
 
-@functools.partial(jnp.vectorize, signature="(k)->(k),(k,k)")
-def eigenpairs(p: Array) -> tuple[Array, Array]:
+@functools.partial(jnp.vectorize, signature="(k),(k)->(k),(k,k)")
+def eigenpairs(p: Array, logs: Array) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors as columns; O(K²)."""
-    order = jnp.argsort(-p)
-    p = SCALE * p[order]
-    o, x = _roots(p, p[1:], p[:-1])
-    rows = _eigenvectors(p, o, x)
-    return _with_zero(_eigenvalue(p[1:], o, x)), rows[::-1, jnp.argsort(order)].T
-
-
-def _eigenvalue(lower: Array, o: Array, x: Array) -> Array:
-    """λ = o + x in units of p; 0 where the lower pole is a class of probability 0."""
-    return jnp.where(lower == 0, 0, (o + x) / SCALE)
+    order = jnp.argsort(-lax.stop_gradient(p))
+    p, logs = SCALE * lax.stop_gradient(p)[order], logs[order]
+    roots = _roots(p, p[1:], p[:-1])
+    rows = _eigenvectors(logs, p, roots)
+    return _with_zero(_moving(roots.value / SCALE, _log_eigenvalues(logs, p, roots))), rows[::-1, jnp.argsort(order)].T
 
 
 def _with_zero(descending: Array) -> Array:
@@ -61,14 +62,30 @@ def _with_zero(descending: Array) -> Array:
     return jnp.concatenate([descending, jnp.zeros_like(descending, shape=1)])[::-1]
 
 
-def _roots(p: Array, lower: Array, upper: Array) -> tuple[Array, Array]:
-    """(o, x) of the roots λ = o + x in the given intervals; only x carries the derivative in p."""
-    fixed, lower, upper = lax.stop_gradient((p, lower, upper))
-    # An interval that reaches down to 0 holds no root: one without width stands in for it.
-    lower, upper = jnp.where(lower == 0, 1, lower), jnp.where(lower == 0, 1, upper)
+class Roots(NamedTuple):
+    """Roots λ = o + x of g between poles `lower` and `upper`: the pole where these are equal, 0 where `lower` is 0."""
+
+    o: Array
+    x: Array
+    lower: Array
+    upper: Array
+
+    @property
+    def value(self) -> Array:
+        return jnp.where(self.lower == 0, 0, self.o + self.x)
+
+    @property
+    def at_pole(self) -> Array:
+        return (self.lower == 0) | (self.lower == self.upper)
+
+
+def _roots(p: Array, lower: Array, upper: Array) -> Roots:
+    """The roots in the given intervals."""
     at_once = max(1, BLOCK // p.size) if isinstance(p.size, int) else None  # symbolic under jax.export: one by one
-    o, x = lax.map(lambda ends: _locate(fixed, *ends), (lower, upper), batch_size=at_once)
-    return o, _offset(p, o, x)
+    # An interval that reaches down to 0 holds no root: one without width stands in for it.
+    ends = tuple(jnp.where(lower == 0, 1, end) for end in (lower, upper))
+    o, x = lax.map(lambda ends: _locate(p, *ends), ends, batch_size=at_once)
+    return Roots(o, x, lower, upper)
 
 
 def _locate(p: Array, lower: Array, upper: Array) -> tuple[Array, Array]:
@@ -99,8 +116,7 @@ def _locate(p: Array, lower: Array, upper: Array) -> tuple[Array, Array]:
     o, x = jnp.where(from_lower, lower, upper), jnp.where(from_lower, half, -half)
     start = (0, x, jnp.minimum(x, 0), jnp.maximum(x, 0), ~tie)
     x = lax.while_loop(lambda state: state[-1] & (state[0] < MAX_PASSES), improve, start)[1]
-    # At a tie the root is the pole; an x that vanishes beside it gives the formulas below their limits.
-    return o, jnp.where(tie, upper * eps**2, x)
+    return o, jnp.where(tie, 0, x)
 
 
 def _interpolate(g, t_a, t_b, alpha, beta, x, width, from_lower) -> Array:
@@ -123,48 +139,188 @@ def _interpolate(g, t_a, t_b, alpha, beta, x, width, from_lower) -> Array:
     return jnp.where(jnp.abs(k) < 0.25, x + k * x, jnp.where(from_lower, y, -y))
 
 
+# Derivatives of the largest eigenvalue, in O(K). With l = log p, r_j = λ/(p_j - λ) and q_j = p_j/(p_j - λ) = 1 + r_j,
+# g(λ) = 0 gives implicitly
+#
+#     d log λ = <w, dl>,    dr = dq = -s∘(dl - <w, dl>),    s = q∘r ≥ 0,    w = s/Σs:
+#
+# no quotient but of s by its sum, at least 1, so that every further derivative is a polynomial in q, r and w.
+
+
 @custom_vjp
-def _offset(p: Array, o: Array, x: Array) -> Array:
-    """x, as the function of p that it is: the root next to the pole o."""
-    return x
+def _ratios(logs: Array, p: Array, roots: Roots) -> tuple[Array, Array]:
+    """q and r, a row for each root; 0 where the root is a pole."""
+    distance = _distances(p, roots)
+    return p[None, :] / distance, roots.value[:, None] / distance
 
 
-def _offset_fwd(p, o, x):
-    return _offset(p, o, x), (p, o, _offset(p, o, x))
+def _distances(p: Array, roots: Roots) -> Array:
+    """p - λ, a row for each root; inf where the root is a pole."""
+    return jnp.where(roots.at_pole[:, None], jnp.inf, (p[None, :] - roots.o[:, None]) - roots.x[:, None])
 
 
-def _offset_bwd(residuals, ct):
-    # Implicitly, ∂λ/∂p_i = λ/(p_i - λ)² / Σ_j p_j/(p_j - λ)²; both squares in units of x². At a tie, where x vanishes,
-    # that is 1/n for each of the n equal classes: the mean over every basis of their eigenspace.
-    p, o, x = residuals
-    p, o, x, ct = p[None, :], o[:, None], x[:, None], ct[:, None]
-    near = (x / ((p - o) - x)) ** 2
-    return jnp.sum(ct * ((o + x) / jnp.sum(p * near, -1, keepdims=True)) * near, 0), None, None
+def _ratios_fwd(logs, p, roots):
+    out = _ratios(logs, p, roots)
+    return out, out
 
 
-_offset.defvjp(_offset_fwd, _offset_bwd)
+def _ratios_bwd(residuals, ct):
+    s, w = _weights(*residuals)
+    return -jnp.sum(jacobian_product(ct[0] + ct[1], w, AXIS, weights=s), 0), None, None
 
 
-def _eigenvectors(p: Array, o: Array, x: Array) -> Array:
-    """Rows: unit eigenvectors, of p sorted descending, for the K-1 roots and then for 0."""
-    size, support = p.size, jnp.sum(p > 0)
-    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
-    weights = (p * lax.stop_gradient(_weight_correction(p, o, x)))[None, :]
-    o, x = o[:, None], x[:, None]
-    vectors = weights / ((p[None, :] - o) - x) * (x / (o + x))
-    vectors = vectors / jnp.sqrt(jnp.sum(vectors**2, -1, keepdims=True))
+_ratios.defvjp(_ratios_fwd, _ratios_bwd)
 
-    # Equal classes s, …, k, k+1 share their value as an eigenvalue: (1, …, 1, -n, 0, …) / √(n(n+1)), n = k+1-s ones.
+
+def _weights(q: Array, r: Array) -> tuple[Array, Array]:
+    """s and w of above."""
+    s = q * r
+    return s, quotient(s, jnp.maximum(jnp.sum(s, -1, keepdims=True), 1))
+
+
+@custom_vjp
+def _one_log_eigenvalue(logs: Array, p: Array, roots: Roots) -> Array:
+    return _log_of(roots)
+
+
+def _one_log_eigenvalue_bwd(residuals, ct):
+    _, w = _weights(*_ratios(*residuals))
+    return jnp.sum(ct[:, None] * (w + _tied(*residuals[1:])), 0), None, None
+
+
+_one_log_eigenvalue.defvjp(lambda *args: (_one_log_eigenvalue(*args), args), _one_log_eigenvalue_bwd)
+
+
+def _log_of(roots: Roots) -> Array:
+    """log λ; 0 for the eigenvalue 0."""
+    return jnp.log(jnp.where(roots.lower == 0, 1, roots.value))
+
+
+def _tied(p: Array, roots: Roots) -> Array:
+    """1/n at the n equal classes whose common value is the eigenvalue: the mean over every basis of its eigenspace."""
+    tied = jnp.where(roots.at_pole[:, None] & (p[None, :] == roots.value[:, None]), 1, 0).astype(p.dtype)
+    return tied / jnp.maximum(jnp.sum(tied, -1, keepdims=True), 1)
+
+
+def _moving(value: Array, log: Array) -> Array:
+    """`value`, with the derivative of exp(log)."""
+    return value * jnp.exp(log - lax.stop_gradient(log))
+
+
+# Derivatives of all of them. J = AᵀA with A = diag(√p) P; its singular values are √λ, its right singular vectors the
+# eigenvectors u, its left ones b = √λ u/√p, orthogonal to √p. With N = B diag(dl) Bᵀ, a matrix in the roots,
+#
+#     d log λ_k = N_kk,    du_k = Σ_j h_kj N_kj u_j,    db_k = Σ_j f_kj N_kj b_j - ½ <b_k∘√p, dl> √p,
+#     h = 1/(2 sinh(δ/2)),    f = coth(δ/2)/2,    δ_kj = log λ_k - log λ_j,    dh = -f h dδ,    df = -h² dδ.
+
+
+@custom_vjp
+def _log_eigenvalues(logs: Array, p: Array, roots: Roots) -> Array:
+    return _log_of(roots)
+
+
+def _log_eigenvalues_bwd(residuals, ct):
+    return jnp.sum(ct[:, None] * (_left(*residuals) ** 2 + _tied(*residuals[1:])), 0), None, None
+
+
+_log_eigenvalues.defvjp(lambda *args: (_log_eigenvalues(*args), args), _log_eigenvalues_bwd)
+
+
+@custom_vjp
+def _couplings(log_values: Array, roots: Roots) -> tuple[Array, Array]:
+    """h and f; 0 between equal eigenvalues, of whose vectors any basis does, and with the eigenvalue 0."""
+    differences = lambda x: x[:, None] - x[None, :]
+    gap, column, row = differences(roots.o) + differences(roots.x), roots.value[:, None], roots.value[None, :]
+    gap = jnp.where((gap == 0) | (column == 0) | (row == 0), jnp.inf, gap)
+    return jnp.sqrt(column) * jnp.sqrt(row) / gap, (column + row) / (2 * gap)
+
+
+def _couplings_fwd(log_values, roots):
+    out = _couplings(log_values, roots)
+    return out, out
+
+
+def _couplings_bwd(residuals, ct):
+    h, f = residuals
+    change = -h * (f * ct[0] + h * ct[1])
+    return jnp.sum(change, 1) - jnp.sum(change, 0), None
+
+
+_couplings.defvjp(_couplings_fwd, _couplings_bwd)
+
+
+@custom_vjp
+def _left(logs: Array, p: Array, roots: Roots) -> Array:
+    """B: rows b for the roots; 0 for the eigenvalue 0."""
+    rows = jnp.sqrt(p)[None, :] * jnp.sqrt(roots.value)[:, None] / _distances(p, roots)
+    square = jnp.sum(rows**2, -1, keepdims=True)
+    tied = jnp.where(roots.lower[:, None] == 0, 0, _contrasts(p))
+    return jnp.where(roots.at_pole[:, None], tied, rows / jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
+def _left_fwd(*args):
+    b = _left(*args)
+    return b, (args, b)
+
+
+def _left_bwd(residuals, ct):
+    (logs, p, roots), b = residuals
+    f = _couplings(_log_eigenvalues(logs, p, roots), roots)[1]
+    root = _moving(jnp.sqrt(p / jnp.sum(p)), logs / 2)
+    return _along(b, f * _dot(ct, b.T)) - root * _dot(_dot(ct, root), b) / 2, None, None
+
+
+_left.defvjp(_left_fwd, _left_bwd)
+
+
+@custom_vjp
+def _right(logs: Array, p: Array, roots: Roots) -> Array:
+    """Rows: the unit eigenvectors, of p sorted descending, for the K-1 roots."""
+    vectors = _weight_correction(p, roots.o, roots.x)[None, :] * (p[None, :] / _distances(p, roots))
+    square = jnp.sum(vectors**2, -1, keepdims=True)
+    return jnp.where(roots.at_pole[:, None], _contrasts(p), vectors / jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
+def _right_fwd(*args):
+    u = _right(*args)
+    return u, (args, u)
+
+
+def _right_bwd(residuals, ct):
+    (logs, p, roots), u = residuals
+    h = _couplings(_log_eigenvalues(logs, p, roots), roots)[0]
+    return _along(_left(logs, p, roots), h * _dot(ct, u.T)), None, None
+
+
+_right.defvjp(_right_fwd, _right_bwd)
+
+
+def _along(b: Array, c: Array) -> Array:
+    """The cotangent of l from that of N."""
+    return jnp.sum(b * _dot(c, b), 0)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _contrasts(p: Array) -> Array:
+    """Rows: equal classes s, …, k, k+1 share their value as an eigenvalue: (1, …, 1, -n, 0, …) / √(n(n+1)), n ones."""
+    row, column = jnp.arange(p.size)[:, None], jnp.arange(p.size)[None, :]
     tied = (p[1:] == p[:-1])[:, None]
     start = lax.cummax(jnp.where(jnp.concatenate([jnp.zeros_like(tied, shape=(1, 1)), tied]), 0, row), 0)[:-1]
     ones = row[1:] - start
     contrast = jnp.where((column >= start) & (column < row[1:]), 1, jnp.where(column == row[1:], -ones, 0))
-    contrast = contrast.astype(p.dtype) / jnp.sqrt((ones * (ones + 1)).astype(p.dtype))
-    vectors = jnp.where(tied, contrast, vectors)
+    return contrast.astype(p.dtype) / jnp.sqrt((ones * (ones + 1)).astype(p.dtype))
 
+
+def _eigenvectors(logs: Array, p: Array, roots: Roots) -> Array:
+    """Rows: unit eigenvectors, of p sorted descending, for the K-1 roots and then for 0."""
+    size, support = p.size, jnp.sum(p > 0)
+    row = jnp.arange(size)[:, None]
     # The eigenvalue 0: 1 on the support, and every class that has no probability.
     constant = (p > 0).astype(p.dtype) / jnp.sqrt(jnp.maximum(support, 1).astype(p.dtype))
-    vectors = jnp.concatenate([vectors, constant[None, :]])
+    vectors = jnp.concatenate([_right(logs, p, roots), constant[None, :]])
     vectors = jnp.where(row == support - 1, constant[None, :], vectors)
     return jnp.where(row >= support, jnp.eye(size, dtype=p.dtype), vectors)
 

@@ -1,0 +1,94 @@
+"""Functions of probabilities that are differentiated in the logarithm of the probability.
+
+    dp = p dl,    d(v/p) = dv/p - (v/p) dl,    l = log p:
+
+in l the derivatives of a reciprocal are no larger than itself. In p they grow with every order by a factor 1/p, which
+leaves float32 long before p does: where p is 1e-20, the derivative of 1/p is 1e40. The logits z give dl without a
+quotient, dl = dz - <p, dz>, so an operator that knows them hands them on.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import about_centred, centred_transpose
+from jaxsoftmax.autodiff import custom_vjp
+
+
+def quotient(x: Array, y: Array) -> Array:
+    """x / y. JAX's own derivative divides by y², which leaves the numbers of its dtype before the result does."""
+    return _quotient(*jnp.broadcast_arrays(x, y))
+
+
+@custom_vjp
+def _quotient(x: Array, y: Array) -> Array:
+    return x / y
+
+
+def _quotient_fwd(x, y):
+    ratio = _quotient(x, y)
+    return ratio, (y, ratio)
+
+
+def _quotient_bwd(residuals, ct):
+    y, ratio = residuals
+    of_x = _quotient(ct, y)
+    return of_x, -of_x * ratio
+
+
+_quotient.defvjp(_quotient_fwd, _quotient_bwd)
+
+
+def logarithm(p: Array, logits: Array | None, axis: num.ClassAxis) -> Array:
+    """l = log p, whose derivative is taken in the logits of p if they are given; 0, of derivative 0, where p = 0."""
+    return _log(p) if logits is None else _log_softmax(logits, p, axis)
+
+
+def _on_support(p: Array) -> Array:
+    return jnp.where(p > 0, p, 1)
+
+
+@custom_vjp
+def _log(p: Array) -> Array:
+    return jnp.log(_on_support(p))
+
+
+_log.defvjp(lambda p: (_log(p), p), lambda p, ct: (quotient(jnp.where(p > 0, ct, 0), _on_support(p)),))
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def _log_softmax(z: Array, p: Array, axis: num.ClassAxis) -> Array:
+    return jnp.log(_on_support(p))
+
+
+def _log_softmax_bwd(axis, p, ct):
+    return centred_transpose(jnp.where(p > 0, ct, 0), p, axis), None
+
+
+def _log_softmax_jvp(axis, primals, tangents):
+    z, p = primals
+    return _log_softmax(z, p, axis), jnp.where(p > 0, about_centred(tangents[0], p, axis), 0)
+
+
+_log_softmax.defvjp(lambda z, p, axis: (_log_softmax(z, p, axis), p), _log_softmax_bwd, jvp=_log_softmax_jvp)
+
+
+@custom_vjp
+def over(v: Array, p: Array, logs: Array) -> Array:
+    """v / p for p > 0 with logarithm `logs`, which carries the derivative."""
+    return v / p
+
+
+def _over_bwd(residuals, ct):
+    p, logs, ratio = residuals
+    return over(ct, p, logs), None, -ct * ratio
+
+
+def _over_fwd(v, p, logs):
+    ratio = over(v, p, logs)
+    return ratio, (p, logs, ratio)
+
+
+over.defvjp(_over_fwd, _over_bwd)
