@@ -208,54 +208,6 @@ def test_half_precision_parameters():
     assert product[0] == 1.0
 
 
-def call(product, **changes):
-    arguments = {
-        "f": f,
-        "loss": js.softmax_cross_entropy_with_integer_labels,
-        "params": network.init(jax.random.key(0), (5, 3)),
-        "x": jnp.ones((7, 5)),
-        "labels": jnp.zeros(7, int),
-    }
-    arguments |= {"v": arguments["params"]} | changes
-    return product(**arguments)
-
-
-@pytest.mark.parametrize("product", [hvp, ggn_vp, fisher_vp, empirical_fisher_vp])
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        ({"f": 3}, TypeError, "f must be a function, got int"),
-        ({"loss": "mse"}, TypeError, "loss must be a function, got str"),
-        ({"params": object(), "v": 0.0}, TypeError, "params must be a pytree of floating-point arrays"),
-        ({"params": {"W": jnp.arange(3)}}, TypeError, "params must be a pytree of floating-point arrays"),
-        ({"v": jnp.ones(18)}, TypeError, "v must have the structure of params"),
-        ({"v": network.init(jax.random.key(0), (4, 3))}, ValueError, "each array of v must have the shape of params"),
-        ({"f": lambda p, x: (x, x)}, TypeError, "f must return one floating-point array of logits"),
-        ({"loss": lambda z, y: jnp.mean(z)}, ValueError, r"loss must return one value per example \(7,\)"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ({"batch_size": 1.5}, TypeError, "batch_size must be an integer"),
-    ],
-)
-def test_products_refuse(product, changes, error, message):
-    with pytest.raises(error, match=message):
-        call(product, **changes)
-
-
-def test_fisher_refuses():
-    with pytest.raises(TypeError, match="loss must be a head with a closed form .*softmax_cross_entropy"):
-        call(fisher_vp, loss=lambda z, y: jnp.sum(z, -1))
-    with pytest.raises(TypeError, match="loss must be a likelihood .*got focal_loss_with_integer_labels"):
-        call(fisher_vp, loss=js.focal_loss_with_integer_labels)
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
-        call(fisher_vp, key=jax.random.key(0), num_samples=0)
-
-
-def test_batches_must_have_one_length():
-    loss = lambda z, y: jnp.sum(z, -1)
-    with pytest.raises(ValueError, match="lead with one batch axis"):
-        call(ggn_vp, loss=loss, labels=jnp.zeros(6), batch_size=2)
-
-
 # damped_solve
 
 
@@ -344,29 +296,6 @@ def test_solver_with_a_network_inside_jit(x64):
     solution = jax.jit(lambda b, damping: damped_solve(product, b, damping, tol=1e-11))(problem.v, 0.01)
     wanted = np.linalg.solve(G + 0.01 * np.eye(len(G)), ravel_pytree(problem.v)[0])
     np.testing.assert_allclose(ravel_pytree(solution.x)[0], wanted, rtol=1e-8)
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        ((jnp.eye(2), jnp.ones(2), 1.0), TypeError, "product must be a function"),
-        ((lambda v: v, jnp.arange(2), 1.0), TypeError, "b must be a pytree of floating-point arrays"),
-        ((lambda v: v, jnp.ones(2), -1.0), ValueError, "damping must lie in"),
-        ((lambda v: v[:1], jnp.ones(2), 1.0), ValueError, r"each array of product\(v\) must have the shape of b"),
-    ],
-)
-def test_solver_refuses(arguments, error, message):
-    with pytest.raises(error, match=message):
-        damped_solve(*arguments)
-
-
-def test_solver_refuses_options():
-    with pytest.raises(TypeError, match="start must have the structure of b"):
-        damped_solve(lambda v: v, jnp.ones(2), 1.0, start={"a": 1.0})
-    with pytest.raises(ValueError, match="max_steps must be at least 1"):
-        damped_solve(lambda v: v, jnp.ones(2), 1.0, max_steps=0)
-    with pytest.raises(ValueError, match="tol must lie in"):
-        damped_solve(lambda v: v, jnp.ones(2), 1.0, tol=-1e-3)
 
 
 @pytest.mark.optimized
