@@ -236,6 +236,7 @@ CALLS = {
     curvature.ggn_vp: CURVATURE,
     curvature.fisher_vp: CURVATURE | {"loss": LIKELIHOOD, "key": (KEY0, KEY[:1] + KEY[2:]), "num_samples": (2, COUNT)},
     curvature.empirical_fisher_vp: CURVATURE,
+    curvature.dense: {"product": PRODUCT[:1] + (FUNCTION,), "like": (THETA, BAD_THETA)},
     curvature.linearized: {"product": PRODUCT[:1] + (FUNCTION,), "like": (THETA, BAD_THETA)},
     curvature.damped_solve: {
         "product": PRODUCT,
