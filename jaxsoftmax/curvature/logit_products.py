@@ -13,28 +13,26 @@ from jax import Array
 from jaxsoftmax._core.plumbing import placement, split_axes_of
 from jaxsoftmax.losses.hessian import loss_fisher
 
-Loss = Callable[..., Array]
 
-
-def hessian_product(loss: Loss, z: Array, labels: Any, options: dict, u: Array) -> Array:
+def hessian_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
     """H u for the loss's Hessian H in the logits: forward over reverse, in closed form where the loss has rules."""
     return jax.jvp(jax.grad(lambda z: jnp.sum(loss(z, labels, **options))), (z,), (u,))[1]
 
 
-def gradient_product(loss: Loss, z: Array, labels: Any, options: dict, u: Array) -> Array:
+def gradient_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
     """g <g,u> for the gradient g of each loss value; where every logit has its own, g² u."""
     losses, pullback = jax.vjp(lambda z: loss(z, labels, **options), z)
     (g,) = pullback(jnp.ones_like(losses))
     return g * jnp.sum(g * u, -1, keepdims=True) if losses.ndim < z.ndim else g * g * u
 
 
-def fisher_product(loss: Loss, z: Array, labels: Any, options: dict, u: Array) -> Array:
+def fisher_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
     """E[ggᵀ] u over targets that the model draws, in closed form."""
     return loss_fisher(loss, z, labels, **options).mv(u)
 
 
 def sampled_fisher_product(
-    loss: Loss, z: Array, data: Any, options: dict, u: Array, *, impl: Any, num_samples: int
+    loss: Callable, z: Array, data: Any, options: dict, u: Array, *, impl: Any, num_samples: int
 ) -> Array:
     """The mean of c g <g,u> over draws, with one key for each example, so that batches do not change what is drawn."""
     keys, labels = data

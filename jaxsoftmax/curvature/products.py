@@ -25,9 +25,14 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax.curvature import logit_products as middle
 from jaxsoftmax.curvature.batches import num_examples, options_per_example, sum_over_batches
-from jaxsoftmax.curvature.vectors import Product, like
+from jaxsoftmax.curvature.logit_products import (
+    fisher_product,
+    gradient_product,
+    hessian_product,
+    sampled_fisher_product,
+)
+from jaxsoftmax.curvature.vectors import Product, conformed
 
 Model = Callable[[Any, Any], Array]
 Loss = Callable[[Array, Any], Array]
@@ -93,7 +98,7 @@ def ggn_vp(f: Model, loss: Loss, params: Any, x: Any, labels: Any, v: Any, *, ba
 
     Reference: Schraudolph, Fast curvature matrix-vector products (2002); Martens, arXiv:1412.1193.
     """
-    return _Call.of(f, loss, params, x, labels, v, batch_size).sandwich(middle.hessian_product)
+    return _Call.of(f, loss, params, x, labels, v, batch_size).sandwich(hessian_product)
 
 
 def fisher_vp(
@@ -138,12 +143,12 @@ def fisher_vp(
     """
     call = _Call.of(f, loss, params, x, labels, v, batch_size)
     if key is None:
-        return call.sandwich(middle.fisher_product)
+        return call.sandwich(fisher_product)
     checks.at_least("num_samples", num_samples, 1)
     x, labels, options = call.data
     keys = jax.random.split(checks.key("key", key), num_examples((x, labels)))
     call = call._replace(data=(x, (jax.random.key_data(keys), labels), options))  # plain numbers are easier to cut
-    sampled = functools.partial(middle.sampled_fisher_product, impl=jax.random.key_impl(key), num_samples=num_samples)
+    sampled = functools.partial(sampled_fisher_product, impl=jax.random.key_impl(key), num_samples=num_samples)
     return call.sandwich(sampled)
 
 
@@ -168,7 +173,7 @@ def empirical_fisher_vp(
 
     Reference: Kunstner et al., Limitations of the empirical Fisher approximation, arXiv:1905.12558.
     """
-    return _Call.of(f, loss, params, x, labels, v, batch_size).sandwich(middle.gradient_product)
+    return _Call.of(f, loss, params, x, labels, v, batch_size).sandwich(gradient_product)
 
 
 def linearized(product: Product, like: Any) -> Product:
@@ -262,7 +267,7 @@ class _Call(NamedTuple):
             checks.at_least("batch_size", batch_size, 1)
             num_examples((x, labels))
             options = options_per_example(loss, logits.shape)
-        return cls(f, loss, params, (x, labels, options), like(params, v), batch_size, losses.size)
+        return cls(f, loss, params, (x, labels, options), conformed(params, v), batch_size, losses.size)
 
     def sum(self, of_batch: Callable) -> Any:
         return sum_over_batches(of_batch, self.data, self.batch_size, self.params)

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import tied, zeros_like
-from jaxsoftmax.curvature.vectors import Product, axpy, dot, exponent, ldexp, like, norm, scale, scale_of, scaled
+from jaxsoftmax.curvature.vectors import Product, axpy, conformed, dot, exponent, ldexp, norm, scale, scale_of, scaled
 
 
 class Solution(NamedTuple):
@@ -82,11 +82,11 @@ def damped_solve(
     damping = checks.number("damping", damping, 0.0)
     checks.number("tol", tol, 0.0)
     checks.at_least("max_steps", max_steps, 1)
-    A = lambda v: axpy(damping, v, like(b, product(v), "product(v)", "b"))
-    M, start = None, None if start is None else like(b, start, "start", "b")
+    A = lambda v: axpy(damping, v, conformed(b, product(v), "product(v)", "b"))
+    M, start = None, None if start is None else conformed(b, start, "start", "b")
     if preconditioner is not None:
         checks.function("preconditioner", preconditioner)
-        M = lambda r: like(b, preconditioner(r), "preconditioner(r)", "b")
+        M = lambda r: conformed(b, preconditioner(r), "preconditioner(r)", "b")
 
     # The system is extended by s = 1, and starts at s · start: in those for derivatives of x, s is 0.
     def solve(extended, right):

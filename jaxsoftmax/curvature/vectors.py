@@ -16,7 +16,7 @@ from jaxsoftmax._core import checks, dtypes
 Product = Callable[[Any], Any]
 
 
-def like(tree: Any, v: Any, name: str = "v", other: str = "params") -> Any:
+def conformed(tree: Any, v: Any, name: str = "v", other: str = "params") -> Any:
     """v in the dtypes of `tree`, whose structure and shapes it must have."""
     checks.same_tree(name, v, other, tree)
     return jax.tree.map(lambda leaf, target: checks.as_float(name, leaf).astype(target.dtype), v, tree)
@@ -41,11 +41,11 @@ def scale(a: Any, x: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)
 
 
-def ldexp(v: Any, exponent: Any) -> Any:
-    """2^exponent v, in two steps: the power itself may leave the range where the result does not."""
-    half = exponent // 2
-    power = lambda leaf, e: jnp.ldexp(jnp.ones((), dtypes.compute_dtype(leaf.dtype)), e).astype(leaf.dtype)
-    return jax.tree.map(lambda leaf: leaf * power(leaf, half) * power(leaf, exponent - half), v)
+def ldexp(v: Any, e: Any) -> Any:
+    """2^e v, in two steps: the power itself may leave the range where the result does not."""
+    half = e // 2
+    power = lambda leaf, n: jnp.ldexp(jnp.ones((), dtypes.compute_dtype(leaf.dtype)), n).astype(leaf.dtype)
+    return jax.tree.map(lambda leaf: leaf * power(leaf, half) * power(leaf, e - half), v)
 
 
 def exponent(v: Any) -> Array:

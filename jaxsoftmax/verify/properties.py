@@ -107,59 +107,72 @@ def verify_jacobian_properties(x: ArrayLike, *, alpha: float = 1.0, step: float 
         raise ValueError(f"x must have at least one class and one example, got shape {x.shape}")
     checks.number("alpha", alpha, 1.0)
     checks.number("step", step, 0.0)
-    x = dtypes.widen(x)[0]
+    return _report(dtypes.widen(x)[0], float(alpha), step)
+
+
+def _report(x: jax.Array, alpha: float, step: float) -> JacobianReport:
+    """With q = p^(2-α), which is p for softmax: J = diag(q) - qqᵀ/Σq."""
     f = lambda x: entmax(x, alpha)
-    p = f(x)
-    operator = SoftmaxJacobian.from_probs(p, alpha=alpha)
-    matrix = np.asarray(operator.as_matrix(), np.float64)
-    eigenvalues = np.sort(np.asarray(operator.eigvalsh(), np.float64), -1)[..., ::-1]
-    forward, reverse = (np.asarray(_batched(d(f), x), np.float64) for d in (jax.jacfwd, jax.jacrev))
-    probs = np.asarray(p, np.float64)
-    power = lambda exponent: np.where(probs > 0, np.where(probs > 0, probs, 1.0) ** exponent, 0.0)
-    weights, bend = power(2 - alpha), abs(2 - alpha) * power(3 - 2 * alpha)  # q, and r of D²p
-    mass = weights.sum(-1, keepdims=True)
-    ordered = np.sort(weights, -1)[..., ::-1]
-    support = (probs > 0).sum(-1)
+    operator = SoftmaxJacobian.from_probs(f(x), alpha=alpha)
+    probs, J, eigenvalues = map(_doubles, (f(x), operator.as_matrix(), operator.eigvalsh()))
+    eigenvalues = np.sort(eigenvalues, -1)[..., ::-1]
+    q = _power(probs, 2 - alpha)
     eps = float(jnp.finfo(x.dtype).eps)
-    tolerance = 8 * eps * max(1.0, float(mass.max()))
-    dense = np.linalg.eigvalsh(matrix)[..., ::-1]
-    values, below = eigenvalues[..., :-1], eigenvalues[..., 1:]
-    largest = min(largest_eigenvalue_bound(alpha, x.shape[-1]), float(weights.max()))
-    step = min(step, _to_the_next_kink(np.asarray(x, np.float64), probs, alpha) / 4)
-    error, order = _linear_approximation(f, operator, x, step)
+    tolerance = 8 * eps * max(1.0, float(q.sum(-1).max()))
+    step = min(step, _to_the_next_kink(_doubles(x), probs, alpha) / 4)
     properties = (
-        Property("symmetry", "J = Jᵀ", _worst(matrix - np.swapaxes(matrix, -1, -2)), 0.0),
-        Property("row sums", "J 1 = 0", _worst(matrix.sum(-1)), tolerance),
-        Property("column sums", "1ᵀ J = 0", _worst(matrix.sum(-2)), tolerance),
-        Property("null vector", "1 is mapped to 0", _worst(operator.mv(jnp.ones_like(p))), tolerance),
-        Property("positive semidefinite", "-min λ ≤ 0", -float(dense.min(initial=0.0)), tolerance),
-        Property("rank", "rank J = |support| - 1", _worst(np.asarray(operator.rank()) - (support - 1)), 0.0),
-        Property(
-            "diagonal",
-            "J_ii = q_i (1 - q_i / Σq)",
-            _worst(np.diagonal(matrix, axis1=-2, axis2=-1) - weights * (1 - weights / mass)),
-            tolerance,
-        ),
-        Property("diagonal bound", "J_ii ≤ Σq / 4", _worst(np.diagonal(matrix, axis1=-2, axis2=-1) / mass), 0.25 + eps),
-        Property("largest eigenvalue", "λ₁ ≤ Λ(α, K) and max q", float(eigenvalues.max()), largest * (1 + 8 * eps)),
-        Property("spectrum", "λ as LAPACK finds them", _worst(eigenvalues - dense), tolerance),
-        Property(
-            "interlacing",
-            "q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎",
-            max(_excess(values - ordered[..., :-1]), _excess(ordered[..., 1:] - values), _excess(below - values)),
-            tolerance,
-        ),
-        Property(
-            "linear approximation",
-            f"f(x+Δ) ≈ f(x) + JΔ, |Δ| = {step:.2g}",
-            error,
-            step**2 * max(1.0, 4 * float(bend.max())),
-        ),
-        Property("its order", "|order - 2| of that error", abs(order - 2), 0.25),
-        Property("jacfwd", "J = jacfwd(f)(x)", _worst(matrix - forward), tolerance),
-        Property("jacrev", "J = jacrev(f)(x)", _worst(matrix - reverse), tolerance),
+        *_algebra(operator, J, probs, q, tolerance, eps),
+        *_spectrum(eigenvalues, J, q, largest_eigenvalue_bound(alpha, x.shape[-1]), tolerance, eps),
+        *_linear_approximation(f, operator, x, step, abs(2 - alpha) * _power(probs, 3 - 2 * alpha)),
+        Property("jacfwd", "J = jacfwd(f)(x)", _worst(J - _batched(jax.jacfwd(f), x)), tolerance),
+        Property("jacrev", "J = jacrev(f)(x)", _worst(J - _batched(jax.jacrev(f), x)), tolerance),
     )
-    return JacobianReport(float(alpha), probs, eigenvalues, properties)
+    return JacobianReport(alpha, probs, eigenvalues, properties)
+
+
+def _algebra(operator, J, probs, q, tolerance, eps) -> list[Property]:
+    """What can be seen of the entries of J."""
+    total, diagonal = q.sum(-1, keepdims=True), np.diagonal(J, axis1=-2, axis2=-1)
+    of_ones = operator.mv(jnp.ones(probs.shape, operator.dtype))
+    rank, support = _doubles(operator.rank()), (probs > 0).sum(-1)
+    return [
+        Property("symmetry", "J = Jᵀ", _worst(J - np.swapaxes(J, -1, -2)), 0.0),
+        Property("row sums", "J 1 = 0", _worst(J.sum(-1)), tolerance),
+        Property("column sums", "1ᵀ J = 0", _worst(J.sum(-2)), tolerance),
+        Property("null vector", "1 is mapped to 0", _worst(of_ones), tolerance),
+        Property("rank", "rank J = |support| - 1", _worst(rank - (support - 1)), 0.0),
+        Property("diagonal", "J_ii = q_i (1 - q_i / Σq)", _worst(diagonal - q * (1 - q / total)), tolerance),
+        Property("diagonal bound", "J_ii ≤ Σq / 4", _worst(diagonal / total), 0.25 + eps),
+    ]
+
+
+def _spectrum(eigenvalues, J, q, bound, tolerance, eps) -> list[Property]:
+    """What holds of the eigenvalues, λ₁ ≥ λ₂ ≥ …; `bound` holds of λ₁ for every p, max q for this one."""
+    by_lapack = np.linalg.eigvalsh(J)[..., ::-1]
+    high, low = np.sort(q, -1)[..., ::-1][..., :-1], np.sort(q, -1)[..., ::-1][..., 1:]
+    of_pair, after = eigenvalues[..., :-1], eigenvalues[..., 1:]
+    between = max(_excess(of_pair - high), _excess(low - of_pair), _excess(after - of_pair))
+    largest = min(bound, float(q.max())) * (1 + 8 * eps)
+    return [
+        Property("positive semidefinite", "-min λ ≤ 0", -float(by_lapack.min(initial=0.0)), tolerance),
+        Property("largest eigenvalue", "λ₁ ≤ Λ(α, K) and max q", float(eigenvalues.max()), largest),
+        Property("spectrum", "λ as LAPACK finds them", _worst(eigenvalues - by_lapack), tolerance),
+        Property("interlacing", "q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎", between, tolerance),
+    ]
+
+
+def _linear_approximation(f, operator, x, step: float, bend: np.ndarray) -> list[Property]:
+    """The error at |Δ| = step, of the size of D²p, and the order of error ∝ |Δ|^order, 2 where it is mere rounding."""
+    direction = jnp.broadcast_to(jnp.cos(1.0 + jnp.arange(x.shape[-1], dtype=x.dtype)), x.shape)
+    direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
+    errors = [_worst(f(x + h * direction) - f(x) - operator.mv(h * direction)) for h in (step, step / 2)]
+    rounding = 32 * float(jnp.finfo(x.dtype).eps)
+    order = 2.0 if errors[1] <= rounding else float(np.log2(errors[0] / errors[1]))
+    statement, largest = f"f(x+Δ) ≈ f(x) + JΔ, |Δ| = {step:.2g}", step**2 * max(1.0, 4 * float(bend.max()))
+    return [
+        Property("linear approximation", statement, errors[0], largest),
+        Property("its order", "|order - 2| of that error", abs(order - 2), 0.25),
+    ]
 
 
 def largest_eigenvalue_bound(alpha: float, num_classes: int) -> float:
@@ -193,18 +206,27 @@ def largest_eigenvalue_bound(alpha: float, num_classes: int) -> float:
     return max(2.0 ** (alpha - 2), num_classes / rest * (1 + ratio) ** (alpha - 3))
 
 
+def _doubles(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def _power(probs: np.ndarray, exponent: float) -> np.ndarray:
+    """p^exponent on the support, 0 outside."""
+    return np.where(probs > 0, np.where(probs > 0, probs, 1.0) ** exponent, 0.0)
+
+
 def _worst(x) -> float:
-    return float(np.max(np.abs(np.asarray(x, np.float64)), initial=0.0))
+    return float(np.max(np.abs(_doubles(x)), initial=0.0))
 
 
 def _excess(x) -> float:
     return float(np.max(x, initial=0.0))
 
 
-def _batched(jacobian, x):
+def _batched(jacobian, x) -> np.ndarray:
     for _ in range(x.ndim - 1):
         jacobian = jax.vmap(jacobian)
-    return jax.jit(jacobian)(x)
+    return _doubles(jax.jit(jacobian)(x))
 
 
 def _to_the_next_kink(x: np.ndarray, probs: np.ndarray, alpha: float) -> float:
@@ -214,13 +236,3 @@ def _to_the_next_kink(x: np.ndarray, probs: np.ndarray, alpha: float) -> float:
     top = np.argmax(x, -1, keepdims=True)
     at_top = np.take_along_axis(probs, top, -1) ** (alpha - 1) / (alpha - 1)
     return float(np.min(abs(x - np.take_along_axis(x, top, -1) + at_top)))
-
-
-def _linear_approximation(f, operator, x, step: float) -> tuple[float, float]:
-    """The error at |Δ| = step, and the order p of error ∝ |Δ|^p; 2 where the error is mere rounding."""
-    direction = jnp.broadcast_to(jnp.cos(1.0 + jnp.arange(x.shape[-1], dtype=x.dtype)), x.shape)
-    direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
-    errors = [_worst(f(x + h * direction) - f(x) - operator.mv(h * direction)) for h in (step, step / 2)]
-    rounding = 32 * float(jnp.finfo(x.dtype).eps)
-    order = 2.0 if errors[1] <= rounding else float(np.log2(errors[0] / errors[1]))
-    return errors[0], order
