@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.maps.softmax import LOG2
+
+LOG2 = math.log(2.0)
 
 
 def horner(coefficients: Sequence[float], x: Array) -> Array:

@@ -23,9 +23,6 @@ from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 
-LOG2 = math.log(2.0)
-
-
 Axis = int | tuple[int, ...] | None
 AxisName = str | tuple[str, ...] | None
 
