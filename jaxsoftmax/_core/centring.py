@@ -7,26 +7,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._linear_map import linear_map
 
-# The class with p > 1/2 as an indicator, in forms that differ although they are equal: XLA's CPU backend materialises
-# a value, even a constant broadcast, that feeds two reductions, so each reduction computes its own. Comparisons in
-# their place end its kernels, and keep arrays of the size of p.
+# By arithmetic, since a choice at each class would end a kernel of XLA's CPU backend.
 
 
-def is_top(p: Array, above: float = 0.5, scale: float = 1.0) -> Array:
-    """1 where p > above ≥ 1/2, else 0; each power of two as a scale is another form, up to 1, since ⌈-1⌉ is not 0."""
-    return jnp.ceil((p - above) * scale)
+def is_top(p: Array, above: float = 0.5) -> Array:
+    """1 where p > above ≥ 1/2, else 0."""
+    return jnp.ceil(p - above)
 
 
-def below_half(p: Array) -> Array:
+def below_half(p: Array, above: float = 0.5) -> Array:
     """p where p ≤ 1/2, else 0."""
-    return p * jnp.floor(1.5 - p)
+    return p * jnp.floor((1 + above) - p)
 
 
 AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
@@ -36,11 +34,26 @@ AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
 def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0, above: float = 0.5) -> Array:
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
-    With v measured from its value r at the top class (p > above ≥ 1/2), w = v - r, the mean <p,w> has no term of the
-    size of v left to cancel. Its own w is said to be 0: XLA may round v here otherwise than in the sum.
+    With v measured from its value r at the top class, where p > 1/2, the mean <p, v - r> has no term of the size of v
+    left to cancel. The top class's own v - r is said to be 0: XLA may round v here otherwise than in the sum. On a CPU
+    `above` moves the threshold, so that two products share no array.
     """
-    w = jnp.floor((1 + above) - p) * (v - num.class_sum(is_top(p, above) * v, axis))
-    return w - num.class_sum(p * w, axis) / total
+    on_cpu = functools.partial(_mean_from_top, axis=axis, above=above)
+    in_one_pass = functools.partial(_mean_in_one_pass, axis=axis)
+    r, mean = on_cpu(v, p) if num.is_split(axis) else lax.platform_dependent(v, p, cpu=on_cpu, default=in_one_pass)
+    return jnp.floor((1 + above) - p) * (v - r) - mean / total
+
+
+def _mean_in_one_pass(v, p, axis):
+    """v at the top class, and Σp(v - r) = Σ_{others} pv - r Σ_{others} p."""
+    r, moment, rest = (num.class_sum(x, axis) for x in (is_top(p) * v, below_half(p) * v, below_half(p)))
+    return r, moment - r * rest
+
+
+def _mean_from_top(v, p, axis, above):
+    """The same in two passes, for fewer sums: on a CPU each costs time, on a mesh it crosses."""
+    r = num.class_sum(is_top(p, above) * v, axis)
+    return r, num.class_sum(below_half(p, above) * (v - r), axis)
 
 
 @functools.partial(about_centred.defjvp, symbolic_zeros=True)
@@ -94,13 +107,17 @@ def centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.
     return v - num.class_sum(p * v, axis) / total
 
 
-def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS) -> Array:
+def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS, above: float = 0.5) -> Array:
     """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
-    top = num.class_sum(is_top(p, scale=0.5) * y, axis)
-    others = num.class_sum(y - is_top(p, scale=0.25) * y, axis)
-    rest = num.class_sum(p - is_top(p, scale=0.125) * p, axis)
-    not_top = 1 - is_top(p, scale=0.0625)
-    return (not_top + (1 - not_top) * rest) * y - p * (others + not_top * top)
+    at_top = is_top(p, above)
+    top, others, rest = (num.class_sum(x, axis) for x in (at_top * y, y - at_top * y, p - at_top * p))
+    return (1 - at_top + at_top * rest) * y - p * (others + (1 - at_top) * top)
+
+
+def less(y: Array, p: Array, rest: Array, mass: Array | float = 1.0) -> Array:
+    """mass·p - y; where p > 1/2 as (mass - y) - mass·(1 - p), with rest = 1 - p there."""
+    top = p > 0.5
+    return (mass * jnp.where(top, 1.0, p) - y) - jnp.where(top, mass * rest, 0.0)  # y once, or a GPU's kernel ends
 
 
 def root(x: Array) -> Array:

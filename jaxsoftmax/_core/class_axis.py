@@ -1,10 +1,8 @@
 """Shifts, masks, and sums over the class axis: what the maps and heads reduce their classes with.
 
 docs/mathematics.md, section 5. With m = max z and e = exp(z - m), the sums leave out one class (the top one, or the
-label), so that nothing small is ever added to, or subtracted from, a 1. What meets a whole array is sums, products,
-minima and maxima, not comparisons, clips or choices: XLA's CPU backend makes one kernel of such arithmetic and the
-sums around it, and keeps an array at anything else, or where two kernels share one. Its minimum and maximum drop NaN,
-which has to reach a result on another way, as in `shift`.
+label), so that nothing small is ever added to, or subtracted from, a 1. How a backend wants them written stands in
+`forms`.
 
 This is also the one place that knows of classes split over a mesh. Inside `jax.shard_map` a `ClassAxis` with mesh axes
 stands for blocks of the classes, one per device: sums and maxima go over all of them, and a class index counts
@@ -12,17 +10,16 @@ through them. What crosses the mesh is one number per example and reduction, the
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import checks, dtypes, forms
 from jaxsoftmax._core.plumbing import aligned, mesh_axes, sharded_like, split_axes_of
+
+below, settled, shift = forms.below, forms.settled, forms.shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +57,11 @@ def _mesh_axes(axis: Axis) -> tuple[str, ...]:
     return axis.mesh_axes if isinstance(axis, ClassAxis) else ()
 
 
+def is_split(axis: Axis) -> bool:
+    """Whether the classes are split over mesh axes."""
+    return bool(_mesh_axes(axis))
+
+
 def class_sum(x: Array, axis: Axis) -> Array:
     """Σ over the class axis, which stays with length 1."""
     local, names = local_sum(x, axis), _mesh_axes(axis)
@@ -79,7 +81,8 @@ def class_max(z: Array, axis: Axis) -> Array:
 
 def top(z: Array, axis: Axis) -> Array:
     """The maximum in at least float32, of no derivative: taken in z's own dtype, so that no wider z is kept for it."""
-    return dtypes.widen(class_max(lax.stop_gradient(z), axis))[0]
+    local, names = forms.maximum(lax.stop_gradient(z), positions(axis)), _mesh_axes(axis)
+    return lax.pmax(local, names) if names else local
 
 
 def class_any(mask: Array, axis: Axis) -> Array:
@@ -111,77 +114,26 @@ def _in_parts(axis: Axis) -> bool:
     return bool(names) and not mesh_axes(lax.axis_index(names))
 
 
-def per_slice(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` without the axes of length 1 of its arguments, which have one number per slice: with them XLA is slow."""
-
-    @functools.wraps(f)
-    def flat(*numbers: Array, **options) -> Any:
-        ones = tuple(i for i, n in enumerate(numbers[0].shape) if n == 1)
-        result = f(*(lax.squeeze(x, ones) for x in numbers), **options)
-        return jax.tree.map(lambda x: lax.expand_dims(x, ones), result)
-
-    return flat
-
-
-@per_slice
-def settled(*numbers: Array) -> list[Array]:
-    """The numbers, one per slice, cut off from what they come from.
-
-    XLA takes nothing that is done with them into the kernel of the sums they are, and a kernel computes its arrays from
-    them anew: two that share an array would keep it.
-    """
-    # XLA before JAX 0.11 fuses beyond its barriers, but not a choice.
-    return lax.optimization_barrier([jnp.where(x > -jnp.inf, x, 2 * x) for x in numbers])
-
-
-@per_slice
+@forms.per_slice
 def finite_top(m: Array, limit: float | None = None) -> Array:
     """m within ±limit, the largest number."""
     limit = dtypes.largest(m.dtype) if limit is None else limit
     return -jnp.minimum(-jnp.minimum(m, limit), limit)
 
 
-@per_slice
+@forms.per_slice
 def infinite(m: Array) -> Array:
     """1 where m = inf, 0 where it is finite, -inf where m = -inf."""
     return jnp.minimum(m - finite_top(m), 1)
 
 
-def shift(z: Array, m: Array) -> Array:
-    """z - m in the dtype of m, with infinite logits in their limits: 0 where z = m = inf, -inf where z = m = -inf."""
-    z = jnp.minimum(z.astype(m.dtype), dtypes.largest(m.dtype))  # a dropped NaN is huge here: its exponential is inf
-    return -(finite_top(m) - z)  # z - finite_top(m) takes XLA 0.10's CPU backend five times as long in short rows
-
-
-FUSED = 4096  # XLA's CPU backend makes one kernel of sums over classes and what is done to this many of them
-
-
-def _is_fused(m: Array) -> bool:
-    return not isinstance(m.size, int) or m.size >= FUSED  # a symbolic size may be as large
-
-
-def below(z: Array, m: Array) -> Array:
-    """As `shift`, for logarithms: beside +inf everything finite is -inf, not just very small."""
-    if _is_fused(m):
-        shifted = shift(z, m)
-    else:  # in other words: it would be an array that two kernels share
-        shifted = -(jnp.maximum(-z.astype(m.dtype), -dtypes.largest(m.dtype)) - -finite_top(m))
-    return shifted * (1 + 3 * infinite(m) ** 2)
-
-
 def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m."""
+    if not is_split(axis):
+        return forms.leave_top_out(z, m, positions(axis)[0] % z.ndim)
     e = jnp.exp(shift(z, m))
     tops = jnp.floor(e)
-    if _is_fused(m) or _mesh_axes(axis):
-        return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
-    # Both sums as one, over an axis of length 2 before that of the classes, so that e is not kept for a second one.
-    position = positions(axis)[0] % z.ndim
-    e, tops = jnp.expand_dims(e, position), jnp.expand_dims(tops, position)
-    without = lax.broadcasted_iota(m.dtype, [2 if i == position else 1 for i in range(e.ndim)], position)
-    both = class_sum(e - without * tops, position + 1)
-    total, rest = (lax.index_in_dim(both, i, position, keepdims=False) for i in range(2))
-    return jnp.where(total < 2, rest, total - 1)  # below 2 there is one top
+    return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
 
 
 def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
@@ -254,19 +206,13 @@ def labels_equal(labels: Array, index: int) -> Array:
     return labels == jnp.asarray(index, labels.dtype)
 
 
-@per_slice
+@forms.per_slice
 def one_infinity(total: Array, m: Array) -> Array:
     """`total` = Σ exp(z - m), or NaN where softmax has no limit: all logits are -inf, or more than one is +inf."""
     # (total - 1)·∞·0 + 1 at m = inf; takes total once: no kernel ends here.
     top = infinite(m)
     gain = 1 + top * dtypes.largest(m.dtype)
     return (total - top) * gain * gain * (1 - top) + top
-
-
-@per_slice
-def log_total(s: Array, m: Array) -> Array:
-    """log(1 + s) of s = Σ exp(z - m) - 1, or NaN as in `one_infinity`; takes s once: no kernel ends here."""
-    return jnp.log1p(s * (1 - 3 * infinite(m)))
 
 
 def present(z: Array, mask: Array | None, axis: Axis) -> Array:

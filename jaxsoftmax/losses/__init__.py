@@ -45,7 +45,7 @@ Special values, the same in value, forward and reverse mode and at second order,
 | a label on it, hard or soft | | | | +inf | not NaN |
 | one logit of +inf, label on it | one-hot | 0 there, else -inf | +inf | 0 | 0 |
 | one logit of +inf, label elsewhere | | | | +inf | not NaN |
-| several of +inf | NaN | NaN | +inf | NaN | NaN |
+| several of +inf (of entmax NaN) | equal shares | as of equal ones | +inf | as of equal ones | as of equal ones |
 | all -inf | NaN | NaN | -inf | NaN | NaN |
 | NaN | NaN in its slice | NaN in its slice | NaN | NaN | NaN in its slice |
 | where=False, whatever stands there | 0 there | -inf there | without it | without it | 0 there |

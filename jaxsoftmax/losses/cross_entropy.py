@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.centring import jacobian_product, less
 from jaxsoftmax._core.plumbing import sharded_like, traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
@@ -220,7 +220,7 @@ def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Ar
     z, m = lax.stop_gradient(z), num.top(z, axis)
     gap = num.below(num.take_class(z, label, axis), m)
     rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
-    total = num.one_infinity(rest + jnp.exp(gap), m)
+    total = rest + jnp.exp(gap)
     return gap, m, rest + (total - total), total  # NaN where the total is
 
 
@@ -268,7 +268,7 @@ def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     # A choice at each class would end XLA's kernel. y is multiplied by numbers below the limit, twice at -inf.
     limit = dtypes.largest(m.dtype)
     below = jnp.minimum(-num.below(z, m), 0.9999 * limit)
-    surprise = num.log_total(s, m) + below
+    surprise = jnp.log1p(s) + below
     return num.class_sum(y * surprise * jnp.maximum(below - 0.9998 * limit, 1), axis)
 
 
@@ -291,7 +291,7 @@ def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) 
     """(Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     mass = num.class_sum(y, axis)
-    return jnp.where(p > 0.5, (mass - y) - mass * (s / (1 + s)), mass * p - y)
+    return less(y, p, s / (1 + s), mass)
 
 
 def _soft_label_gradient_fwd(z, y, m, s, axis):

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import about_centred, below_half, centred_transpose, is_top, jacobian_product
+from jaxsoftmax._core.centring import about_centred, below_half, centred_transpose, jacobian_product, less
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
@@ -132,7 +132,7 @@ def _brier_loss(logits, labels, mask, axes) -> Array:
 def entropy(z: Array, axis: num.Axis) -> Array:
     """-Σ p log p, with the class axis kept; no term is negative."""
     m, s = moments(z, axis)
-    surprise = num.log_total(s, m) - num.shift(z, m)
+    surprise = jnp.log1p(s) - num.shift(z, m)
     return num.class_sum(jnp.exp(-surprise) * jnp.minimum(surprise, -NEVER), axis)
 
 
@@ -230,7 +230,7 @@ brier_gradient.defvjp(_brier_gradient_fwd, _brier_gradient_bwd)
 def error(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
     """p - y; where p > 1/2, (1 - y) - (1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
-    return jnp.where(p > 0.5, (1 - y) - s / (1 + s), p - y)
+    return less(y, p, s / (1 + s))
 
 
 def _error_fwd(z, y, m, s, axis):
@@ -269,9 +269,7 @@ def _brier_operators(logits, labels, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
     p = softmax_of(z, axis)
-    others = num.class_sum(below_half(p), axis)
-    # p - y as `error` has it, in arithmetic: the sums of the products fuse with it.
-    off = (is_top(p) - y) + below_half(p) - is_top(p) * others
+    off = less(y, p, num.class_sum(below_half(p), axis))
     return of_probabilities(p, p * p, jacobian_product(off, p, axis), mask, axis)
 
 

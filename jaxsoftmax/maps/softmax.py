@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import about_centred, jacobian_product
+from jaxsoftmax._core.centring import about_centred, centred_transpose, jacobian_product
 from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
@@ -201,7 +201,7 @@ def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
 @custom_vjp(nondiff_argnums=(3,))
 def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
     """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
-    return jnp.exp(num.shift(z, m)) / num.one_infinity(total, m)
+    return jnp.exp(num.shift(z, m)) / total
 
 
 def _probabilities_fwd(z, m, total, axis):
@@ -225,7 +225,7 @@ def softmax_of(z: Array, axis: num.Axis) -> Array:
 @custom_vjp(nondiff_argnums=(1,))
 def log_softmax_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
-    return num.below(z, m) - num.log_total(s, m)
+    return num.below(z, m) - jnp.log1p(s)
 
 
 def _log_softmax_fwd(z, axis):
@@ -247,12 +247,8 @@ def _pull_and_push(axis):
 
 @custom_vjp(nondiff_argnums=(2,))
 def _less_sum(logp: Array, g: Array, axis: num.Axis) -> Array:
-    """g - p Σg; at the top class g (1 - p) - p Σ_{others} g, with 1 - p = Σ_{others} p."""
-    p = jnp.exp(logp)
-    top = jnp.floor(p + 0.25)  # p ≥ 3/4: with p ≥ 1/2, rounding would make two of a tie
-    others, of_others = p - top * p, g - top * g
-    missing, rest, total = (num.class_sum(x, axis) for x in (others, of_others, g))
-    return of_others - others * total - (p - others) * rest + top * missing * g
+    """Pᵀg = g - p Σg. By p > 3/4: rounding of p would make two tops of a tie at 1/2."""
+    return centred_transpose(g, jnp.exp(logp), axis, above=0.75)
 
 
 def _less_sum_bwd(axis, residuals, ct):
@@ -268,8 +264,8 @@ _less_sum.defvjp(lambda logp, g, axis: (_less_sum(logp, g, axis), (logp, g)), _l
 @custom_vjp(nondiff_argnums=(1,))
 def logsumexp_of(z: Array, axis: num.Axis) -> Array:
     m, s = moments(z, axis)
-    (s,) = num.settled(s)  # XLA's kernel of the sums takes twice as long in short rows if it does the rest too
-    return m + jnp.log1p(s)
+    (s,) = num.settled(s)
+    return jnp.where(m == -jnp.inf, m, m + jnp.log1p(s))
 
 
 def _logsumexp_fwd(z, axis):

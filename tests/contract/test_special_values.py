@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[Callable, Sequence]] = {
         [
             (excluded, None, L2, [0, 0.5, 0.5]),
             (certain, None, INF, [1, 0, 0]),
-            (two, None, INF, None),
+            (two, None, INF, [0.5, 0.5, 0]),
             (none, None, -INF, None),
             (broken, None, NAN, "nan"),
         ],
@@ -127,6 +127,20 @@ def test_table_in_other_dtypes(name, dtype):
 @pytest.mark.parametrize("name", one_in(2, ["softmax", "softmax_cross_entropy"]))
 def test_table_without_jit(name):
     check(name, wrap=lambda f: f)
+
+
+SPARSE = "sparsemax", "entmax15", "entmax", "sparsemax_loss", "multiclass_sparsemax_loss", "entmax_loss"
+
+
+@pytest.mark.parametrize("name", one_in(3, [n for n in TABLE if n not in (*SPARSE, "logsumexp", "options")]))
+def test_several_of_plus_infinity_have_equal_shares(name):
+    """As logits that are equal have, beside classes that are excluded."""
+    f, rows = TABLE[name]
+    of = jax.jit(lambda z, a: everything(f, z, a))
+    _, argument = arguments([rows[-1]], "float32", 0)
+    got, want = (of(jnp.array([z], "float32"), argument) for z in (two, [0.0, 0.0, -INF]))
+    for q in want:
+        np.testing.assert_allclose(got[q], want[q], rtol=1e-6, atol=1e-6, err_msg=q)
 
 
 # Masks.

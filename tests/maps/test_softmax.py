@@ -16,7 +16,7 @@ SPECIAL = [
     # logits, softmax, log_softmax, logsumexp
     ([-INF, 0.0, 0.0], [0, 0.5, 0.5], [-INF, -np.log(2), -np.log(2)], np.log(2)),
     ([INF, 0.0, -INF], [1, 0, 0], [0, -INF, -INF], INF),
-    ([INF, INF, 0.0], [NAN] * 3, [NAN] * 3, INF),
+    ([INF, INF, 0.0], [0.5, 0.5, 0], [-np.log(2), -np.log(2), -INF], INF),
     ([-INF, -INF, -INF], [NAN] * 3, [NAN] * 3, -INF),
     ([NAN, 0.0, 1.0], [NAN] * 3, [NAN] * 3, NAN),
     ([3e38, -3e38, 0.0], [1, 0, 0], [0, -INF, -3e38], 3e38),

@@ -137,7 +137,7 @@ class Head:
 # class, "finite" for no NaN, None for nothing to say.
 
 excluded, certain, two, none, broken = [-INF, 0.0, 0.0], [INF, 0.0, -INF], [INF, INF, 0.0], [-INF] * 3, [NAN, 0.0, 0.0]
-NO_LIMIT = (two, none, broken)
+NO_LIMIT = (none, broken)
 HARD = (
     (certain, 0, 0, ZEROS),
     (certain, 1, INF, "finite"),
