@@ -3,6 +3,7 @@
 A kernel is an operation of the program that runs by itself, most often a fusion. It reads each operand once, of one
 that it only slices the slice, and writes its results once, of one that it updates in place the update. What lies in a
 memory on the chip costs nothing until it is copied from or to the device's memory. A loop counts as often as it runs.
+What depends on numbers is bounded from below: of a branch the cheapest side, of a loop a given number of rounds.
 """
 
 import collections
@@ -47,7 +48,7 @@ class Cost:
       flops: of matrix products.
       kernels: how many are launched.
       temp: bytes beside arguments and results; None where only the text is known.
-      open_loops: loops whose number of rounds is not known.
+      undecided: loops and branches that depend on numbers.
       sent: kind of collective -> (how many, bytes of the larger of operand and result).
       parts: the dearest kernels: (seconds in all, name, how often).
     """
@@ -57,7 +58,7 @@ class Cost:
     flops: float = 0.0
     kernels: int = 0
     temp: int | None = None
-    open_loops: int = 0
+    undecided: int = 0
     sent: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     parts: tuple[tuple[float, str, int], ...] = ()
 
@@ -85,7 +86,7 @@ def total(costs: Iterable[Cost]) -> Cost:
         bytes=math.fsum(c.bytes for c in costs),
         flops=math.fsum(c.flops for c in costs),
         kernels=sum(c.kernels for c in costs),
-        open_loops=sum(c.open_loops for c in costs),
+        undecided=sum(c.undecided for c in costs),
         sent=dict(sent),
         parts=tuple(sorted((part for c in costs for part in c.parts), reverse=True)[:8]),
     )
@@ -116,16 +117,17 @@ class _Counter:
         return Cost(seconds, moved, flops, int(op.opcode not in COPIES), None, 0, sent, ((seconds, op.name, 1),))
 
     def inner(self, op: Operation) -> Cost:
-        """Of an operation that only runs others: a loop's rounds, the dearest branch, a call."""
+        """Of an operation that only runs others: a loop's rounds, the cheapest branch, a call."""
         if op.opcode == "conditional":
-            return max(map(self.named, op.called(*BRANCHES)), key=lambda c: c.seconds)
+            cheapest = min(map(self.named, op.called(*BRANCHES)), key=lambda c: c.seconds)
+            return dataclasses.replace(cheapest, undecided=cheapest.undecided + 1)
         round_ = total(map(self.named, op.called("calls", "body", "condition", "to_apply", "called_computations")))
         if op.opcode != "while":
             return round_
         trips = op.trips or self.bound_of_counter(op)
         if trips:
             return round_.times(trips)
-        return dataclasses.replace(round_.times(self.rounds), open_loops=round_.open_loops + 1)
+        return dataclasses.replace(round_.times(self.rounds), undecided=round_.undecided + 1)
 
     def named(self, name: str) -> Cost:
         return self.computation(self.program.computations[name])

@@ -1,7 +1,8 @@
 """`python -m benchmarks compiled [NAME...]`: bounds of the time on accelerators, ours over theirs, without a device.
 
 Each cell is the ratio of the bounds, then kernels and passes, ours for theirs. A pass is once the bytes of the logits,
-read or written. A star: a loop whose end depends on the numbers counts with one round, or with as many as the row says.
+read or written. A star: something depends on the numbers, and counts with the cheapest branch and one round of a loop,
+or with as many rounds as the row says.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Found:
     seconds: tuple[float, float]
     kernels: tuple[int, int]
     passes: tuple[float, float]
-    open_loops: bool
+    undecided: bool
 
     @property
     def ratio(self) -> float:
@@ -45,7 +46,7 @@ class Found:
         return GOAL if chip == "h100" and self.size[-1] <= ROWS_FUSED else BEYOND
 
     def cell(self) -> str:
-        star = "*" if self.open_loops else ""
+        star = "*" if self.undecided else ""
         kernels, passes = (":".join(f"{x:.{d}f}" for x in pair) for pair, d in ((self.kernels, 0), (self.passes, 1)))
         return f"{self.ratio:.2f}{star} ({kernels}, {passes})"
 
@@ -66,7 +67,7 @@ def found(pair: rows.Pair, mode: str, dtype: str, size: tuple[int, ...], chip: s
         (ours.seconds, theirs.seconds),
         (ours.kernels, theirs.kernels),
         (ours.bytes / logits, theirs.bytes / logits),
-        bool(ours.open_loops or theirs.open_loops),
+        bool(ours.undecided or theirs.undecided),
     )
 
 

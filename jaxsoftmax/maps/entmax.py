@@ -10,6 +10,8 @@ J is the Jacobian of softmax at π, up to a factor, so one rule serves every α,
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -136,8 +138,12 @@ def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: Axis, axis_name: AxisName
     return _map(x, alphas, checks.as_mask("where", where, x.shape), exact, axes)
 
 
-def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> tuple[Array, float | None]:
-    """α as an array of `shape` without the class axis, and as a Python number where its powers are cheap: 1.5 and 2."""
+# What is known of α before it runs: that it is 1.5 or 2, whose powers are cheap, or that it is no larger than 2.
+Exact = float | Literal["at most 2"] | None
+
+
+def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> tuple[Array, Exact]:
+    """α as an array of `shape` without the class axis, and what is known of it."""
     values = checks.broadcast("alpha", checks.as_float("alpha", alpha), axes.without(shape))
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(alpha)):
         known = np.asarray(alpha)
@@ -145,11 +151,13 @@ def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> t
             raise ValueError(f"alpha must be finite and at least 1 (1 is softmax, 2 is sparsemax), got {alpha}")
         if not isinstance(alpha, Array) and known.ndim == 0 and known in (1.5, 2.0):
             return values, float(known)
+        if np.all(known <= 2):
+            return values, "at most 2"
     return values, None
 
 
 @functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
-def _map(x: Array, alpha: Array, mask: Array | None, exact: float | None, axes: num.ClassAxis) -> Array:
+def _map(x: Array, alpha: Array, mask: Array | None, exact: Exact, axes: num.ClassAxis) -> Array:
     """α-entmax over the given axes: mask and widen, apply, round and mask."""
     (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
     out = entmax_of(z, order_of(z, alpha, exact, axis), exact, axis)
@@ -158,9 +166,9 @@ def _map(x: Array, alpha: Array, mask: Array | None, exact: float | None, axes: 
     return out if mask is None else jnp.where(mask, out, 0.0)
 
 
-def order_of(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array:
+def order_of(z: Array, alpha: Array, exact: Exact, axis: num.Axis) -> Array:
     """α in the dtype of z, with the class axis of length 1."""
-    alpha = alpha if exact is None else jnp.full_like(alpha, exact)
+    alpha = jnp.full_like(alpha, exact) if isinstance(exact, float) else alpha
     return typed_like(
         num.class_max(lax.stop_gradient(z), axis), jnp.expand_dims(alpha.astype(z.dtype), num.positions(axis))
     )
@@ -169,7 +177,7 @@ def order_of(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Arr
 # Rule. Below, z is a floating array of at least float32, `axis` counts from the front, and α has length 1 there.
 
 
-def entmax_of(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array:
+def entmax_of(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
     return _with_jacobian(z, alpha, _solve(lax.stop_gradient(z), lax.stop_gradient(alpha), exact, axis), axis)
 
 
@@ -283,14 +291,37 @@ def _exponential_moment(y: Array, order: int) -> Array:
 # decreases to the solution, without a bracket.
 
 
-def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array:
-    """The α-entmax of z to rounding. Never differentiated."""
-    m = num.class_max(z, axis)
-    d = bounded(num.shift(z, m))
-    wrong = jnp.where(jnp.isnan(z), 2, jnp.where(z == jnp.inf, 1, 0)).astype(z.dtype)  # XLA's maximum may drop a NaN
-    valid = (alpha >= 1) & (alpha < jnp.inf) & (m > -jnp.inf) & (num.class_sum(wrong, axis) < 2)
-    start = num.undefined(~valid, jnp.ones_like(m))
-    p = _from_top(d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
+Solver = Callable[[Callable[[Array], Array], Array], Array]  # (newton, start) -> solution
+ROUNDS, FUSED = 12, 16384
+
+
+def _solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
+    """The α-entmax of z to rounding. Never differentiated.
+
+    On a GPU XLA makes one kernel of it, if rows are not too long and the rounds are written out. They are enough for
+    most logits; where they are not, p is NaN, and a loop follows. (A loop alone goes over z once a round.)
+    """
+    loop = functools.partial(_solution, _until_settled, exact=exact, axis=axis)
+
+    def in_one_kernel(z, alpha):
+        p = _solution(_written_out, z, alpha, exact=exact, axis=axis)
+        return lax.cond(jnp.any(jnp.isnan(p)), loop, lambda z, alpha: p, z, alpha)
+
+    num_classes = z.shape[axis.positions[0]]
+    if exact is None or axis.mesh_axes or not isinstance(num_classes, int) or num_classes > FUSED:
+        return loop(z, alpha)
+    return lax.platform_dependent(z, alpha, cuda=in_one_kernel, rocm=in_one_kernel, default=loop)
+
+
+def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
+    m = num.class_max(z, axis)  # has no other use, or a GPU's kernel ends
+    gap = jnp.where(z == jnp.inf, 0.0, z - m)
+    # Two infinities have no limit, nor has nothing but -inf, where the gap is NaN.
+    wrong = num.class_sum(jnp.where(jnp.isnan(gap), 2.0, jnp.where(z == jnp.inf, 1.0, 0.0)).astype(z.dtype), axis)
+    d, start = bounded(gap), jnp.ones_like(m)
+    if exact is None:
+        start = num.undefined(~((alpha >= 1) & (alpha < jnp.inf)), start)
+    p = _from_top(solver, d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
         above = alpha > 2
         p = lax.cond(
@@ -298,20 +329,19 @@ def _solve(z: Array, alpha: Array, exact: float | None, axis: num.Axis) -> Array
             lambda: jnp.where(above, _from_bottom(d, start, jnp.maximum(alpha, 2.0) - 1, axis), p),
             lambda: p,
         )
-    return num.undefined(~valid, p)
+    return num.undefined(wrong >= 2, p)
 
 
-def _from_top(d: Array, start: Array, beta: Array, exact: float | None, axis: num.Axis) -> Array:
+def _from_top(solver: Solver, d: Array, start: Array, beta: Array, exact: Exact, axis: num.Axis) -> Array:
     """p = u (1 + y)^(1/β), y = βd/u^β, for β ≤ 1, d = z - max z ≤ 0 and u ≤ `start` the top class's p."""
 
-    def newton(state):
-        u, _ = state
+    def newton(u):
         e, slope, y = _powers(u, d, beta, exact)
         # u - (Σp - 1) / (d/du Σp), written with positive terms: du Σp = Σp + pull.
         total, pull = u * num.class_sum(e, axis), u * num.class_sum(-y * slope, axis)
-        return u * ((1 + pull) / (total + pull)), u
+        return u * ((1 + pull) / (total + pull))
 
-    u = _decrease(newton, start)
+    u = solver(newton, start)
     e, slope, _ = _powers(u, d, beta, exact)
     p = u * e
     # The rounding of u is common to all classes. What it leaves over goes where a shift of z would put it.
@@ -319,7 +349,7 @@ def _from_top(d: Array, start: Array, beta: Array, exact: float | None, axis: nu
     return jnp.maximum(p - slope * excess, 0.0)
 
 
-def _powers(u: Array, d: Array, beta: Array, exact: float | None) -> tuple[Array, Array, Array]:
+def _powers(u: Array, d: Array, beta: Array, exact: Exact) -> tuple[Array, Array, Array]:
     """((1 + y)^(1/β), (1 + y)^(1/β - 1), y), y = βd/u^β but at least -1; all smooth at β = 0."""
     if exact == 2.0:
         y = jnp.maximum(d / u, -1.0)
@@ -361,17 +391,30 @@ def _from_bottom(z: Array, start: Array, beta: Array, axis: num.Axis) -> Array:
         ratio = jnp.minimum(v, a) / top
         return jnp.where(inside, top * jnp.exp(jnp.log1p(ratio**beta) / beta), 0.0)
 
-    def newton(state):
-        v, _ = state
+    def newton(v):
         p = probabilities(v)
         slope = num.class_sum(jnp.where(inside, (v / jnp.where(inside, p, 1.0)) ** (beta - 1), 0.0), axis)
-        return jnp.clip(v - (num.class_sum(p, axis) - 1) / slope, 0.0, v), v
+        return jnp.clip(v - (num.class_sum(p, axis) - 1) / slope, 0.0, v)
 
-    return probabilities(_decrease(newton, start / size))
+    return probabilities(_until_settled(newton, start / size))
 
 
-def _decrease(newton, start: Array) -> Array:
+def _until_settled(newton: Callable[[Array], Array], start: Array) -> Array:
     """Newton's method from `start`, above the solution, until no iterate decreases any more."""
-    slack = 1 - 4 * float(jnp.finfo(start.dtype).eps)
-    decreasing = lambda state: jnp.any(state[0] < slack * state[1])
-    return lax.while_loop(decreasing, newton, (start, 2 * start))[0]
+
+    def step(state):
+        return newton(state[0]), state[0]
+
+    return lax.while_loop(lambda state: jnp.any(_decreases(*state)), step, (start, 2 * start))[0]
+
+
+def _written_out(newton: Callable[[Array], Array], start: Array) -> Array:
+    """The same by so many rounds; NaN where the last one still decreases."""
+    before = x = start
+    for _ in range(ROUNDS):
+        before, x = x, newton(x)
+    return num.undefined(_decreases(x, before), x)
+
+
+def _decreases(x: Array, before: Array) -> Array:
+    return x < (1 - 4 * float(jnp.finfo(x.dtype).eps)) * before
