@@ -8,9 +8,7 @@ so its Hessian F″ ∇s ∇sᵀ - F′ (diag(q) - qqᵀ) is positive semidefini
 f(L) = u^γ L with u = 1 - p_c, of Hessian f′J + f″ggᵀ. The poly loss adds ε Σ_k y_k (1 - p_k) to the cross-entropy.
 """
 
-import dataclasses
 import functools
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +17,14 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import below_half, centred, is_top, jacobian_product
+from jaxsoftmax._core.centring import centred, jacobian_product
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
+from jaxsoftmax.operators.function_of_loss import FunctionOfLoss
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 
@@ -242,51 +241,6 @@ one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 @curvature_of(focal_loss_with_integer_labels)
 def _focal_curvature(**arguments) -> Curvature:
     return _focal_operators(*on_last_axis(*_focal_arguments(**arguments)))
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        *(f.name for f in dataclasses.fields(DiagonalPlusLowRank) if f.name != "axis"),
-        *("first", "second", "label", "missed"),
-    ],
-    meta_fields=["axis"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class FunctionOfLoss(DiagonalPlusLowRank):
-    """f′J + f″ggᵀ, the Hessian of f(L) for L of gradient g = p - e_c = -Pᵀe_c and Hessian J.
-
-    Its weights d = f′p + f″e_c serve every method but products, where the two terms take fewer sums
-    (`python -m benchmarks hvp` prints the time beside jvp of grad).
-
-    Args:
-      first: f′, shape (..., 1).
-      second: f″, shape (..., 1).
-      label: c, shape (..., 1).
-      missed: 1 - p_c, shape (..., 1).
-    """
-
-    first: Any = None
-    second: Any = None
-    label: Any = None
-    missed: Any = None
-
-    def scaled(self, weight: ArrayLike) -> Self:
-        weight = self._weight(weight)
-        scaled = super().scaled(weight[..., 0])
-        return dataclasses.replace(scaled, first=weight * self.first, second=weight * self.second)
-
-    def _centred_mv(self, u: Array) -> Array:
-        # J and g see no constant: w = u - u_top, Ju = p∘(w - <p,w>) and <g,u> = <p,w> - w_c.
-        p = self.centre
-        assert p is not None
-        axis = self.axis
-        top = num.class_sum(is_top(p) * u, axis)
-        w = u - top
-        mean = num.class_sum(below_half(p) * w, axis)
-        along = mean - (num.take_class(u, self.label, axis) - top)
-        gradient = jnp.where(num.class_index(p, axis) == self.label, -self.missed, p)
-        return self.first * (below_half(p) * w - p * mean) + self.second * along * gradient
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
