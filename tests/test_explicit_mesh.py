@@ -47,7 +47,7 @@ capped = functools.partial(js.logits_hessian, ce, logit_softcap=3.0)
 OPERATORS = {
     "jacobian": (js.SoftmaxJacobian.from_logits, of_jacobian),
     "capped": (lambda z: capped(z, LABELS), of_hessian),
-    "penalized": (lambda z: js.loss_ggn(ce, z, LABELS, z_loss=0.1), lambda G, v: G.factor_mv(G.factor_rmv(v))),
+    "penalized": (lambda z: js.logits_ggn(ce, z, LABELS, z_loss=0.1), lambda G, v: G.factor_mv(G.factor_rmv(v))),
     "divergence": (lambda z: js.logits_hessian(js.softmax_kl_divergence, z, jnp.asarray(V)), of_hessian),
     "diagonal": (lambda z: js.logits_hessian(js.sigmoid_binary_cross_entropy, z, jnp.asarray(abs(V))), of_hessian),
     "focal": (lambda z: js.logits_hessian(js.focal_loss_with_integer_labels, z, LABELS), of_hessian),

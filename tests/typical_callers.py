@@ -21,7 +21,7 @@ def maps_and_losses(x: np.ndarray, logits: Array, labels: Array) -> None:
     assert_type(js.softmax_cross_entropy_with_integer_labels(logits, labels, label_smoothing=0.1), Array)
     assert_type(js.logits_hessian(js.softmax_cross_entropy, logits, labels).as_matrix(), Array)
     assert_type(js.logits_hessian(partial(js.brier_loss), logits, labels).mv(x), Array)
-    assert_type(js.loss_ggn(js.brier_loss, logits, labels).sample(jax.random.key(0), (3,)), Array)
+    assert_type(js.logits_ggn(js.brier_loss, logits, labels).sample(jax.random.key(0), (3,)), Array)
 
 
 def operators(x: Array, v: np.ndarray) -> None:

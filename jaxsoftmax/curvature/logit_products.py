@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxsoftmax._core.plumbing import placement, split_axes_of
-from jaxsoftmax.losses.hessian import loss_fisher
+from jaxsoftmax.losses.hessian import logits_fisher
 
 
 def hessian_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
@@ -28,7 +28,7 @@ def gradient_product(loss: Callable, z: Array, labels: Any, options: dict, u: Ar
 
 def fisher_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
     """E[ggᵀ] u over targets that the model draws, in closed form."""
-    return loss_fisher(loss, z, labels, **options).mv(u)
+    return logits_fisher(loss, z, labels, **options).mv(u)
 
 
 def sampled_fisher_product(
@@ -36,7 +36,7 @@ def sampled_fisher_product(
 ) -> Array:
     """The mean of c g <g,u> over draws, with one key for each example, so that batches do not change what is drawn."""
     keys, labels = data
-    model: Any = loss_fisher(loss, z, labels, **options).likelihood
+    model: Any = logits_fisher(loss, z, labels, **options).likelihood
 
     def draw(logits, key):
         targets = model.draw(jax.random.wrap_key_data(key, impl=impl), logits, (num_samples,))

@@ -113,7 +113,7 @@ def fisher_vp(
     num_samples: int = 1,
     batch_size: int | None = None,
 ) -> Any:
-    """Product of the Fisher information with v: mean(c Jᵀ E_y[ggᵀ] J) v, as `loss_fisher` defines it for each head.
+    """Product of the Fisher information with v: mean(c Jᵀ E_y[ggᵀ] J) v, as `logits_fisher` defines it for each head.
 
     g = ∂/∂z of -log p(y|z), y drawn from p(·|z); c is the number of observations that an example counts for. It is the
     Gauss-Newton matrix of c (-log p).

@@ -33,7 +33,7 @@ z-loss ζ,
 
 Every head takes transformed logits: `softcap_logits(z, c)` = c tanh(z/c), where an excluded class stays excluded, has
 gradient t∘g and Hessian diag(t) H diag(t) + diag(g∘t′), with t = sech²(z/c); z/T has g/T and H/T².
-`weighted_mean(losses, weights)`, in which 0/0 is 0, has torch's reductions. `loss_ggn` and `loss_fisher` are the
+`weighted_mean(losses, weights)`, in which 0/0 is 0, has torch's reductions. `logits_ggn` and `logits_fisher` are the
 Gauss-Newton part of the Hessian and the Fisher matrix, with a factor and with targets drawn from the model;
 `natural_gradient_norm` is gᵀJ⁺g = exp(L) - 1.
 
@@ -89,7 +89,7 @@ from jaxsoftmax.losses.divergences_of_probabilities import (
 from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
 from jaxsoftmax.losses.entropy_brier import brier_loss, softmax_entropy
 from jaxsoftmax.losses.focal import focal_loss_with_integer_labels, poly_loss_cross_entropy
-from jaxsoftmax.losses.hessian import logits_hessian, loss_fisher, loss_ggn
+from jaxsoftmax.losses.hessian import logits_fisher, logits_ggn, logits_hessian
 from jaxsoftmax.losses.reduction import weighted_mean
 from jaxsoftmax.losses.regression import huber_loss, l2_loss, log_cosh, squared_error, sum_squared_error
 from jaxsoftmax.losses.softcap import softcap_logits
@@ -106,9 +106,9 @@ __all__ = [
     "kl_divergence_with_log_targets",
     "l2_loss",
     "log_cosh",
+    "logits_fisher",
+    "logits_ggn",
     "logits_hessian",
-    "loss_fisher",
-    "loss_ggn",
     "multiclass_sparsemax_loss",
     "natural_gradient_norm",
     "poly_loss_cross_entropy",

@@ -109,7 +109,7 @@ def logits_hessian(
     return head.hessian.transformed(slope, gradient * bend)
 
 
-def loss_ggn(
+def logits_ggn(
     loss: Callable,
     logits: ArrayLike,
     *args: Any,
@@ -142,7 +142,7 @@ def loss_ggn(
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> logits, labels = jnp.array([2.0, 1.0, 0.5]), jnp.array([0.0, 0.0, 1.0])
       >>> H = jaxsoftmax.logits_hessian(jaxsoftmax.brier_loss, logits, labels)
-      >>> G = jaxsoftmax.loss_ggn(jaxsoftmax.brier_loss, logits, labels)
+      >>> G = jaxsoftmax.logits_ggn(jaxsoftmax.brier_loss, logits, labels)
       >>> v = jnp.array([1.0, -1.0, 0.0])
       >>> print(H.is_psd(), G.is_psd(), jnp.allclose(G.mv(v), G.factor_mv(G.factor_rmv(v))))
       False True True
@@ -153,7 +153,7 @@ def loss_ggn(
     return _capped(head.gauss_newton, logits, logit_softcap)
 
 
-def loss_fisher(
+def logits_fisher(
     loss: Callable,
     logits: ArrayLike,
     *args: Any,
@@ -191,7 +191,7 @@ def loss_fisher(
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> loss, logits = jaxsoftmax.softmax_cross_entropy_with_integer_labels, jnp.array([2.0, 1.0, 0.5])
-      >>> F = jaxsoftmax.loss_fisher(loss, logits, jnp.array(0), class_weights=jnp.array([2.0, 1.0, 1.0]))
+      >>> F = jaxsoftmax.logits_fisher(loss, logits, jnp.array(0), class_weights=jnp.array([2.0, 1.0, 1.0]))
       >>> g = F.sample_scores(jax.random.key(0), (10000,))
       >>> print(abs(g.T @ g / 10000 - F.as_matrix()).max() < 0.02)
       True
@@ -200,7 +200,7 @@ def loss_fisher(
     """
     head, _ = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     if head.fisher is None:
-        raise TypeError(f"loss must be a likelihood to have a Fisher matrix, got {_name(loss)}; see loss_ggn")
+        raise TypeError(f"loss must be a likelihood to have a Fisher matrix, got {_name(loss)}; see logits_ggn")
     return _capped(head.fisher, logits, logit_softcap)
 
 

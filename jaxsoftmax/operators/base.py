@@ -145,7 +145,7 @@ class SymmetricOperator:
         """Targets drawn from the model, as the loss takes them, with `shape` in front of their shape.
 
         Raises:
-          TypeError: if the operator is not the Fisher matrix of a likelihood, as from `loss_fisher`.
+          TypeError: if the operator is not the Fisher matrix of a likelihood, as from `logits_fisher`.
         """
         key, shape, model = checks.key("key", key), checks.sizes("shape", shape), self._model("sample_targets")
         return model.draw(key, model.logits, shape)
@@ -162,7 +162,7 @@ class SymmetricOperator:
 
     def _model(self, method: str) -> Likelihood:
         if self.likelihood is None:
-            raise TypeError(f"{method} needs the Fisher matrix of a likelihood: see loss_fisher")
+            raise TypeError(f"{method} needs the Fisher matrix of a likelihood: see logits_fisher")
         self._whole(method)
         return self.likelihood
 

@@ -274,7 +274,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     @property
     def _factor_width(self) -> int:
         if self.extra is not None and self.centre is not None:
-            raise TypeError("the Hessian of capped logits has no factor in closed form; loss_ggn's operator has one")
+            raise TypeError("the Hessian of capped logits has no factor in closed form; logits_ggn's operator has one")
         return self.shape[-1] + (0 if self.mean_weight is None else 1)
 
     @compiled

@@ -53,8 +53,8 @@ SHAPE = ((2,), (3, 2.5, "ab", (-1,), (1.5,), None))
 OPERATORS = {  # made where a test asks for one
     "SoftmaxJacobian": functools.cache(lambda: js.SoftmaxJacobian.from_logits(Z)),
     "Hessian": functools.cache(lambda: js.logits_hessian(js.brier_loss, Z, P)),
-    "GGN": functools.cache(lambda: js.loss_ggn(loss, Z, LABELS)),
-    "capped GGN": functools.cache(lambda: js.loss_ggn(loss, Z, LABELS, logit_softcap=5.0)),
+    "GGN": functools.cache(lambda: js.logits_ggn(loss, Z, LABELS)),
+    "capped GGN": functools.cache(lambda: js.logits_ggn(loss, Z, LABELS, logit_softcap=5.0)),
 }
 METHODS = {
     "mv": {"v": (V, VECTOR)},
@@ -157,7 +157,7 @@ def differential(X, dX):
 
 @functools.cache
 def fisher():
-    return js.loss_fisher(loss, Z, LABELS)
+    return js.logits_fisher(loss, Z, LABELS)
 
 
 @functools.cache
@@ -195,8 +195,8 @@ CALLS = {
     SymmetricOperator.sample_targets: {"key": (KEY0, KEY), "shape": SHAPE},
     SymmetricOperator.sample_scores: {"key": (KEY0, KEY), "shape": SHAPE},
     js.logits_hessian: HEADS,
-    js.loss_ggn: HEADS,
-    js.loss_fisher: HEADS | {"loss": LIKELIHOOD},
+    js.logits_ggn: HEADS,
+    js.logits_fisher: HEADS | {"loss": LIKELIHOOD},
     network.init: {
         "key": (KEY0, KEY),
         "sizes": ((3, 2), (5, None, "ab", (), (3,), (3, 0), (3, -1), (3, 1.5), 3.5)),

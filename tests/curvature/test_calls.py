@@ -392,7 +392,7 @@ def test_fisher_of_capped_logits(x64):
 
     @jax.jit
     def sampled_and_exact():
-        F = js.loss_fisher(CE, logits, label, logit_softcap=cap, logit_temperature=1.5)
+        F = js.logits_fisher(CE, logits, label, logit_softcap=cap, logit_temperature=1.5)
         g = F.sample_scores(jax.random.key(0), (200_000,))
         return g.T @ g / len(g), F.as_matrix()
 

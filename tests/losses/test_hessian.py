@@ -11,7 +11,7 @@ from mpmath import mpf
 
 from jaxsoftmax import losses
 from jaxsoftmax.losses.cross_entropy import natural_gradient_norm
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, logits_hessian, loss_fisher, loss_ggn
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, logits_fisher, logits_ggn, logits_hessian
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from tests.helpers import one_in
 from tests.registry import HEADS
@@ -92,7 +92,7 @@ def test_gauss_newton_is_a_square(head, transform, x64):
 
     @jax.jit
     def methods(z, v):
-        g = loss_ggn(head.loss, z, *args, **options, **transform)
+        g = logits_ggn(head.loss, z, *args, **options, **transform)
         whole = g.as_matrix(), g.mv(v), g.is_psd()
         if head.loss is CONCAVE:
             return whole, ()
@@ -135,14 +135,17 @@ def test_gauss_newton_in_closed_form(x64):
     spread = jax.vmap(jnp.diag)(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z))
     outer = np.einsum("bi,bj->bij", p, p)
     for operator, want in (
-        (loss_ggn(losses.poly_loss_cross_entropy, z, 2 * y), 2 * J),
-        (loss_ggn(losses.focal_loss_with_integer_labels, z, labels, gamma=0.5), slope[:, None, None] * J),
-        (loss_ggn(losses.brier_loss, z, y), J @ J),
-        (loss_ggn(losses.jensen_shannon_divergence, z, x), J @ second @ J),
-        (loss_ggn(losses.sigmoid_focal_loss, z, y, gamma=0.0), spread),
-        (loss_ggn(CE, z, labels, z_loss=0.3), J + 0.6 * outer),
-        (loss_fisher(CE, z, labels, z_loss=0.3, class_weights=jnp.arange(1.0, 5.0)), (LABELS + 1.0)[:, None, None] * J),
-        (loss_ggn(CE, z, labels, logit_softcap=2.0), capped(z, 2.0)),
+        (logits_ggn(losses.poly_loss_cross_entropy, z, 2 * y), 2 * J),
+        (logits_ggn(losses.focal_loss_with_integer_labels, z, labels, gamma=0.5), slope[:, None, None] * J),
+        (logits_ggn(losses.brier_loss, z, y), J @ J),
+        (logits_ggn(losses.jensen_shannon_divergence, z, x), J @ second @ J),
+        (logits_ggn(losses.sigmoid_focal_loss, z, y, gamma=0.0), spread),
+        (logits_ggn(CE, z, labels, z_loss=0.3), J + 0.6 * outer),
+        (
+            logits_fisher(CE, z, labels, z_loss=0.3, class_weights=jnp.arange(1.0, 5.0)),
+            (LABELS + 1.0)[:, None, None] * J,
+        ),
+        (logits_ggn(CE, z, labels, logit_softcap=2.0), capped(z, 2.0)),
     ):
         np.testing.assert_allclose(operator.as_matrix(), want, rtol=1e-12, atol=1e-14)
 
@@ -169,7 +172,7 @@ def test_fisher_is_the_covariance_of_the_gradient_at_sampled_targets(case, key, 
     cap = options.get("logit_softcap")
     arguments = {name: value for name, value in options.items() if name != "logit_softcap"}
     z, count = jnp.asarray(Z), 20000
-    fisher = loss_fisher(loss, z, *arrays(*args), **options)
+    fisher = logits_fisher(loss, z, *arrays(*args), **options)
     targets = fisher.sample_targets(key, (count,))
     assert targets.shape == (count, *args[0].shape) or targets.shape == (count, B, K)
 
@@ -188,7 +191,7 @@ def test_fisher_is_the_covariance_of_the_gradient_at_sampled_targets(case, key, 
 
 
 def test_mask_is_respected_by_sampled_targets(key):
-    fisher = loss_fisher(CE, jnp.asarray(Z), jnp.asarray(LABELS), where=jnp.asarray(MASK))
+    fisher = logits_fisher(CE, jnp.asarray(Z), jnp.asarray(LABELS), where=jnp.asarray(MASK))
     drawn = np.asarray(fisher.sample_targets(key, (2000,)))
     for i, mask in enumerate(MASK):
         assert set(np.unique(drawn[:, i])) == set(np.flatnonzero(mask))
@@ -218,7 +221,7 @@ def test_psd_exactly_where_the_formula_sheet_says(x64):
 def test_natural_gradient_norm(x64):
     z, labels = arrays(Z, LABELS)
     g = np.asarray(jax.nn.softmax(z)) - np.eye(K)[LABELS]
-    J = np.asarray(loss_fisher(CE, z, labels).as_matrix())
+    J = np.asarray(logits_fisher(CE, z, labels).as_matrix())
     want = [g[i] @ np.linalg.pinv(J[i]) @ g[i] for i in range(B)]
     np.testing.assert_allclose(natural_gradient_norm(z, labels), want, rtol=1e-12)
     np.testing.assert_allclose(natural_gradient_norm(z, labels), np.expm1(CE(z, labels)), rtol=1e-15)
@@ -239,8 +242,8 @@ def test_operators_pass_through_transformations(x64):
     np.testing.assert_allclose(twice[1], batched, rtol=1e-12, atol=1e-15)
     want = jax.jvp(lambda z: jax.jvp(jax.grad(lambda z: jnp.sum(loss(z))), (z,), (v,))[1], (z,), (v,))[1]
     np.testing.assert_allclose(third, want, rtol=1e-10, atol=1e-14)
-    operator = jax.jit(lambda z: loss_fisher(CE, z, labels))(z)
-    assert jax.tree.structure(operator) == jax.tree.structure(loss_fisher(CE, z, labels))
+    operator = jax.jit(lambda z: logits_fisher(CE, z, labels))(z)
+    assert jax.tree.structure(operator) == jax.tree.structure(logits_fisher(CE, z, labels))
 
 
 def test_partial_carries_options(x64):
@@ -255,9 +258,9 @@ def test_wrong_calls_are_named():
     with pytest.raises(TypeError, match=r"loss must be a head .*\(brier_loss, .*sum_squared_error\).*got mean"):
         logits_hessian(jnp.mean, z)
     with pytest.raises(TypeError, match="got 3"):
-        loss_ggn(3, z)
+        logits_ggn(3, z)
     with pytest.raises(TypeError, match="loss must be a likelihood .* got brier_loss"):
-        loss_fisher(losses.brier_loss, z, z)
+        logits_fisher(losses.brier_loss, z, z)
     with pytest.raises(ValueError, match="axis must be the last"):
         logits_hessian(CE, z.T, labels, axis=0)
     with pytest.raises(TypeError, match="logits must have a floating-point dtype"):

@@ -10,7 +10,7 @@ import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax import losses
-from jaxsoftmax.losses import logits_hessian, loss_fisher, loss_ggn
+from jaxsoftmax.losses import logits_fisher, logits_ggn, logits_hessian
 from jaxsoftmax.operators import DiagonalPlusLowRank, SoftmaxJacobian
 from tests.helpers import one_in
 
@@ -22,13 +22,13 @@ OPERATORS = {
     "jacobian": lambda z: SoftmaxJacobian.from_logits(z),
     "entmax": lambda z: SoftmaxJacobian.from_logits(z, alpha=1.5),
     "cross-entropy": lambda z: logits_hessian(CE, z, jnp.asarray(LABELS)),
-    "fisher": lambda z: loss_fisher(CE, z, jnp.asarray(LABELS), class_weights=jnp.arange(1.0, 7.0, dtype=z.dtype)),
+    "fisher": lambda z: logits_fisher(CE, z, jnp.asarray(LABELS), class_weights=jnp.arange(1.0, 7.0, dtype=z.dtype)),
     "kl": lambda z: logits_hessian(losses.softmax_kl_divergence, z, jnp.asarray(Y, z.dtype), temperature=2.0),
     "focal": lambda z: logits_hessian(losses.focal_loss_with_integer_labels, z, jnp.asarray(LABELS), gamma=0.5),
-    "poly": lambda z: loss_ggn(losses.poly_loss_cross_entropy, z, jnp.asarray(Y, z.dtype)),
-    "brier": lambda z: loss_ggn(losses.brier_loss, z, jnp.asarray(Y, z.dtype)),
-    "z-loss": lambda z: loss_ggn(CE, z, jnp.asarray(LABELS), z_loss=0.1),
-    "capped": lambda z: loss_ggn(CE, z, jnp.asarray(LABELS), logit_softcap=5.0),
+    "poly": lambda z: logits_ggn(losses.poly_loss_cross_entropy, z, jnp.asarray(Y, z.dtype)),
+    "brier": lambda z: logits_ggn(losses.brier_loss, z, jnp.asarray(Y, z.dtype)),
+    "z-loss": lambda z: logits_ggn(CE, z, jnp.asarray(LABELS), z_loss=0.1),
+    "capped": lambda z: logits_ggn(CE, z, jnp.asarray(LABELS), logit_softcap=5.0),
     "capped focal": lambda z: logits_hessian(
         losses.focal_loss_with_integer_labels, z, jnp.asarray(LABELS), gamma=0.5, logit_softcap=5.0
     ),
@@ -116,7 +116,7 @@ def test_every_method_is_there_or_says_why(name, x64):
         error = np.sqrt((dense**2 + np.einsum("bii,bjj->bij", dense, dense)) / 20000)
         assert np.all(abs(covariance - dense) < 5.5 * error + 1e-12)
     if name != "fisher":
-        with pytest.raises(TypeError, match="see loss_fisher"):
+        with pytest.raises(TypeError, match="see logits_fisher"):
             operator.sample_targets(jax.random.key(0))
 
 
