@@ -1,7 +1,7 @@
 """Softmax, its Jacobian and the losses built on it, with every derivative in closed form."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from jaxsoftmax.linear_head import (
     TokenStatistics,
@@ -119,12 +119,25 @@ _CHAPTERS = {
     "training": "training",
 }
 
+if TYPE_CHECKING:  # in place of __getattr__, which would let a type checker take any name for a module
+    from jaxsoftmax import curvature as curvature
+    from jaxsoftmax import matrix_calculus as matrix_calculus
+    from jaxsoftmax import network as network
+    from jaxsoftmax import training as training
+    from jaxsoftmax.curvature import estimators as estimators
+    from jaxsoftmax.curvature import laplace as laplace
+    from jaxsoftmax.curvature import optimizer
 
-def __getattr__(name: str) -> ModuleType:
-    if name not in _CHAPTERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{_CHAPTERS[name]}")
+    second_order = optimizer
+else:
+
+    def __getattr__(name):
+        if name not in _CHAPTERS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{_CHAPTERS[name]}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_CHAPTERS})
+    """The names of `__all__` and the documented modules; the shorter names of some stay attributes all the same."""
+    modules = "autodiff curvature linear_head losses maps matrix_calculus network operators plotting training verify"
+    return sorted([*__all__, *modules.split(), "__version__"])

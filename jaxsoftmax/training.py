@@ -102,6 +102,8 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnames="state")
     def train_step(state: TrainState, *batch: Any) -> tuple[TrainState, Metrics]:
+        _check_state(state)
+
         def objective(params):
             return _loss_and_metrics(loss_fn(params, *batch))
 
@@ -120,7 +122,16 @@ def make_train_step(
 
 def _check_optimizer(optimizer: Any) -> None:
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(f"optimizer must be an optax optimizer, with init and update, got {optimizer!r}")
+        got = type(optimizer).__name__
+        raise TypeError(f"optimizer must be an optax optimizer, with init and update, got {got}; params come before it")
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"state must be a TrainState, as from TrainState.create(params, optimizer), got {type(state).__name__}; a "
+            "checkpoint gives one back where it is restored into one (orbax: the state itself as the target)"
+        )
 
 
 def _as_parameter(path: tuple, leaf: Any) -> Array:

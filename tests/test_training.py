@@ -247,3 +247,13 @@ def test_wrong_losses(wrong, error, message):
     with pytest.raises(error, match=f"^loss_fn.*{message}"):
         make_train_step(wrong, optimizer)(state)
     assert not state.params.is_deleted()
+
+
+def test_what_stands_in_the_place_of_another():
+    params, optimizer = {"w": jnp.ones(3)}, optax.sgd(0.1)
+    with pytest.raises(TypeError, match=r"^optimizer must be .*, got dict; params come before it$"):
+        TrainState.create(optimizer, params)
+    state, train_step = TrainState.create(params, optimizer), make_train_step(loss_fn, optimizer)
+    for wrong in (params, dataclasses.asdict(state)):  # as a checkpoint comes back without a target
+        with pytest.raises(TypeError, match=r"^state must be a TrainState, .* got dict; .* target"):
+            train_step(wrong, TARGET)

@@ -17,6 +17,9 @@ from jaxsoftmax.autodiff import custom_vjp
 
 def maps_and_losses(x: np.ndarray, logits: Array, labels: Array) -> None:
     assert_type(js.softmax(x, axis=-1), Array)
+    assert_type(js.logsumexp(x), Array)
+    assert_type(js.logsumexp(x, -1, return_sign=True), tuple[Array, Array])
+    js.softmx(x)  # pyright: ignore[reportAttributeAccessIssue]
     assert_type(js.log_softmax(x, where=np.array([True, False])), Array)
     assert_type(js.softmax_cross_entropy_with_integer_labels(logits, labels, label_smoothing=0.1), Array)
     assert_type(js.logits_hessian(js.softmax_cross_entropy, logits, labels).as_matrix(), Array)

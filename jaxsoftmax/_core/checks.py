@@ -163,7 +163,7 @@ def axis_index(axis: Any, ndim: int, name: str = "axis") -> int:
     try:
         index = operator.index(axis)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {axis!r}") from None
+        raise TypeError(f"{name} must be an integer, got {_shown(name, axis)}") from None
     if ndim == 0:
         raise ValueError(f"{name}={index} needs an array with at least one axis, got a scalar")
     if not -ndim <= index < ndim:
@@ -235,7 +235,14 @@ def integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {_shown(name, value)}") from None
+
+
+def _shown(name: str, value: Any) -> str:
+    """What a message calls the value of an argument that must be known when a function is traced."""
+    if isinstance(value, Tracer):
+        return f"a traced array: under jit it must be static, jax.jit(f, static_argnames={name!r})"
+    return repr(value)
 
 
 def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> Any:

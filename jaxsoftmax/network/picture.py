@@ -64,8 +64,8 @@ def visualize_gradient_flow(
 
 def _band(axes: Any, at: np.ndarray, samples: ArrayLike, color: str, label: str, linestyle: str = "-") -> None:
     """Median over the examples, with the band that holds four in five."""
-    samples = np.asarray(samples, np.float64).reshape(len(at), -1)
-    if len(at):
+    if len(at):  # a single layer has none below another
+        samples = np.asarray(samples, np.float64).reshape(len(at), -1)
         low, middle, high = np.percentile(samples, [10, 50, 90], axis=1)
         axes.plot(at, middle, "o", color=color, label=label, linestyle=linestyle)
         axes.fill_between(at, low, high, color=color, alpha=0.15)

@@ -140,6 +140,10 @@ def compare_derivatives(
     if analytic is not None:
         checks.function("analytic", analytic)
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    if not args:
+        raise TypeError("args must hold the arguments at which f is differentiated: compare_derivatives(f, x)")
+    if not all(-len(args) <= checks.integer("argnums", i) < len(args) for i in numbers):
+        raise ValueError(f"argnums={argnums} names an argument that is not among the {len(args)} given")
     problem, missing, found = None, {}, []
     for regime, arguments in {"given": args, **(regimes or {})}.items():
         point = _Point(arguments, numbers)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsoftmax as js
-from jaxsoftmax import network
+from jaxsoftmax import network, plotting
 from jaxsoftmax.curvature.krylov import extreme_singular_values
 from tests.helpers import one_in
 
@@ -161,3 +161,11 @@ def test_norms_form_no_gradients():
     norms = jax.jit(lambda params, x, labels: network.per_example_gradient_norms(params, x, labels, LOSS))
     temporaries = norms.lower(params, x, labels).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 64 * 128 * 32 * 4 / 2
+
+
+def test_picture_of_one_layer():
+    """No layer lies below another, so two of the quantities have no value."""
+    pytest.importorskip("matplotlib")
+    params = network.init(jax.random.key(0), (4, 2))
+    figure = plotting.visualize_gradient_flow(params, jnp.ones((5, 4)), jnp.zeros((5, 2)), js.sum_squared_error)
+    assert [len(axes.lines) for axes in figure.axes] == [1, 2, 0]

@@ -108,5 +108,9 @@ def test_wrong_calls():
         compare_derivatives(3, jnp.ones(2))
     with pytest.raises(TypeError, match="differentiated argument must have a floating-point dtype"):
         compare_derivatives(jnp.sin, jnp.arange(3))
+    with pytest.raises(TypeError, match=r"args must hold .* compare_derivatives\(f, x\)"):
+        compare_derivatives(jnp.sin)
+    with pytest.raises(ValueError, match="argnums=1 names an argument .* the 1 given"):
+        compare_derivatives(jnp.sin, jnp.ones(2), argnums=1)
     with pytest.raises(ValueError, match="num_classes"):
         logit_regimes(1)
