@@ -6,6 +6,7 @@ devices share, added up once in a ring, and the weights' features gathered. Then
 that of one, run.
 """
 
+import argparse
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=64".strip()
@@ -83,6 +84,7 @@ def measured(mesh: tuple[int, int], over_features: bool = False) -> Program:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"N = {N}, D = {D}, V = {V}, float32\n")
     print("| tokens × classes | products | temp MiB | sent MiB | bound |\n|---|---|---|---|---|")
     for mesh in MESHES:

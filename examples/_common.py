@@ -1,4 +1,4 @@
-"""What the examples share: MNIST-format IDX files, checkpoints that survive a kill at any moment, option types."""
+"""What the examples share: MNIST-format IDX files, checkpoints that survive a kill at any moment, the command line."""
 
 import argparse
 import gzip
@@ -8,6 +8,8 @@ import json
 import math
 import os
 import struct
+import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -156,7 +158,58 @@ def check_settings(path: Path, found: dict, wanted: dict) -> None:
         raise FileError(f"{path}: belongs to another run, with {listed}; use the same options or another folder")
 
 
-# --- types of command line options ---
+# --- the command line ---
+
+
+def explain(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """One line for what the reader can mend, and Python's traceback for all else."""
+    if issubclass(kind, KeyboardInterrupt):
+        resumes = " --resume continues after the last epoch." if "resume" in _options else ""
+        print(f"\ninterrupted.{resumes}", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and error.name != "jaxsoftmax":
+        print(f'error: {error.name} is missing: pip install ".[examples,frameworks]"', file=sys.stderr)
+    elif issubclass(kind, (FileError, OSError)):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # an example runs, and is not just imported
+    sys.excepthook = explain
+_options: set[str] = set()  # names of those of the example that runs
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text as it stands, and the default of each option."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of an example, whose docstring is the description."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=_Help)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_args(args, namespace)
+        _options.update(vars(found))
+        return found
+
+
+def folder(text: str) -> Path:
+    """A folder to write to, made if it is not there."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written to: {error.strerror}") from error
+
+
+def rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be larger than 0, got {text}")
+    return float(text)
 
 
 def positive(text: str) -> int:

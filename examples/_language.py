@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from _common import first_devices
+from _common import Parser, first_devices, positive
 from tqdm import tqdm
 
 from jaxsoftmax import training
@@ -57,23 +57,28 @@ def train(
     """
     mesh = jax.sharding.Mesh(devices, (DATA,))
     on_each, divided = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), (DATA,)))
-    params = jax.device_put(params, on_each)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
     optimizer = optax.MultiSteps(adam, every_k_schedule=2).gradient_transformation()
-    state, step = training.TrainState.create(params, optimizer), training.make_train_step(loss, optimizer)
+    # All of the state, counters too: it comes back from a step on these devices, and would be compiled for twice.
+    state = jax.device_put(training.TrainState.create(params, optimizer), on_each)
+    step = training.make_train_step(loss, optimizer)
     losses = []
     for words in tqdm(batches(text.train, steps), total=steps, unit="step", leave=False, mininterval=1.0):
         state, metrics = step(state, jax.device_put(words, divided))
         losses.append(metrics["loss"])
-    held_out = np.mean([jax.jit(loss)(state.params, words) for words in batches(text.held_out, 10)])
-    losses = [float(x) for x in losses]
-    print(f"loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f} in {steps} steps, held out {held_out:.3f}")
+    losses, last = [float(x) for x in losses], held_out(loss, state.params, text)
+    print(f"loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f} in {steps} steps, held out {last:.3f}")
     return state.params, losses
 
 
+def held_out(loss: Callable[[Any, jax.Array], jax.Array], params: Any, text: Text) -> float:
+    """The mean loss over ten batches of the held-out text."""
+    return float(np.mean([jax.jit(loss)(params, words) for words in batches(text.held_out, 10)]))
+
+
 def options(description: str | None, arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="batches")
+    parser = Parser(description)
+    parser.add_argument("--steps", type=positive, default=300, help="batches")
     parser.add_argument("--head", choices=("fused", "full"), default="fused", help="full holds all logits, to compare")
     parser.add_argument("--devices", type=first_devices, default="1", help="how many divide every batch")
     return parser.parse_args(arguments)

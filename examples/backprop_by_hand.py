@@ -9,11 +9,9 @@ A lesson in five steps, to be read beside its output. The network has no biases,
 Derivatives are in numerator layout: by a vector a row, by W_n a matrix of the shape of W_nᵀ.
 """
 
-import argparse
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
+from _common import Parser, folder
 from _digits import digits
 
 from jaxsoftmax import network, softmax
@@ -98,9 +96,9 @@ def train(params, x, labels, test_x, test_labels, steps: int):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--steps", type=int, default=500, help="steps of gradient descent, at least 5")
-    parser.add_argument("--out", type=Path, default=Path("out/backprop"), help="folder for the pictures")
+    parser.add_argument("--out", type=folder, default="out/backprop", help="folder for the pictures")
     options = parser.parse_args(arguments)
     if options.steps < 5:
         parser.error(f"--steps must be at least 5, got {options.steps}")
@@ -115,7 +113,6 @@ def main(arguments: list[str] | None = None) -> None:
     check_differential(params, rows, train_x[0], train_labels[0])
     trained = train(params, train_x, train_labels, test_x, test_labels, options.steps)
 
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, weights in (("before", params), ("after", trained)):
         figure = visualize_gradient_flow(weights, test_x[:100], test_labels[:100], cross_entropy)
         figure.suptitle(f"Gradient flow on 100 test digits, {name} training")

@@ -5,12 +5,10 @@
 Every number is computed twice, in closed form and by a JAX transformation, and the two are printed side by side.
 """
 
-import argparse
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _common import Parser, folder
 
 import jaxsoftmax as js
 
@@ -120,10 +118,10 @@ def spectrum(z: jax.Array) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/jacobian_tour"), help="folder for the pictures")
-    out = parser.parse_args().out
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=folder, default="out/jacobian_tour", help="folder for the pictures")
+    out = parser.parse_args(arguments).out
     z, longer, g = jnp.array([2.0, 1.0, 0.5]), jnp.array([2.0, 1.0, 0.5, -0.5]), jnp.array([0.1, -0.3, 0.2])
     definition(z)
     quotient_rule(z)
@@ -134,7 +132,6 @@ def main() -> None:
     chain_rule(z)
     cross_entropy(z)
     spectrum(longer)
-    out.mkdir(parents=True, exist_ok=True)
     js.visualize_jacobian(jnp.array([2.0, 1.0, 0.5, -0.5, 0.0])).savefig(out / "jacobian.png")
     js.visualize_spectrum(jnp.array([2.0, 1.0, 0.5, -0.5, 0.0])).savefig(out / "spectrum.png")
     print(f"\nPictures: {out / 'jacobian.png'}, {out / 'spectrum.png'}")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import FileError, load_checkpoint, natural, positive, read_idx_pair, save_checkpoint
+from _common import FileError, Parser, folder, load_checkpoint, natural, positive, rate, read_idx_pair, save_checkpoint
 from _digits import digits
 from matplotlib.figure import Figure
 from sklearn.model_selection import train_test_split
@@ -232,17 +232,16 @@ def draw_predictions(data: Data, probs: np.ndarray, path: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    style = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**style)
-    parser.add_argument("--epochs", type=positive, default=20)
-    parser.add_argument("--batch-size", type=positive, default=32)
+    parser = Parser(__doc__)
+    parser.add_argument("--epochs", type=positive, default=20, help="passes over the training images")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per step")
     parser.add_argument("--hidden", type=positive, nargs="*", default=[512, 256], help="widths of the hidden layers")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
+    parser.add_argument("--learning-rate", type=rate, default=1e-3, help="of the optimizer")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="of optax")
     parser.add_argument(
         "--seed", type=natural, default=0, help="of the initial parameters and the order of the batches"
     )
-    parser.add_argument("--out", type=Path, default=Path("out/digits"), help="folder for checkpoint and pictures")
+    parser.add_argument("--out", type=folder, default="out/digits", help="folder for checkpoint and pictures")
     parser.add_argument("--idx-dir", type=Path, help="folder of MNIST-format IDX files, gzipped or not")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     return parser.parse_args(arguments)
@@ -251,7 +250,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
         data = load_data(options.idx_dir)
         if options.batch_size > len(data.train.labels):
             sys.exit(

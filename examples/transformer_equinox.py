@@ -9,10 +9,10 @@ parameters are bfloat16, table and head float32; gradients are clipped, and ever
 (optax.MultiSteps).
 """
 
+import _language
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from _language import DATA, LENGTH, load, options, train
 
 import jaxsoftmax as js
 
@@ -43,7 +43,7 @@ class Transformer(eqx.Module):
     def __init__(self, vocabulary, key):
         k1, k2, *keys = jax.random.split(key, 2 + LAYERS)
         self.table = jax.random.normal(k1, (vocabulary, FEATURES)) / FEATURES**0.5
-        positions = jax.random.normal(k2, (LENGTH, FEATURES)) * 0.1
+        positions = jax.random.normal(k2, (_language.LENGTH, FEATURES)) * 0.1
         body = positions, [Block(key) for key in keys], eqx.nn.LayerNorm(FEATURES)
         self.body = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_array(leaf) else leaf, body)
 
@@ -66,12 +66,12 @@ def mean_loss(model: Transformer, words: jax.Array, head: str, token_axes: str |
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """The loss of every batch."""
-    chosen, text = options(__doc__, arguments), load()
+    chosen, text = _language.options(__doc__, arguments), _language.load()
     model = Transformer(text.vocabulary, jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_array)
-    token_axes = DATA if len(chosen.devices) > 1 else None
+    token_axes = _language.DATA if len(chosen.devices) > 1 else None
     loss = lambda params, words: mean_loss(eqx.combine(params, static), words, chosen.head, token_axes)
-    return train(loss, params, text, chosen.steps, chosen.devices)[1]
+    return _language.train(loss, params, text, chosen.steps, chosen.devices)[1]
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def visualize_gradient_flow(
     for axes in (norms, values, stuck):
         axes.set_xlabel("layer n")
         axes.set_xticks(layers)
-        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False, ncols=2)
+        if axes.lines:
+            axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False, ncols=2)
     return figure
 
 

@@ -1,6 +1,7 @@
 """examples/train_digits.py: what it learns and prints, IDX files, checkpoints, damage, and a real kill."""
 
 import gzip
+import importlib
 import os
 import random
 import re
@@ -107,6 +108,41 @@ def test_errors_are_one_line(tmp_path, options, message):
         train_digits.main([*QUICK, "--out", str(tmp_path), *options])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "checkpoint.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["train_digits", "train_language_model", "second_order", "backprop_by_hand"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "/dev/null/x"], "--out: /dev/null/x cannot be written to"),
+        (["--learning-rate", "-1"], "--learning-rate: must be larger than 0, got -1"),
+        (["--steps", "0"], "--steps: must be at least 1, got 0|--steps must be at least 5, got 0"),
+    ],
+)
+def test_wrong_options(name, options, message, capsys):
+    example = importlib.import_module(name)
+    if options[0] not in Path(str(example.__file__)).read_text(encoding="utf-8"):
+        pytest.skip("no such option")
+    with pytest.raises(SystemExit):
+        example.main(options)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_the_reader_can_mend_is_one_line(capsys, monkeypatch):
+    """In place of a traceback, for every example that is run as a program."""
+    monkeypatch.setattr(_common, "_options", set())
+    for error, message in (
+        (KeyboardInterrupt(), "interrupted."),
+        (ModuleNotFoundError(name="tqdm"), 'error: tqdm is missing: pip install ".[examples,frameworks]"'),
+        (PermissionError(13, "Permission denied", "x.png"), "error: [Errno 13] Permission denied: 'x.png'"),
+    ):
+        _common.explain(type(error), error, None)
+        assert capsys.readouterr().err.strip() == message
+    _common.explain(ValueError, ValueError("x"), None)
+    assert "ValueError: x" in capsys.readouterr().err
+    train_digits.parse(["--epochs", "1"])
+    _common.explain(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "--resume continues after the last epoch" in capsys.readouterr().err
 
 
 # --- IDX files ---
