@@ -1,12 +1,15 @@
 """README.md and the pages of docs/ are executed and compared with the package, so that nothing in them can drift."""
 
 import ast
+import contextlib
 import doctest
 import importlib.util
 import inspect
+import io
 import re
 import sys
 import tomllib
+from decimal import Decimal
 from pathlib import Path
 
 import jax
@@ -37,8 +40,25 @@ def run_block(source: str, line: int, namespace: dict, page: str = "README.md") 
         example = doctest.DocTestParser().get_doctest(source, {}, page, page, line)
         example.globs = namespace
         doctest.DebugRunner(optionflags=flags).run(example, clear_globs=False)
-    else:
-        exec(compile("\n" * line + source, page, "exec"), namespace)
+        return
+    for statement in ast.parse("\n" * line + source, page).body:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(ast.Module([statement], []), page, "exec"), namespace)
+        last = source.splitlines()[statement.end_lineno - line - 1]
+        assert_shown(printed.getvalue(), last.partition("  # ")[2], f"{page}, line {statement.end_lineno + 1}")
+
+
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*)?(?:e[+-]?\d+)?(?![\w.]*\w)")
+
+
+def assert_shown(printed: str, comment: str, where: str) -> None:
+    """The numbers that a comment starts with, up to a semicolon, are those printed, to the digits it gives."""
+    shown, got = NUMBER.findall(comment.partition(";")[0]), NUMBER.findall(printed)
+    if printed and shown:
+        assert len(got) >= len(shown), where
+        for a, b in zip(shown, got):
+            unit = Decimal(1).scaleb(Decimal(a).as_tuple().exponent)
+            assert abs(Decimal(a) - Decimal(b)) <= unit / 2, f"{where}: the comment says {a}, and {b} is printed"
 
 
 def imported(source: str) -> set[str]:
@@ -115,6 +135,9 @@ def test_a_wrong_block_is_caught():
         run_block(">>> x + 1\n3\n", line, namespace)
     with pytest.raises(NameError):
         run_block("y", line, namespace)
+    run_block("print(x / 3, 4)  # 0.333 4; and x is 1", line, namespace)
+    with pytest.raises(AssertionError, match=r"README.md, line \d+: the comment says 0.334, and 0.333\d+ is printed"):
+        run_block("z = 1\nprint(x / 3)  # 0.334", line, namespace)
 
 
 def test_the_two_commands_are_there():
