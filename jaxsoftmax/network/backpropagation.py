@@ -1,7 +1,8 @@
 """Feedforward networks, and their gradient by hand.
 
-The seed's notation: z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x, and no activation after the last layer, so that
-l = f(z_N) for a loss head f. Vectors are the rows of arrays: the leading axes of x, if any, are the batch.
+As in docs/mathematics.md, section 7: z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x, and no activation after the last
+layer, so that l = f(z_N) for a loss head f. Vectors are the rows of arrays: the leading axes of x, if any, are the
+batch.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core.plumbing import in_auto_mode, sharded_like, split_axes_of, tensordot
 from jaxsoftmax.matrix_calculus.layouts import numerator_layout
-from jaxsoftmax.network.layers import Activation, Layer, Loss, Params, activated, affine, checked
+from jaxsoftmax.network.layers import Activation, Layer, Loss, Params, activated, affine, checked_input
 
 Layout = Literal["denominator", "numerator"]
 
@@ -30,7 +31,7 @@ def backprop(
 ) -> Params:
     """Gradient of the mean loss over the batch, written out layer by layer.
 
-    From the loss head ∂l/∂z_N, then for n = N, …, 1, in the seed's numerator layout,
+    From the loss head ∂l/∂z_N, then for n = N, …, 1, in numerator layout,
 
         ∂l/∂W_n = a_{n-1} ∂l/∂z_n,   ∂l/∂b_n = ∂l/∂z_n,   ∂l/∂z_{n-1} = ∂l/∂z_n W_n ∂a_{n-1}/∂z_{n-1}.
 
@@ -40,7 +41,7 @@ def backprop(
       targets: what `loss` compares the outputs with, for instance integer labels (...) or vectors (..., d_N).
       loss: (z_N, targets) -> (...): one value per example.
       activation: σ, as in `forward`.
-      layout: "denominator", as everywhere in JAX: ∂l/∂W_n has the shape of W_n; "numerator", as in the seed: of W_nᵀ.
+      layout: "denominator", as everywhere in JAX: ∂l/∂W_n has the shape of W_n; "numerator", as in the texts: of W_nᵀ.
 
     Returns:
       The gradients, with the structure of params and, in denominator layout, its shapes; of the mean of the loss over
@@ -111,7 +112,7 @@ def derivatives(
     """
     if layout not in ("denominator", "numerator"):
         raise ValueError(f"layout must be 'denominator' or 'numerator', got {layout!r}")
-    found = signals(params, checked(params, x, activation=activation, loss=loss), targets, loss, activation)
+    found = signals(params, checked_input(params, x, activation=activation, loss=loss), targets, loss, activation)
     layers = list(map(_layer_derivative, params, found.inputs, found.z))
     return Derivatives(found.z, found.a, layers if layout == "denominator" else numerator_layout(layers))
 
@@ -140,7 +141,7 @@ def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -
 
     Reference: docs/mathematics.md, sections 1 and 7.
     """
-    x = checked(params, x, activation=activation)
+    x = checked_input(params, x, activation=activation)
     return in_auto_mode(functools.partial(_jacobians, activation), (params, x), split_axes_of(x)[:-1])
 
 
@@ -198,6 +199,6 @@ def _loss_derivative(loss: Loss, z: Array, targets: ArrayLike) -> Array:
 
 def example_signals(params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation) -> Signals:
     """`signals` of each example's own loss, not of the mean."""
-    found = signals(params, checked(params, x, activation=activation, loss=loss), targets, loss, activation)
+    found = signals(params, checked_input(params, x, activation=activation, loss=loss), targets, loss, activation)
     count = math.prod(found.z[-1].shape[:-1])
     return found._replace(z=[dz * count for dz in found.z], a=[da * count for da in found.a])

@@ -12,7 +12,7 @@ from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import in_auto_mode, split_axes_of
 from jaxsoftmax.curvature.krylov import extreme_singular_values
 from jaxsoftmax.network.backpropagation import example_signals
-from jaxsoftmax.network.layers import Activation, Loss, Params, affine, checked, output
+from jaxsoftmax.network.layers import Activation, Loss, Params, affine, checked_input, output
 
 
 class GradientFlow(NamedTuple):
@@ -69,7 +69,7 @@ def gradient_flow(
     """
     if num_steps is not None:
         checks.at_least("num_steps", num_steps, 1)
-    x = checked(params, x, activation=activation, loss=loss)
+    x = checked_input(params, x, activation=activation, loss=loss)
     return _gradient_flow(params, x, targets, loss, activation, num_steps)
 
 

@@ -99,7 +99,7 @@ def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> 
 
     Reference: London 2024, Matrix differential calculus (for deep learning); docs/mathematics.md, section 7.
     """
-    return output(params, checked(params, x, activation=activation), activation)
+    return output(params, checked_input(params, x, activation=activation), activation)
 
 
 def affine(layer: Layer, a: Array) -> Array:
@@ -121,7 +121,7 @@ def activated(activation: Activation, z: Array) -> Array:
     return a
 
 
-def checked(params: Params, x: ArrayLike, **functions: Callable) -> Array:
+def checked_input(params: Params, x: ArrayLike, **functions: Callable) -> Array:
     """x as an array, after a look at every shape, and at the functions by name."""
     x = checks.as_float("x", x)
     for name, function in functions.items():

@@ -139,7 +139,7 @@ def test_backprop_at_any_depth(x64, sizes):
     assert_close(backprop(params, x, labels, loss, jnp.tanh), wanted, ulps=4)
 
 
-def test_backprop_is_the_seed_for_one_layer(x64):
+def test_backprop_is_the_formula_for_one_layer(x64):
     """l = (z - ŷ)ᵀ(z - ŷ): ∂l/∂W = x · 2(z - ŷ)ᵀ in numerator layout, whose transpose JAX calls the gradient."""
     (layer,), x, _ = sample((), sizes=(3, 2))
     target = jnp.array([1.0, -1.0])
