@@ -199,7 +199,7 @@ def _below(x: Array, z: Array, top_x: Array, top_z: Array, kernel: int) -> tuple
     return -(top_x - x), -(top_z - z), gap
 
 
-@num.per_slice
+@num.forms.per_slice
 def _bases(top_x: Array, top_z: Array, limit: float) -> tuple[Array, ...]:
     """The maxima; what x and z are counted from before they are subtracted, 0 where that rounds less; and what is left.
 
@@ -210,7 +210,7 @@ def _bases(top_x: Array, top_z: Array, limit: float) -> tuple[Array, ...]:
     return *tops, *(jnp.where(close, 0.0, top) for top in tops), jnp.where(close, top_x - top_z, 0.0)
 
 
-@num.per_slice
+@num.forms.per_slice
 def _log_ratio(top_x, top_z, total_x, total_z, moment, part: float) -> tuple[Array, ...]:
     """(total_x, total_z, δ̄, log(total_x / total_z), exp(-δ̄) / total_z), NaN as in `num.one_infinity`.
 
@@ -222,7 +222,7 @@ def _log_ratio(top_x, top_z, total_x, total_z, moment, part: float) -> tuple[Arr
     return total_x, total_z, mean, change, jnp.exp(jnp.minimum(-mean, 80)) / total_z
 
 
-@num.per_slice
+@num.forms.per_slice
 def _chosen(mean: Array, change: Array, near: Array) -> tuple[Array, Array]:
     """log Σ q exp δ, and KL(q‖p)."""
     kl = jnp.log1p(near)
