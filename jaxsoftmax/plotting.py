@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from jaxsoftmax.network.picture import visualize_gradient_flow
 
+FEW = 60  # eigenvalues that get a bar each
+
 __all__ = ["visualize_gradient_flow", "visualize_jacobian", "visualize_spectrum"]
 
 
@@ -70,19 +72,23 @@ def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequenc
     return figure
 
 
-def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
+def visualize_spectrum(x: ArrayLike, *, where: ArrayLike | None = None, alpha: float = 1.0) -> "Figure":
     """Draw the eigenvalues of J with the intervals that interlace them, q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎, and the bounds of λ₁.
+
+    The eigenvalues 0 are counted in the title. The axis is logarithmic where the others are many, or of unlike size.
 
     Args:
       x: real logits (K,).
+      where: boolean mask (K,); False marks an absent class.
       alpha: 1 for softmax (q = p), more for α-entmax (q = p^(2-α)).
 
     Returns:
-      A matplotlib Figure with one panel.
+      A matplotlib Figure with one panel, and its legend below.
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: if `x` is not a vector.
+      TypeError: if `where` is not boolean.
+      ValueError: if `x` is not a vector, or `where` does not fit it.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -92,25 +98,33 @@ def visualize_spectrum(x: ArrayLike, *, alpha: float = 1.0) -> "Figure":
 
     Reference: docs/mathematics.md, section 2.
     """
-    p, operator, _ = _prepare(x, alpha, None)
-    values = np.sort(np.asarray(operator.eigvalsh(), np.float64))[::-1]
-    weights = np.sort(np.where(p > 0, np.where(p > 0, p, 1.0) ** (2 - alpha), 0.0))[::-1]
-    mass = _mass(p, alpha)
-    largest = float(np.max(weights * (1 - weights / mass)))
-    figure = new_figure((8.0, 4.5))
-    axes = figure.subplots()
-    index = np.arange(1, len(values) + 1)
-    floor = np.append(weights[1:], 0.0)
-    axes.bar(index, weights - floor, bottom=floor, color="lightsteelblue", label="interval q₍ᵢ₊₁₎ to q₍ᵢ₎")
-    axes.plot(index, values, "o", color="firebrick", label="eigenvalue λᵢ")
+    p, operator, _ = _prepare(x, alpha, None, where)
+    rank, mass = int(operator.rank()), _mass(p, alpha)
+    poles = np.sort(np.where(p > 0, np.where(p > 0, p, 1.0) ** (2 - alpha), 0.0))[::-1][: rank + 1]
+    values = np.sort(np.asarray(operator.eigvalsh(), np.float64))[::-1][:rank]
+    figure = new_figure((8.0, 5.5))
+    axes, index = figure.subplots(), np.arange(1, rank + 1)
+    between, dots = "interval q₍ᵢ₊₁₎ to q₍ᵢ₎", {"color": "firebrick", "linestyle": "none", "label": "eigenvalue λᵢ"}
+    if rank > FEW:
+        axes.fill_between(index, poles[1:], poles[:-1], step="mid", color="lightsteelblue", label=between)
+        axes.plot(index, values, marker=".", markersize=2, **dots)
+    else:
+        axes.bar(index, poles[:-1] - poles[1:], bottom=poles[1:], color="lightsteelblue", label=between)
+        axes.plot(index, values, marker="o", markersize=6 if rank < 20 else 3, **dots)
+    largest = float(np.max(poles * (1 - poles / mass), initial=0.0))
     axes.axhspan(largest, 2 * largest, color="orange", alpha=0.15, label="max q(1-q/Σq) ≤ λ₁ ≤ twice that")
-    bound = largest_eigenvalue_bound(alpha, len(values))
+    bound = largest_eigenvalue_bound(alpha, len(p))
     if np.isfinite(bound):
         axes.axhline(bound, color="black", linestyle="--", linewidth=1, label=f"sharp bound {bound:.3g}")
     axes.axhline(0.25 * mass, color="grey", linestyle=":", linewidth=1, label="bound of the diagonal, no bound of λ₁")
-    axes.set(title="Spectrum of the Jacobian", xlabel="i", ylabel="eigenvalue")
+    if rank > FEW or rank and values[-1] < values[0] / 100:
+        axes.set(yscale="log", ylim=(values[-1] / 2, None))
+    else:
+        axes.set_ylim(bottom=0)
+    zeros = "one eigenvalue 0" if len(p) - rank == 1 else f"{len(p) - rank} eigenvalues 0"
+    axes.set(title=f"Spectrum of the Jacobian (and {zeros})", xlabel="i", ylabel="eigenvalue")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -123,7 +137,7 @@ def new_figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _prepare(x, alpha, class_names) -> tuple[np.ndarray, SoftmaxJacobian, Sequence[str] | None]:
+def _prepare(x, alpha, class_names, where=None) -> tuple[np.ndarray, SoftmaxJacobian, Sequence[str] | None]:
     x = checks.as_float("x", x)
     if x.ndim != 1 or x.shape[0] == 0:
         raise ValueError(f"x must be a vector of logits (K,), got shape {x.shape}")
@@ -131,7 +145,7 @@ def _prepare(x, alpha, class_names) -> tuple[np.ndarray, SoftmaxJacobian, Sequen
         raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
     if class_names is not None and len(class_names) != x.shape[0]:
         raise ValueError(f"class_names must hold {x.shape[0]} names, one per class, got {len(class_names)}")
-    p = entmax(x, alpha)
+    p = entmax(x, alpha, where=where)
     return np.asarray(p, np.float64), SoftmaxJacobian.from_probs(p, alpha=alpha), class_names
 
 

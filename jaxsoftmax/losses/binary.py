@@ -19,7 +19,7 @@ from jaxsoftmax._core.plumbing import aligned
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus, weigh
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of
-from jaxsoftmax.operators.base import Likelihood
+from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 

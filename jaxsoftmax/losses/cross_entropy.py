@@ -23,8 +23,8 @@ from jaxsoftmax._core.centring import jacobian_product, less
 from jaxsoftmax._core.plumbing import sharded_like, traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
-from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 

@@ -25,8 +25,8 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, probabilities, softmax_of
-from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 

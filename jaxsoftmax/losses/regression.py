@@ -21,8 +21,8 @@ from jaxsoftmax._core import scalar_functions as elementary
 from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import Axis, AxisName
-from jaxsoftmax.operators.base import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 

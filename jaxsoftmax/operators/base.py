@@ -5,8 +5,9 @@ Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator
+from operator import add
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +18,20 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax._core.plumbing import compiled
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["logits", "weight"], meta_fields=["draw", "score"])
-@dataclasses.dataclass(frozen=True, eq=False)
-class Likelihood:
-    """A model whose targets can be drawn: its Fisher matrix is the mean of weight · g gᵀ over them.
+def names_and_types(record: Any) -> str:
+    """The class of a dataclass and its fields, arrays by dtype and shape alone."""
 
-    Args:
-      logits: of the model, (..., K).
-      weight: how many observations the example counts for, (..., 1), or (..., K) where each logit has its own target.
-      draw: (key, logits, shape) -> targets from the model, as the loss takes them, `shape` in front of their shape.
-      score: (logits, targets) -> g, the gradient of -log p(target) in the logits.
-    """
+    def short(value):
+        shaped = hasattr(value, "shape") and hasattr(value, "dtype")
+        return f"{value.dtype}{list(value.shape)}" if shaped else repr(value)
 
-    logits: Array
-    weight: Array
-    draw: Callable[[Array, Array, tuple[int, ...]], Array]
-    score: Callable[[Array, Array], Array]
-
-    def scaled(self, factor: Array) -> "Likelihood":
-        """With `factor` as many observations."""
-        return dataclasses.replace(self, weight=factor * self.weight)
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    told = {name: x for name, x in fields.items() if not (x is None or callable(x) or name == "axis" and x == AXIS)}
+    return f"{type(record).__name__}({', '.join(f'{name}={short(x)}' for name, x in told.items())})"
 
 
 class SymmetricOperator:
@@ -51,7 +43,7 @@ class SymmetricOperator:
 
     __array_ufunc__ = None  # `numpy_array @ A` asks A, as `jax_array @ A` does
 
-    likelihood: Likelihood | None
+    likelihood: Any  # the model whose Fisher matrix this is (`jaxsoftmax.losses.likelihood`), or None
     axis: num.ClassAxis
 
     @property
@@ -64,6 +56,25 @@ class SymmetricOperator:
     def dtype(self) -> jnp.dtype:
         """The dtype computed in: at least float32."""
         return self._reference.dtype
+
+    def __repr__(self) -> str:
+        return names_and_types(self)
+
+    def __getitem__(self, index: Any) -> Self:
+        """The operators of a batch at an index of its batch axes: `A[40]`, `A[:, 2]`, `A[mask]`."""
+        batch, index = self.shape[:-2], index if isinstance(index, tuple) else (index,)
+        first = index[0] if index else None
+        if not batch or isinstance(first, int) and not -batch[0] <= first < batch[0]:
+            raise IndexError(f"index {index} is out of range for an operator with batch axes {batch}")
+        jax.eval_shape(lambda x: x[index], jax.ShapeDtypeStruct(batch, self.dtype))  # names what is wrong
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, x.shape[-1]))[(*index, slice(None))], self)
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[i] for i in range(*self.shape[:-2][:1])) if self.shape[:-2] else iter(())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense matrix as a NumPy array."""
+        return np.asarray(self.as_matrix(), dtype)
 
     @property
     def T(self) -> Self:
@@ -81,6 +92,8 @@ class SymmetricOperator:
 
     def __matmul__(self, x: ArrayLike) -> Array:
         """A x for a vector x (K,) or matrices x (..., K, N); O(K) per column."""
+        if isinstance(x, SymmetricOperator):
+            raise TypeError("A @ B of two operators is not symmetric: apply them in turn, A @ (B @ x)")
         x = checks.as_float("the right factor of @", x)
         if x.ndim < 2:
             return self.mv(x)
@@ -92,6 +105,46 @@ class SymmetricOperator:
         """x A for a vector x (K,) or matrices x (..., N, K); O(K) per row."""
         x = checks.as_float("the left factor of @", x)
         return self.mv(x) if x.ndim < 2 else jnp.swapaxes(self @ jnp.swapaxes(x, -1, -2), -1, -2)
+
+    # Algebra.
+
+    def __add__(self, other: "SymmetricOperator") -> "SymmetricOperator":
+        """A + B; with a closed form for `solve` and the rest where one of the two is diagonal."""
+        if not isinstance(other, SymmetricOperator):
+            return NotImplemented
+        if self.shape != other.shape or self.axis != other.axis:
+            raise ValueError(f"operators must have one shape to be added, got {self.shape} and {other.shape}")
+        for one, diagonal in ((self, other._only_diagonal()), (other, self._only_diagonal())):
+            total = None if diagonal is None else one._plus_diagonal(diagonal.astype(one.dtype))
+            if total is not None:
+                return total
+        return SumOfOperators((self, other))
+
+    def __sub__(self, other: "SymmetricOperator") -> "SymmetricOperator":
+        return self + -other if isinstance(other, SymmetricOperator) else NotImplemented
+
+    def __mul__(self, factor: ArrayLike) -> "SymmetricOperator":
+        """c A for a number, or an array that broadcasts to the batch axes."""
+        return NotImplemented if isinstance(factor, SymmetricOperator) else self._times(factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: ArrayLike) -> "SymmetricOperator":
+        return NotImplemented if isinstance(divisor, SymmetricOperator) else self._times(1 / jnp.asarray(divisor))
+
+    def __neg__(self) -> "SymmetricOperator":
+        return self._times(-1.0)
+
+    def _times(self, factor: ArrayLike) -> "SymmetricOperator":
+        return self.scaled(factor)
+
+    def _only_diagonal(self) -> Array | None:
+        """The diagonal, of an operator that is nothing else."""
+        return None
+
+    def _plus_diagonal(self, e: Array) -> "SymmetricOperator | None":
+        """A + diag(e), where that has a closed form."""
+        return None
 
     def quadratic_form(self, v: ArrayLike) -> Array:
         """vᵀ A v for v (..., K); O(K)."""
@@ -160,7 +213,7 @@ class SymmetricOperator:
         logits = jnp.broadcast_to(model.logits, shape + model.logits.shape)
         return lead(jnp.sqrt(model.weight), len(shape)) * model.score(logits, model.draw(key, model.logits, shape))
 
-    def _model(self, method: str) -> Likelihood:
+    def _model(self, method: str) -> Any:
         if self.likelihood is None:
             raise TypeError(f"{method} needs the Fisher matrix of a likelihood: see logits_fisher")
         self._whole(method)
@@ -276,6 +329,76 @@ class SymmetricOperator:
     def _whole(self, method: str) -> None:
         """Raise where the classes are split."""
         checks.all_classes(method, self.axis.mesh_axes)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SumOfOperators(SymmetricOperator):
+    """A + B of operators of one shape: products, diagonal and dense form are sums; it has no inverse in closed form."""
+
+    terms: tuple[SymmetricOperator, ...]
+
+    likelihood = None
+
+    @property
+    def singular(self) -> bool:
+        return False
+
+    @property
+    def axis(self) -> num.ClassAxis:  # pyright: ignore[reportIncompatibleVariableOverride]  (read only, as all are)
+        return self.terms[0].axis
+
+    @property
+    def _reference(self) -> Array:
+        return self.terms[0]._reference
+
+    def _total(self, of: Callable[[SymmetricOperator], Array]) -> Array:
+        return functools.reduce(add, map(of, self.terms))
+
+    def diagonal(self) -> Array:
+        return self._total(lambda a: a.diagonal())
+
+    def as_matrix(self) -> Array:
+        return self._total(lambda a: a.as_matrix())
+
+    def scaled(self, weight: ArrayLike) -> Self:
+        return dataclasses.replace(self, terms=tuple(a._times(weight) for a in self.terms))
+
+    def transformed(self, slope: Array, extra: Array | None = None) -> "SumOfOperators":
+        first, *others = self.terms
+        return SumOfOperators((first.transformed(slope, extra), *(a.transformed(slope) for a in others)))
+
+    def _plus_diagonal(self, e: Array) -> "SymmetricOperator | None":
+        first, *others = self.terms
+        first = first._plus_diagonal(e)
+        return first and SumOfOperators((first, *others))
+
+    def _mv(self, v: Array) -> Array:
+        return self._total(lambda a: a._mv(v))
+
+    def _quadratic_form(self, v: Array) -> Array:
+        return self._total(lambda a: a._quadratic_form(v))
+
+    def _solve(self, v: Array, damping: Array) -> Array:
+        raise self._no_closed_form()
+
+    def _logdet(self, damping: Array) -> Array:
+        raise self._no_closed_form()
+
+    def frobenius_norm(self) -> Array:
+        raise self._no_closed_form()
+
+    is_psd = frobenius_norm
+
+    @property
+    def _factor_width(self) -> int:
+        raise self._no_closed_form()
+
+    def _no_closed_form(self) -> TypeError:
+        return TypeError(
+            "the sum of two operators that are not diagonal has products only: no inverse, determinant, norm or factor "
+            "in closed form; solve with jax.scipy.sparse.linalg.cg"
+        )
 
 
 def lead(x: Array, axes: int) -> Array:

@@ -16,7 +16,7 @@ Reference: docs/mathematics.md, sections 2, 4 and 5.
 import dataclasses
 import functools
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import AXIS, about_centred, centred, centred_transpose, complement, is_top, root
 from jaxsoftmax._core.plumbing import compiled, in_auto_mode, sharded_like, split_axes_of
-from jaxsoftmax.operators.base import Likelihood, SymmetricOperator, lead
+from jaxsoftmax.operators.base import SymmetricOperator, lead
+from jaxsoftmax.operators.log_derivatives import quotient, share
 
 
 @functools.partial(
@@ -34,7 +35,7 @@ from jaxsoftmax.operators.base import Likelihood, SymmetricOperator, lead
     data_fields=["weights", "centre", "mean_weight", "slope", "extra", "likelihood"],
     meta_fields=["axis"],
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DiagonalPlusLowRank(SymmetricOperator):
     """A = T (Pᵀ diag(d) P + κ ppᵀ) T + diag(e), with P = I - 1pᵀ for a centre p and P = I without, T = diag(t).
 
@@ -67,7 +68,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     mean_weight: Array | None = None
     slope: Array | None = None
     extra: Array | None = None
-    likelihood: Likelihood | None = None
+    likelihood: Any = None
     axis: num.ClassAxis = AXIS
 
     @property
@@ -91,6 +92,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
         likelihood = self.likelihood and self.likelihood.scaled(squared)
         slope, extra = slope if self.slope is None else slope * self.slope, sum(both[1:], both[0]) if both else None
         return dataclasses.replace(self, slope=slope, extra=extra, likelihood=likelihood)
+
+    def _plus_diagonal(self, e: Array) -> Self:
+        extra = e if self.extra is None else self.extra + e
+        return dataclasses.replace(self, extra=jnp.broadcast_to(extra, self.weights.shape), likelihood=None)
+
+    def _only_diagonal(self) -> Array | None:
+        return self._t**2 * self.weights + self._e if self.centre is None else None
 
     @property
     def _t(self) -> Array:
@@ -189,40 +197,45 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     # Solutions. With ε = e + λ and W = 1/(t²d + ε), (A + λI) x = v reads x = W∘(v + t∘(d m + p n)) for the two numbers
     # m = <p,tx> and n = Σ d∘(tx - m) - κ m. The mean of tx under p and the sum over d, with Σp = 1, give
+    #
     #     a m - c n = <pt∘W, v>,    b m + a n = <dt∘W, v>,    a = Σ p∘ε∘W,    b = κ + Σ d∘ε∘W,    c = Σ p²∘t²∘W,
-    # and det(A + λI) = Π(t²d + ε) (a² + b c): sums of one sign where d and ε are positive.
+    #
+    # and det(A + λI) = Π(t²d + ε) (a² + b c): sums of one sign where d and ε are positive. Where A is nearly singular m
+    # is large, a and b are small, and the derivatives of a, b, dt∘W are too: as shares of ε and t²d they keep that.
 
-    def _means(self, damping: Array) -> tuple[Array, Array, Array, Array]:
-        """(W, a, b, c) of above; a = 1 in a slice that is masked throughout."""
-        t, e = self._t, self._e + damping
-        w = 1 / (t * t * self.weights + e)
+    def _means(self, damping: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """(W, d∘W, a, b, c) of above; a = 1 in a slice that is masked throughout."""
         assert self.centre is not None
-        p = self.centre
+        p, d, t, e = self.centre, self.weights, self._t, self._e + damping
+        load, heavy = t * t * d, t * t * d > e
+        w = quotient(jnp.ones_like(load), load + e)
+        dw = jnp.where(heavy, quotient(share(load, e), jnp.where(heavy, t * t, 1)), d * w)
         absent = jnp.where(num.class_sum(p, self.axis) == 0, 1, 0).astype(p.dtype)
-        a = absent + num.class_sum(p * (e * w), self.axis)
-        b = self._kappa + num.class_sum(self.weights * (e * w), self.axis)
-        return w, a, b, num.class_sum((p * t) ** 2 * w, self.axis)
+        a = absent + num.class_sum(p * share(e, load), self.axis)
+        b = self._kappa + num.class_sum(e * dw, self.axis)
+        return w, dw, a, b, num.class_sum((p * t) ** 2 * w, self.axis)
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
         if self.centre is None:
-            return v / (self._t**2 * self.weights + self._e + damping)
+            return quotient(v, self._t**2 * self.weights + self._e + damping)
         p, d, t, e = self.centre, self.weights, self._t, self._e + damping
-        w, a, b, c = self._means(damping)
+        (w, dw, a, b, c), heavy = self._means(damping), t * t * d > e
         # <dt∘W, v> from u = v/t: where t²d > ε, which is where 1/ε would magnify rounding, dt²∘W = 1 - ε∘W, and the
         # deviations of u from their mean there sum to 0: what is left of them is -Σ ε∘W∘(u - mean).
-        heavy = t * t * d > e
         head = jnp.where(heavy, 1, 0).astype(t.dtype)
         u = v / jnp.where(heavy, t, 1)
         mean = num.class_sum(head * u, self.axis) / jnp.maximum(num.class_sum(head, self.axis), 1)
-        terms = jnp.where(heavy, -(e * w) * (u - mean), t * d * w * (v - t * mean))
-        of_d, of_p = (
-            mean * num.class_sum(t * t * d * w, self.axis) + num.class_sum(terms, self.axis),
-            num.class_sum(p * t * w * v, self.axis),
-        )
-        det = a * a + b * c
-        m, n = (a * of_p + c * of_d) / det, (a * of_d - b * of_p) / det
-        return w * (v + t * (d * m + p * n))
+        terms = jnp.where(heavy, -share(e, t * t * d) * (u - mean), t * dw * (v - t * mean))
+        of_d = mean * num.class_sum(t * t * dw, self.axis) + num.class_sum(terms, self.axis)
+        of_p = num.class_sum(p * t * w * v, self.axis)
+        # The two equations over c, which is not small; it is 0 where no class is left, and m with it.
+        none = jnp.where(c == 0, 1, 0).astype(t.dtype)
+        a_over_c, of_d = quotient(a, c + none), (1 - none) * of_d
+        det = (1 - none) * b + none + a * a_over_c
+        m = quotient(of_d + a_over_c * of_p, det)
+        n = quotient(a_over_c * of_d - quotient(b, c + none) * of_p, det)
+        return w * (v + t * p * n) + t * dw * m
 
     @compiled
     def _logdet(self, damping: Array) -> Array:
@@ -230,7 +243,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         logs = num.class_sum(jnp.log(jnp.abs(factors)), self.axis)
         negative = num.class_sum(jnp.where(factors < 0, 1, 0), self.axis)
         if self.centre is not None:
-            _, a, b, c = self._means(damping)
+            _, _, a, b, c = self._means(damping)
             last = a * a + b * c
             logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
         return num.undefined(negative % 2 == 1, logs)[..., 0]
@@ -253,7 +266,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         diagonal = self._t**2 * self.weights + self._e
         slack = 16 * jnp.finfo(self.dtype).eps * num.class_max(jnp.abs(diagonal), self.axis)
         slack = jnp.maximum(slack, jnp.finfo(self.dtype).tiny)
-        w, a, b, c = self._means(slack)
+        w, _, a, b, c = self._means(slack)
         negative = num.class_sum(jnp.where(w < 0, 1, 0), self.axis)
         return jnp.where(a * a + b * c >= 0, negative == 0, (negative == 1) & (c < 0))[..., 0]
 

@@ -1,4 +1,4 @@
-"""Functions of probabilities that are differentiated in the logarithm of the probability.
+"""Quotients whose derivatives keep their digits and stay in range, among them those in the logarithm of a probability.
 
     dp = p dl,    d(v/p) = dv/p - (v/p) dl,    l = log p:
 
@@ -14,12 +14,17 @@ from jax import Array
 
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import about_centred, centred_transpose
+from jaxsoftmax._core.plumbing import aligned
 from jaxsoftmax.autodiff import custom_vjp
 
 
 def quotient(x: Array, y: Array) -> Array:
     """x / y. JAX's own derivative divides by y², which leaves the numbers of its dtype before the result does."""
-    return _quotient(*jnp.broadcast_arrays(x, y))
+    return _quotient(*_of_one_type(x, y))
+
+
+def _of_one_type(x: Array, y: Array) -> tuple[Array, Array]:
+    return aligned(*jnp.broadcast_arrays(x, y))
 
 
 @custom_vjp
@@ -39,6 +44,25 @@ def _quotient_bwd(residuals, ct):
 
 
 _quotient.defvjp(_quotient_fwd, _quotient_bwd)
+
+
+def share(x: Array, y: Array) -> Array:
+    """x / (x + y), with derivatives (y dx - x dy)/(x + y)² from the share of y: 1 - x/(x + y) would cancel."""
+    return _share(*_of_one_type(x, y))
+
+
+@custom_vjp
+def _share(x: Array, y: Array) -> Array:
+    return x / (x + y)
+
+
+def _share_bwd(residuals, ct):
+    x, y = residuals
+    ct = _quotient(ct, x + y)
+    return ct * _share(y, x), -ct * _share(x, y)
+
+
+_share.defvjp(lambda x, y: (_share(x, y), (x, y)), _share_bwd)
 
 
 def logarithm(p: Array, logits: Array | None, axis: num.ClassAxis) -> Array:

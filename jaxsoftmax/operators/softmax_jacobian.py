@@ -36,15 +36,15 @@ from jaxsoftmax.maps.derivatives import dense_jacobian
 from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
 from jaxsoftmax.maps.softmax import AxisName, softmax
 from jaxsoftmax.operators import spectrum
-from jaxsoftmax.operators.base import Likelihood, SymmetricOperator
+from jaxsoftmax.operators.base import SymmetricOperator
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.log_derivatives import logarithm, over
+from jaxsoftmax.operators.log_derivatives import logarithm, over, quotient, share
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["probs", "scale", "likelihood", "logits"], meta_fields=["axis"]
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SoftmaxJacobian(SymmetricOperator):
     """J = s (diag(π) - ππᵀ), the Jacobian of softmax or α-entmax; build it with `from_logits` or `from_probs`.
 
@@ -61,6 +61,8 @@ class SoftmaxJacobian(SymmetricOperator):
       scale: s, shape (..., 1).
       likelihood: the model whose Fisher matrix this is, or None.
       axis: the last; with mesh axes inside `jax.shard_map`, where every vector is this device's block.
+      logits: (..., K) with π = softmax(logits), or None. Where they are known, what grows as π vanishes (the spectrum,
+        `pinv_mv`, `pseudo_logdet`) has its derivative in them and not in π, whose own would leave float32.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -78,13 +80,19 @@ class SoftmaxJacobian(SymmetricOperator):
 
     probs: Array
     scale: Array
-    likelihood: Likelihood | None = None
+    likelihood: Any = None
     axis: num.ClassAxis = AXIS
     logits: Array | None = None
 
     @classmethod
     def from_logits(
-        cls, x: ArrayLike, where: ArrayLike | None = None, alpha: ArrayLike = 1.0, *, axis_name: AxisName = None
+        cls,
+        x: ArrayLike,
+        where: ArrayLike | None = None,
+        alpha: ArrayLike = 1.0,
+        *,
+        temperature: ArrayLike = 1.0,
+        axis_name: AxisName = None,
     ) -> "SoftmaxJacobian":
         """J at the logits x; O(K).
 
@@ -92,6 +100,7 @@ class SoftmaxJacobian(SymmetricOperator):
           x: real logits (..., K).
           where: boolean mask that broadcasts to `x`; False marks an absent class.
           alpha: 1 for softmax, else the α of `entmax`, as it takes it.
+          temperature: T > 0, for the Jacobian of x ↦ softmax(x/T), which has the factor 1/T.
           axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split, in
             equal consecutive blocks: every vector, those of the methods included, is this device's block.
 
@@ -102,10 +111,14 @@ class SoftmaxJacobian(SymmetricOperator):
         x = checks.as_float("x", x)
         _check_classes("x", x)
         (z,) = dtypes.widen(x)
+        scale = 1 / jnp.asarray(checks.positive("temperature", temperature), z.dtype)
+        z = z if checks.is_known_as(1, temperature) else z * scale
         if _is_one(alpha):
             J = cls._of_probs(softmax(z, where=where, axis_name=axis_name), alpha, axis_name)
-            return dataclasses.replace(J, logits=z)
-        return cls._of_probs(entmax(z, alpha, where=where, axis_name=axis_name), alpha, axis_name)
+            J = dataclasses.replace(J, logits=z)
+        else:
+            J = cls._of_probs(entmax(z, alpha, where=where, axis_name=axis_name), alpha, axis_name)
+        return J if checks.is_known_as(1, temperature) else J.scaled(scale)
 
     @classmethod
     def from_probs(cls, p: ArrayLike, alpha: ArrayLike = 1.0, *, axis_name: AxisName = None) -> "SoftmaxJacobian":
@@ -152,8 +165,18 @@ class SoftmaxJacobian(SymmetricOperator):
         return dataclasses.replace(self, scale=weight * self.scale, likelihood=likelihood)
 
     def transformed(self, slope: Array, extra: Array | None = None) -> DiagonalPlusLowRank:
-        likelihood = self.likelihood and self.likelihood.scaled(slope * slope)
-        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, None, slope, extra, likelihood, self.axis)
+        return self._weighted().transformed(slope, extra)
+
+    def _weighted(self) -> DiagonalPlusLowRank:
+        """Pᵀ diag(sπ) P."""
+        return DiagonalPlusLowRank(self.scale * self.probs, self.probs, likelihood=self.likelihood, axis=self.axis)
+
+    def _plus_diagonal(self, e: Array) -> DiagonalPlusLowRank:
+        return self._weighted()._plus_diagonal(e)
+
+    def _times(self, factor: ArrayLike) -> SymmetricOperator:
+        known = not isinstance(factor, Tracer)
+        return self._weighted().scaled(factor) if known and np.any(np.asarray(factor) < 0) else self.scaled(factor)
 
     def is_psd(self) -> Array:
         return ((self.scale >= 0) | ~num.class_any(self.probs * (1 - self.probs) != 0, self.axis))[..., 0]
@@ -277,20 +300,20 @@ class SoftmaxJacobian(SymmetricOperator):
         logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
         return (logs + num.class_sum(self._logs, self.axis))[..., 0]
 
-    # With w = 1/(sπ + λ), (J + λI)⁻¹ = diag(w) + s (π∘w)(π∘w)ᵀ/(λ Σπ∘w): no negative term.
+    # With w = 1/(sπ + λ), a = sπ∘w and m = <a,v>/(λ Σa), (J + λI)⁻¹v = m + w∘(v - λm), where 1 - a = λw. At a constant
+    # v nothing is left of the second term; so that no derivative sees more than is left of m, v is measured from its
+    # common mean over the classes with sπ > λ, and the weighted mean of the rest is taken from -λw there.
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
-        p, d = self.probs, self.scale * self.probs
-        w = 1 / (d + damping)
-        # The (d∘w)-weighted mean of v, over λ. Classes with d > λ have d∘w = 1 - λw, so what their common mean leaves
-        # of it is -Σ w∘(v - mean), without 1/λ: a v that sums to 0 there is solved for as accurately as by J⁺.
-        head = jnp.where(d > damping, 1, 0).astype(p.dtype)
+        d = self.scale * self.probs
+        w, a, heavy = quotient(jnp.ones_like(d), d + damping), share(d, damping), d > damping
+        head = jnp.where(heavy, 1, 0).astype(d.dtype)
         mean = num.class_sum(head * v, self.axis) / jnp.maximum(num.class_sum(head, self.axis), 1)
-        total = num.class_sum(p * w, self.axis)
-        terms = jnp.where(d > damping, -w, d * w / damping) * (v - mean)
-        rest = num.class_sum(terms, self.axis) / jnp.where(total == 0, 1, total)
-        return w * (v + p * (self.scale * mean / damping + rest))
+        total = num.class_sum(a, self.axis)
+        terms = jnp.where(heavy, -w, quotient(a, damping)) * (v - mean)
+        rest = quotient(num.class_sum(terms, self.axis), jnp.where(total == 0, 1, total))
+        return quotient(mean, damping) + w * (v - mean) + a * rest
 
     @compiled
     def _logdet(self, damping: Array) -> Array:

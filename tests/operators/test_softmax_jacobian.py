@@ -1,5 +1,6 @@
 """Products with the Jacobian of softmax, its dense form, its higher derivatives, and the operator."""
 
+import dataclasses
 import functools
 
 import jax
@@ -71,41 +72,69 @@ def operator_and_matrix(case):
     return operator, dense
 
 
-@over(one_in(3, CASES.values()))
-def test_operator_is_the_jacobian(case, x64):
-    operator, dense = operator_and_matrix(case)
-    assert operator.shape == dense.shape and operator.dtype == dense.dtype and operator.T is operator
-    batch, k = dense.shape[:-2], dense.shape[-1]
-    v, x = logits((*batch, k), seed=2), logits((*batch, k, 3), seed=3)
-    many = logits((5, *batch, k), seed=4)
-    product = lambda a, v: np.einsum("...ij,...j->...i", a, v)
-    dampings = np.linspace(0.1, 2, max(1, int(np.prod(batch)))).reshape(batch)
+RESULTS = {
+    "as_matrix": lambda a: (a.got.as_matrix(), a.dense),
+    "as an array": lambda a: (jnp.asarray(np.asarray(a.got)), a.dense),
+    "mv": lambda a: (a.got.mv(a.v), a.product(a.v)),
+    "call": lambda a: (a.got(a.v), a.product(a.v)),
+    "mv of many": lambda a: (a.got.mv(a.many), a.product(a.many)),
+    "mv of one": lambda a: (a.got.mv(a.one), a.product(a.one)),
+    "matmul": lambda a: (a.got @ a.x, a.dense @ a.x),
+    "rmatmul": lambda a: (jnp.asarray(a.x.swapaxes(-1, -2)) @ a.got, a.x.swapaxes(-1, -2) @ a.dense),
+    "diagonal": lambda a: (a.got.diagonal(), a.diagonal),
+    "trace": lambda a: (a.got.trace(), a.diagonal.sum(-1)),
+    "frobenius_norm": lambda a: (a.got.frobenius_norm(), np.linalg.norm(a.dense, axis=(-2, -1))),
+    "scaled": lambda a: (a.got.scaled(3.0).mv(a.v), 3 * a.product(a.v)),
+    "quadratic_form": lambda a: (a.got.quadratic_form(a.many), np.sum(a.many * a.product(a.many), -1)),
+    "solve": lambda a: (a.got.solve(a.many, 0.3), a.times(np.linalg.inv(a.damped(0.3)), a.many)),
+    "solve with many": lambda a: (a.got.solve(a.v, a.dampings), a.times(np.linalg.inv(a.damped(a.dampings)), a.v)),
+    "logdet": lambda a: (a.got.logdet(0.3), np.linalg.slogdet(a.damped(0.3))[1]),
+    "logdet with many": lambda a: (a.got.logdet(a.dampings), np.linalg.slogdet(a.damped(a.dampings))[1]),
+    "factor_mv": lambda a: (a.got.factor_mv(a.got.factor_rmv(a.v)), a.product(a.v)),  # L Lᵀ = J
+    "factor_rmv": lambda a: (jnp.sum(a.got.factor_rmv(a.v) ** 2, -1), np.sum(a.v * a.product(a.v), -1)),
+}
 
-    @jax.jit
-    def found(operator):
-        products = operator.mv(v), operator(v), operator.mv(many), operator.mv(v[(0,) * len(batch)]), operator @ x
-        factor = jnp.moveaxis(jax.vmap(operator.factor_mv)(jnp.eye(k)), 0, -1)
-        return (
-            (operator.as_matrix(), *products, jnp.asarray(np.swapaxes(x, -1, -2)) @ operator),
-            (operator.diagonal(), operator.trace(), operator.frobenius_norm(), operator.scaled(3.0).mv(v)),
-            operator.quadratic_form(many),
-            (operator.solve(many, 0.3), operator.logdet(0.3), operator.solve(v, dampings), operator.logdet(dampings)),
-            (factor, operator.factor_rmv(v)),
+
+@dataclasses.dataclass
+class Compared:
+    """An operator beside its dense matrix, and vectors for both."""
+
+    got: SoftmaxJacobian
+    dense: np.ndarray
+
+    def __post_init__(self):
+        batch, k = self.dense.shape[:-2], self.dense.shape[-1]
+        self.v, self.x, self.many = (
+            logits(s, seed=i) for i, s in enumerate([(*batch, k), (*batch, k, 3), (5, *batch, k)], 2)
         )
+        self.one, self.diagonal = self.v[(0,) * len(batch)], np.diagonal(self.dense, axis1=-2, axis2=-1)
+        self.dampings = np.linspace(0.1, 2, max(1, int(np.prod(batch)))).reshape(batch)
 
-    products, numbers, quadratic, solved, (factor, transposed) = found(operator)
-    of_v = product(dense, v)
-    want = dense, of_v, of_v, product(dense, many), product(dense, v[(0,) * len(batch)]), dense @ x
-    unit = dict(rtol=1e-13, scale=1.0)
-    assert_close(products, (*want, np.swapaxes(x, -1, -2) @ dense), **unit)
-    diagonal, norm = np.diagonal(dense, axis1=-2, axis2=-1), np.linalg.norm(dense, axis=(-2, -1))
-    assert_close(numbers, (diagonal, diagonal.sum(-1), norm, 3 * of_v), **unit)
-    assert_close(quadratic, np.sum(many * product(dense, many), -1), rtol=1e-13, scale=20.0)
-    one, each = dense + 0.3 * np.eye(k), dense + dampings[..., None, None] * np.eye(k)
-    want = product(np.linalg.inv(one), many), np.linalg.slogdet(one)[1]
-    assert_close(solved, (*want, product(np.linalg.inv(each), v), np.linalg.slogdet(each)[1]), rtol=1e-12)
-    assert_close(factor @ np.swapaxes(factor, -1, -2), dense, **unit)
-    assert_close(transposed, product(np.swapaxes(factor, -1, -2), v), **unit)
+    def times(self, a, v):
+        return np.einsum("...ij,...j->...i", a, v)
+
+    def product(self, v):
+        return self.times(self.dense, v)
+
+    def damped(self, damping):
+        return self.dense + np.asarray(damping)[..., None, None] * np.eye(self.dense.shape[-1])
+
+
+compared = functools.cache(lambda name: Compared(*operator_and_matrix(CASES[name])))
+
+
+@pytest.mark.parametrize("method", RESULTS)
+@pytest.mark.parametrize("case", one_in(3, CASES))
+def test_operator_is_the_jacobian(case, method, x64):
+    got, want = RESULTS[method](compared(case))
+    assert isinstance(got, jax.Array)
+    assert_close(got, want, rtol=1e-12, scale=max(1.0, np.max(np.abs(want), initial=0.0)))
+
+
+@pytest.mark.parametrize("case", one_in(3, CASES, 1))
+def test_operator_tells_its_matrix(case, x64):
+    operator, dense = compared(case).got, compared(case).dense
+    assert operator.shape == dense.shape and operator.dtype == dense.dtype and operator.T is operator
 
 
 @over(one_in(3, CASES.values(), 2))
