@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.roofline import register_roofline, roofline
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -19,7 +20,7 @@ try:
 except ImportError:  # JAX 0.6.0
     from jax.core import unmapped_aval  # pyright: ignore[reportAttributeAccessIssue]  (newer JAX has no such name)
 
-__all__ = ["linear_map"]
+__all__ = ["linear_map", "symmetric_map"]
 
 
 def linear_map(forth: Callable, back: Callable, residuals: Any, x: Any, out_types: Any) -> Any:
@@ -67,6 +68,11 @@ def linear_map(forth: Callable, back: Callable, residuals: Any, x: Any, out_type
         # JAX 0.6.0: shard_map follows only JAX's own operations. Reverse mode transposes those of `forth` there.
         out = jax.checkpoint(flat_forth, prevent_cse=False)(residual_leaves, x_leaves)
     return out_tree.unflatten(out)
+
+
+def symmetric_map(product: Callable, residuals: Any, x: Any) -> Any:
+    """M x for a linear map M that is its own transpose: `product(residuals, x)` is both directions."""
+    return linear_map(product, product, residuals, x, jax.tree.map(jax.typeof, x))
 
 
 _linear_map_p = Primitive("linear_map")
@@ -120,6 +126,11 @@ def _batch(axis, args, dims, *, forth, back, count, types):
     return outs, [0] * len(outs)
 
 
+def _roofline(ctx, *args, **params):
+    run = lambda *args: _evaluate(*args, **params)
+    return roofline(run)(*ctx.avals_in)[1]
+
+
 def _is_zero(tangent) -> bool:
     return type(tangent) is ad.Zero
 
@@ -130,3 +141,4 @@ ad.primitive_transposes[_linear_map_p] = _transpose
 ad.primitive_jvps[_linear_map_p] = _jvp
 batching.fancy_primitive_batchers[_linear_map_p] = _batch
 mlir.register_lowering(_linear_map_p, mlir.lower_fun(_evaluate, multiple_results=True))
+register_roofline(_linear_map_p)(_roofline)

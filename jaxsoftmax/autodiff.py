@@ -6,11 +6,11 @@ both modes, because a pullback already holds the whole derivative: it is linear,
 
     <ct, J t> = <Jᵀ ct, t>   for all ct   =>   J = (ct ↦ Jᵀ ct)ᵀ.
 
-So the tangent is a `linear_map`: its transpose is the pullback of `jax.custom_vjp` as it stands, and the map itself the
-transpose of that, which JAX derives only where a tangent is really evaluated. Reverse mode never meets it.
+So a call is a `jax.custom_jvp`, whose rule runs `fwd` and makes the tangent a `linear_map`: back it is `bwd` as it
+stands, and forth the transpose of `bwd`, which JAX derives only where a tangent is really evaluated. Reverse mode never
+meets it.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +18,13 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.experimental import io_callback
+from jax.core import Tracer
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values, zero_from_primal
 from jax.extend.core import jaxpr_as_fun
+from jax.interpreters import ad
 
 from jaxsoftmax._linear_map import linear_map
+from jaxsoftmax._transpose import closed, holds_a_tracer, transposed
 
 __all__ = ["custom_vjp"]
 
@@ -35,14 +37,11 @@ S = TypeVar("S")
 class custom_vjp(Generic[P, R]):
     """`jax.custom_vjp` whose functions can also be differentiated in forward mode, and to any order.
 
-    Reverse mode is that of `jax.custom_vjp`: it runs `bwd`, whatever `bwd` is made of. Forward mode applies the
-    transpose of `bwd` to the tangents, found by `jax.linear_transpose` when, and only when, it is asked for; so it
-    needs a `bwd` that is linear in the cotangent and transposes (no `while_loop`, no callback), or a rule of its own.
-    Two conventions make the rule hold at every order: `fwd` calls the *decorated* function for its primal output, and
-    `bwd` is made of differentiable (or again decorated) functions of the residuals. Only perturbed arguments are
-    differentiated: integer arrays and arguments held constant are never touched. What stays in memory between the two
-    passes is what `fwd` returns as residuals; everything `bwd` derives from them is computed again.
-    (`jax.experimental.jet` carries no rule and fails at any function with one, `jax.nn.relu` too: nest `jax.jvp`.)
+    Reverse mode runs `bwd`, whatever `bwd` is made of. Forward mode applies its transpose to the tangents, and needs a
+    `bwd` that is linear in the cotangent and made of what transposes (no `while_loop`, no callback), or a rule of its
+    own. The rule holds at every order if `fwd` calls the *decorated* function for its output and `bwd` is made of
+    differentiable (or again decorated) functions of the residuals, which are all that is kept between the two passes.
+    Functions of a `jax.Ref` have reverse mode alone. (`jax.experimental.jet` fails at every rule: nest `jax.jvp`.)
 
     Args:
       fun: function of positional arguments (keyword arguments are resolved through its signature), each a pytree of
@@ -51,14 +50,12 @@ class custom_vjp(Generic[P, R]):
       nondiff_argnames: names of further such arguments.
 
     Returns:
-      The decorated function, with the signature of `fun`. Without `fun`, the decorator with these options:
-      `@custom_vjp(nondiff_argnums=(1,))`.
+      The decorated function. Without `fun`, the decorator with these options: `@custom_vjp(nondiff_argnums=(1,))`.
 
     Raises:
-      TypeError: if the function is called before `defvjp`, if `defvjp` gets something that is not callable, if `fwd`
-        does not return a pair, if `bwd` returns something other than one cotangent per differentiable argument, each
-        of that argument's structure and shape (or None for zero), or if forward mode meets a `bwd` that cannot be
-        transposed.
+      AttributeError: if the function is called before `defvjp`.
+      TypeError, ValueError: if a rule does not return what `defvjp` says, and where forward mode meets a `bwd` without
+        a transpose.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,20 +87,27 @@ class custom_vjp(Generic[P, R]):
             return functools.partial(cls, nondiff_argnums=nondiff_argnums, nondiff_argnames=nondiff_argnames)
         return super().__new__(cls)
 
+    def __getnewargs__(self):  # of copies and pickles
+        return (self.fun,)
+
     def __init__(
         self, fun: Callable[P, R], nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
     ) -> None:
         functools.update_wrapper(self, fun)
-        self._nondiff = tuple(sorted({*nondiff_argnums, *_positions(fun, nondiff_argnames)}))
-        self._has_rule = False
-        self._jvp: Callable | None = None
-        self._reverse = jax.custom_vjp(fun, nondiff_argnums=self._nondiff)
-        self._both = jax.custom_jvp(fun, nondiff_argnums=self._nondiff)
-        self._both.defjvp(self._rule, symbolic_zeros=True)
+        known = list(inspect.signature(fun).parameters) if nondiff_argnames else []
+        if unknown := [name for name in nondiff_argnames if name not in known]:
+            raise ValueError(f"nondiff_argnames has {unknown}, but the arguments are {known}")
+        self.fun = fun
+        self.fwd: Any = None
+        self.bwd: Any = None
+        self.jvp: Any = None
+        self.nondiff_argnums = tuple(sorted({*nondiff_argnums, *map(known.index, nondiff_argnames)}))
+        self.symbolic_zeros = self.optimize_remat = self.with_logs = False
+        self._makes_refs: bool | None = None
 
     def defvjp(
         self,
-        fwd: Callable,
+        fwd: Callable | None,
         bwd: Callable,
         symbolic_zeros: bool = False,
         optimize_remat: bool = False,
@@ -112,31 +116,166 @@ class custom_vjp(Generic[P, R]):
         """Attach the rule.
 
         Args:
-          fwd: takes the arguments of the function, returns `(output, residuals)`.
+          fwd: takes the arguments of the function, returns `(output, residuals)`. None if the residuals are the
+            arguments, a tuple without the `nondiff_argnums` values.
           bwd: takes the `nondiff_argnums` values, the residuals and the output's cotangent; returns a tuple with one
             cotangent (or None) per differentiable argument, which is rounded where its argument is of a narrower
             dtype. Must be linear in the cotangent.
-          symbolic_zeros: as in `jax.custom_vjp.defvjp`: each array that reaches `fwd` is an object with the
-            attributes `value` and `perturbed`, so that a rule can leave out what nobody asks for; a cotangent that
-            reaches `bwd` may be a `jax.custom_derivatives.SymbolicZero`.
-          optimize_remat: as in `jax.custom_vjp.defvjp`.
+          symbolic_zeros, optimize_remat: as in `jax.custom_vjp.defvjp`.
           jvp: forward mode for a `bwd` that has no transpose, as `jax.custom_jvp.defjvp` takes it: gets the
             `nondiff_argnums` values, the primals and the tangents, returns the output and its tangent. It needs the
             primals, which are then kept between the passes of reverse mode too.
         """
         for name, rule in (("fwd", fwd), ("bwd", bwd), ("jvp", jvp)):
-            if not (callable(rule) or rule is jvp is None):
+            if not (callable(rule) or rule is None and name != "bwd"):
                 raise TypeError(f"defvjp: {name} must be a function, got {type(rule).__name__}")
-        self._reverse.defvjp(
-            self._checked_fwd(fwd), _as_the_arguments(bwd), symbolic_zeros, optimize_remat=optimize_remat
-        )
-        self._jvp = jvp
-        self._has_rule = True
+        self.fwd, self.bwd, self.jvp = fwd or self._keep_arguments, bwd, jvp
+        self.symbolic_zeros, self.optimize_remat, self.with_logs = symbolic_zeros, optimize_remat, False
+
+    def defvjp_with_logs(self, fwd: Callable, bwd: Callable, **options) -> None:
+        """`jax.custom_vjp.defvjp_with_logs`, where JAX has it: reverse mode alone."""
+        self.defvjp(fwd, bwd, **options)
+        self.with_logs = True
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not self._has_rule:
-            raise TypeError(f"{self._name} has no derivative rule: call {self._name}.defvjp(fwd, bwd) first")
-        return self._both(*args, **kwargs)
+        if self.fwd is None:
+            raise AttributeError(f"No VJP defined for custom_vjp function {_name(self.fun)} using defvjp.")
+        every = self._positional(args, kwargs)
+        static = {i: every[i] for i in self.nondiff_argnums}
+        leaves, tree = jax.tree.flatten(tuple(x for i, x in enumerate(every) if i not in static))
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(static)):
+            raise jax.errors.UnexpectedTracerError(
+                f"custom_vjp function {_name(self.fun)}: there is a traced array among its nondiff_argnums "
+                f"{self.nondiff_argnums}, which are for functions and other Python values. Make it an argument of its "
+                "own, for which bwd may return None."
+            )
+        if self.with_logs or any(isinstance(x, getattr(jax, "Ref", ())) for x in leaves):
+            return self._of_jax()(*every)
+
+        def run(*leaves):
+            return self.fun(*_merged(static, tree.unflatten(leaves)))
+
+        def primal(*leaves):
+            if self._makes_refs is False or not all(isinstance(x, Tracer) for x in leaves):
+                return run(*leaves)
+            jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
+            self._makes_refs = not jaxpr.effects.isdisjoint(_effects_of_refs())
+            tree = jax.tree.structure(out)
+            if not self._makes_refs:
+                return tree.unflatten(jaxpr_as_fun(jaxpr)(*leaves))
+            # A custom_jvp whose jaxpr has refs inside cannot be compiled; a primitive that hides them can.
+            return linear_map(
+                lambda leaves, _: run(*leaves), lambda *_: (), leaves, (), tree.unflatten(jaxpr.out_avals)
+            )
+
+        def rule(primals, tangents):
+            return self._rule(static, tree, primals, tangents)
+
+        primal.__name__, rule.__name__ = _name(self.fun), _name(self.fwd)  # what JAX's messages say
+        call = jax.custom_jvp(primal)
+        call.defjvp(rule, symbolic_zeros=True)
+        return call(*leaves)
+
+    def _rule(self, static: dict[int, Any], tree, primals, tangents):
+        perturbed = [not isinstance(t, SymbolicZero) and not _is_float0(t) for t in tangents]
+        moving = [t for t, moves in zip(tangents, perturbed) if moves]
+        out, residuals = self._run_fwd(static, tree, primals, perturbed)
+        out_leaves, out_tree = jax.tree.flatten(out)
+        out_zeros = zero_from_primal(out_leaves, symbolic_zeros=True)
+        inexact = [not _is_float0(zero) for zero in out_zeros]
+        in_types, out_types = [jax.typeof(t) for t in moving], _where(inexact, [zero.aval for zero in out_zeros])
+
+        def pull(residuals, cotangents):
+            cotangents = _replaced(out_zeros, inexact, cotangents)
+            if not self.symbolic_zeros:
+                cotangents = map(_instantiated, cotangents)
+            found = self._run_bwd(static, tree, residuals[0], out_tree.unflatten(cotangents))
+            return [_typed(kind, *each) for kind, each in zip(in_types, _where(perturbed, found))]
+
+        def push(residuals, tangents):
+            zeros = zero_from_primal(residuals[1], symbolic_zeros=True)
+            primals, along = map(
+                tree.unflatten, (residuals[1], map(_instantiated, _replaced(zeros, perturbed, tangents)))
+            )
+            return _where(inexact, jax.tree.leaves(self.jvp(*static.values(), primals, along)[1]))
+
+        kept: list[Any]
+        one_way, kept = (push, [(residuals, list(primals))]) if self.jvp else (pull, [(residuals,)])
+        if holds_a_tracer([self.bwd, self.jvp, static], set()):
+            one_way, arrays = closed(one_way, kept[0], in_types if self.jvp else out_types)
+            kept.append(arrays)
+
+        def forth(kept, tangents):
+            if self.jvp:
+                return one_way(kept[-1], tangents)
+            return transposed(one_way, kept[-1], out_types, tangents, _name(self.fun))
+
+        def back(kept, cotangents):
+            return pull(kept[0], cotangents)
+
+        mapped = linear_map(forth, back, kept, moving, out_types) if moving else []
+        return out, out_tree.unflatten(_replaced(out_zeros, inexact, mapped))
+
+    def _run_fwd(self, static, tree, primals, perturbed):
+        given = map(CustomVJPPrimal, primals, perturbed) if self.symbolic_zeros else primals
+        arguments = tree.unflatten(given)
+        if self.optimize_remat:
+            return jax.vjp(lambda *arguments: self._of_jax()(*_merged(static, arguments)), *arguments)
+        pair = self.fwd(*_merged(static, arguments))
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(
+                f"Custom VJP fwd rule {_name(self.fwd)} for function {_name(self.fun)} must produce a pair "
+                f"(output, residuals), got {type(pair).__name__}"
+            )
+        return pair
+
+    def _run_bwd(self, static, tree, residuals, cotangents) -> list[tuple]:
+        """For each array among the arguments a cotangent, or None, and where it stands in what `bwd` returns."""
+        if self.optimize_remat:
+            found = residuals(cotangents)  # a pullback
+        else:
+            found = self.bwd(*static.values(), residuals, cotangents)
+        flat, arguments = [], tree.unflatten(range(tree.num_leaves))
+
+        def spread(cotangent, argument):
+            flat.extend([cotangent] * len(jax.tree.leaves(argument)))
+            return cotangent
+
+        try:
+            if not isinstance(found, (tuple, list)):
+                raise ValueError
+            jax.tree.map(spread, tuple(found), arguments, is_leaf=lambda x: x is None)
+        except ValueError:
+            raise TypeError(
+                f"Custom VJP bwd rule {_name(self.bwd)} for function {_name(self.fun)} must produce a tuple with the "
+                f"cotangent of each argument, None or of its structure, got {jax.tree.structure(found)} for {tree}"
+            ) from None
+        paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(arguments))
+        return list(zip(flat, map(jax.tree_util.keystr, paths)))
+
+    def _of_jax(self) -> Callable:
+        """The same rule for reverse mode alone."""
+        function: Any = jax.custom_vjp(self.fun, nondiff_argnums=self.nondiff_argnums)
+        define = function.defvjp_with_logs if self.with_logs else function.defvjp
+        define(self.fwd, self.bwd, symbolic_zeros=self.symbolic_zeros, optimize_remat=self.optimize_remat)
+        return function
+
+    def _keep_arguments(self, *args):
+        """`fwd` of a rule whose residuals are the arguments."""
+        values = custom_vjp_primal_tree_values if self.symbolic_zeros else lambda x: x
+        args = [x if i in self.nondiff_argnums else values(x) for i, x in enumerate(args)]
+        return self(*args), tuple(x for i, x in enumerate(args) if i not in self.nondiff_argnums)
+
+    def _positional(self, args, kwargs) -> tuple:
+        try:
+            bound = inspect.signature(self.fun).bind(*args, **kwargs)
+            bound.apply_defaults()
+            if bound.kwargs:
+                names = ", ".join(bound.kwargs)
+                raise TypeError(f"The following keyword arguments could not be resolved to positions: {names}")
+        except TypeError as error:
+            raise TypeError(f"custom_vjp function {_name(self.fun)}: {error}") from error
+        return bound.args
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -145,104 +284,47 @@ class custom_vjp(Generic[P, R]):
     def __get__(self: Any, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
-    @property
-    def _name(self) -> str:
-        return getattr(self, "__name__", "this custom_vjp function")
 
-    def _checked_fwd(self, fwd: Callable) -> Callable:
-        @functools.wraps(fwd)
-        def checked(*args) -> tuple:
-            result = fwd(*args)
-            if not (isinstance(result, tuple) and len(result) == 2):
-                got = type(result).__name__
-                raise TypeError(f"{self._name}: fwd must return the pair (output, residuals), got {got}")
-            output, residuals = result
-            arguments = [x for i, x in enumerate(args) if i not in self._nondiff]
-            return output, (residuals, _Types(jax.tree.map(_type, arguments)))
+def _typed(kind, cotangent, name: str):
+    """A cotangent of the type of its argument: of its dtype, and on a mesh where that is.
 
-        return checked
-
-    def _rule(self, *args):
-        """The tangent is a linear map, whose transpose is the pullback of `jax.custom_vjp` and runs `bwd`."""
-        *static, primals, tangents = args
-        primal_leaves, tree = jax.tree.flatten(tuple(primals))
-        tangent_leaves = jax.tree.leaves(tuple(tangents), is_leaf=_is_symbolic_zero)
-        perturbed = [i for i, t in enumerate(tangent_leaves) if _is_perturbed(t)]
-        moving = [tangent_leaves[i] for i in perturbed]
-
-        def of_perturbed(*leaves):
-            merged = tree.unflatten(_replaced(primal_leaves, perturbed, leaves))
-            return self._reverse(*_insert(self._nondiff, static, merged))
-
-        out, linear = jax.linearize(of_perturbed, *(primal_leaves[i] for i in perturbed))
-        out_leaves, out_tree = jax.tree.flatten(out)
-        inexact = [i for i, x in enumerate(out_leaves) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-        in_types, out_types = list(map(jax.typeof, moving)), [jax.typeof(out_leaves[i]) for i in inexact]
-
-        def back(residuals, cotangents):
-            asked = [i for i, c in zip(inexact, cotangents) if c is not None]
-
-            def push(*tangents):
-                pushed = jax.tree.leaves(residuals[0](*tangents))
-                return [pushed[i] for i in asked]
-
-            return jax.linear_transpose(push, *in_types)([c for c in cotangents if c is not None])
-
-        def forth(residuals, tangents):
-            if self._jvp is None:
-                return self._transposed(lambda *cotangents: back(residuals, cotangents), out_types, tangents)
-            zeros = map(zero_from_primal, residuals[1])
-            directions = tree.unflatten(_replaced(zeros, perturbed, tangents))
-            _, pushed = self._jvp(*static, tree.unflatten(residuals[1]), directions)
-            return [jax.tree.leaves(pushed)[i] for i in inexact]
-
-        residuals = (linear,) if self._jvp is None else (linear, primal_leaves)
-        pushed = linear_map(forth, back, residuals, moving, out_types)
-        return out, out_tree.unflatten(_replaced(map(zero_from_primal, out_leaves), inexact, pushed))
-
-    def _transposed(self, pullback: Callable, cotangent_types: list, tangents: Sequence) -> tuple:
-        """The transpose of the pullback, at the tangents."""
-        jaxpr = jax.make_jaxpr(pullback)(*cotangent_types)
-        try:
-            if any(isinstance(effect, _callback_effects()) for effect in jaxpr.effects):
-                raise NotImplementedError("it calls back to Python")
-            return jax.linear_transpose(jaxpr_as_fun(jaxpr), *cotangent_types)(list(tangents))
-        except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
-            reason = str(error) or "it is not linear in the cotangent"
-            raise TypeError(
-                f"{self._name}: forward mode (jvp, jacfwd, hessian) needs the transpose of bwd, which has none: "
-                f"{reason}. Make bwd linear in the cotangent, of operations that transpose (a loop of fixed length for "
-                "lax.while_loop, .at[].add for .at[].set, no callbacks), or give a rule for forward mode as well: "
-                "defvjp(fwd, bwd, jvp=...)."
-            ) from error
+    Under `shard_map`, an argument that is the same on every device gets the sum of their cotangents.
+    """
+    zero = ad.Zero(kind)
+    if cotangent is None:
+        return ad.instantiate_zeros(zero)
+    own: Any = cotangent.aval if isinstance(cotangent, SymbolicZero) else jax.typeof(cotangent)
+    if own.shape != kind.shape:
+        raise ValueError(
+            f"Custom VJP bwd rule must produce cotangents of the arguments' shapes, but at output{name} the bwd rule "
+            f"produced an output of type {own.str_short()} for an argument of type {kind.str_short()}. Consider just "
+            "returning a None here if it is zero."
+        )
+    if isinstance(cotangent, SymbolicZero) or _is_float0(cotangent):
+        return ad.instantiate_zeros(zero)
+    if extra := tuple(varying_axes(own) - varying_axes(kind)):
+        cotangent = jax.lax.psum(cotangent, extra)
+    if _spec(own) != _spec(kind):
+        cotangent = jax.sharding.reshard(cotangent, kind.sharding)
+    rounds = own.dtype != kind.dtype and jnp.issubdtype(kind.dtype, jnp.floating)
+    return jax.lax.convert_element_type(cotangent, kind.dtype) if rounds else cotangent
 
 
 @functools.cache
-def _callback_effects() -> tuple[type, ...]:
-    """The types of the effects by which a jaxpr says that it calls back to Python."""
-
-    def calls():
-        for ordered in (False, True):
-            jax.debug.callback(lambda: None, ordered=ordered)
-            io_callback(lambda: None, None, ordered=ordered)
-
-    return tuple({type(effect) for effect in jax.make_jaxpr(calls)().effects})
+def _effects_of_refs():
+    return jax.make_jaxpr(lambda: jax.new_ref(0.0)[...])().effects if hasattr(jax, "new_ref") else frozenset()
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Types:
-    """The type of each array among the arguments."""
-
-    of_arguments: list
-
-    def __hash__(self):
-        return hash(tuple(jax.tree.leaves(self.of_arguments)))
+def _is_float0(x) -> bool:
+    return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
-def _type(x):
-    x = getattr(x, "value", x)  # of fwd's arguments under symbolic_zeros
-    return x.aval if _is_symbolic_zero(x) else jax.typeof(x)
+def _name(function) -> str:
+    return getattr(function, "__name__", str(function))
+
+
+def _instantiated(x):
+    return ad.instantiate_zeros(ad.Zero(x.aval)) if isinstance(x, SymbolicZero) else x
 
 
 def varying_axes(kind) -> frozenset[str]:
@@ -256,61 +338,19 @@ def _spec(kind) -> tuple:
     return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
 
 
-def _as_the_arguments(bwd: Callable) -> Callable:
-    """`bwd` with cotangents of the arguments' own dtypes, that lie on a mesh as the arguments do.
-
-    Under `shard_map`, an argument that is the same on every device gets the sum of their cotangents.
-    """
-
-    def total(kind, cotangent):
-        if _is_symbolic_zero(cotangent):
-            return cotangent
-        own = _type(cotangent)
-        if extra := tuple(varying_axes(own) - varying_axes(kind)):
-            cotangent = jax.lax.psum(cotangent, extra)
-        if own.shape == kind.shape and _spec(own) != _spec(kind):
-            cotangent = jax.sharding.reshard(cotangent, kind.sharding)
-        narrower = own.dtype != kind.dtype and jnp.issubdtype(kind.dtype, jnp.floating)
-        return cotangent.astype(kind.dtype) if narrower else cotangent
-
-    @functools.wraps(bwd)
-    def rounded(*args):
-        *static, (residuals, types), ct = args
-        cotangents = bwd(*static, residuals, ct)
-        if not (isinstance(cotangents, tuple) and len(cotangents) == len(types.of_arguments)):
-            return cotangents  # JAX says so
-        fits = [jax.tree.structure(a) == jax.tree.structure(c) for a, c in zip(types.of_arguments, cotangents)]
-        pairs = zip(fits, types.of_arguments, cotangents)
-        return tuple(jax.tree.map(total, a, c) if fit else c for fit, a, c in pairs)
-
-    return rounded
+def _where(chosen: list[bool], items: Iterable) -> list:
+    return [item for item, choose in zip(items, chosen) if choose]
 
 
-def _positions(fun: Callable, names: Sequence[str]) -> list[int]:
-    known = list(inspect.signature(fun).parameters) if names else []
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"nondiff_argnames has {unknown}, but the arguments are {known}")
-    return [known.index(name) for name in names]
+def _replaced(items: Iterable, chosen: list[bool], values: Iterable) -> list:
+    """`items`, those chosen replaced by the values, None for none."""
+    values = iter(values)
+    return [item if not choose or (value := next(values)) is None else value for item, choose in zip(items, chosen)]
 
 
-def _is_symbolic_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
-
-
-def _is_perturbed(tangent: Any) -> bool:
-    return not _is_symbolic_zero(tangent) and getattr(tangent, "dtype", None) != jax.dtypes.float0
-
-
-def _replaced(items: Iterable, positions: Sequence[int], values: Sequence) -> list:
-    """`items` with `values` at `positions`."""
-    values_at = dict(zip(positions, values))
-    return [values_at.get(i, item) for i, item in enumerate(items)]
-
-
-def _insert(positions, values, args) -> list:
-    """The full argument list: `values` at `positions`, `args` in the places between."""
-    merged = list(args)
-    for i, value in sorted(zip(positions, values), key=lambda pair: pair[0]):
-        merged.insert(i, value)
+def _merged(static: dict[int, Any], arguments: Iterable) -> list:
+    """All arguments, those of `nondiff_argnums` at their positions."""
+    merged = list(arguments)
+    for i in sorted(static):
+        merged.insert(i, static[i])
     return merged

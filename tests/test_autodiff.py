@@ -212,7 +212,7 @@ def test_missing_rule():
     def lonely(x):
         return x
 
-    with pytest.raises(TypeError, match="lonely has no derivative rule.*defvjp"):
+    with pytest.raises(AttributeError, match="No VJP defined for custom_vjp function lonely using defvjp"):
         lonely(1.0)
 
 
@@ -225,7 +225,9 @@ def test_wrong_rules_say_what_is_wrong():
         return x * y
 
     f.defvjp(lambda x, y: f(x, y), lambda res, ct: (ct, ct))
-    with pytest.raises(TypeError, match="f: fwd must return the pair"):
+    with pytest.raises(
+        TypeError, match=r"fwd rule <lambda> for function f must produce a pair \(output, residuals\), got float"
+    ):
         jax.grad(f)(1.0, 2.0)
 
     for bwd in (lambda res, ct: (ct,), lambda res, ct: (ct, {"w": ct}), lambda res, ct: ct):
@@ -433,8 +435,9 @@ def test_derivatives_of_derivatives_where_bwd_is_differentiable(x64):
 def test_forward_mode_of_a_bwd_without_a_transpose(kind):
     f = twice_the_second(custom_vjp, AWKWARD[kind])
     x = jnp.array([1.0, 2.0, 3.0])
-    if kind == "set":  # transposes where the index is known
-        assert jax.jvp(f, (x,), (x,))[1] == 4.0
+    if kind in ("set", "debug.callback"):  # transposes where the index is known; leaves the callback out
+        seen.clear()
+        assert jax.jvp(f, (x,), (x,))[1] == 4.0 and not seen
         return
     for forward in (
         lambda: jax.jvp(f, (x,), (x,)),

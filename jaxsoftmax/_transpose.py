@@ -1,0 +1,95 @@
+"""What the forward direction of a rule needs: the transpose of its backward direction, and no tracer left in it."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+__all__ = ["closed", "holds_a_tracer", "transposed"]
+
+
+def transposed(fun: Callable, residuals: Any, types: Sequence, x: Sequence, name: str) -> Sequence:
+    """The transpose of `fun(residuals, ·)`, linear in a list of arrays of these types, at x.
+
+    Raises:
+      TypeError: where it has none; `name` is that of the function whose rule this is.
+    """
+    trace = jax.make_jaxpr(lambda *cotangents: fun(residuals, cotangents))
+    try:
+        jaxpr = trace(*types)
+    except jax.errors.ConcretizationTypeError:  # a Python `if`, perhaps on what concrete residuals give
+        with jax.ensure_compile_time_eval():
+            jaxpr = trace(*types)
+    try:
+        if not all(_zero_at_zero(jaxpr.jaxpr, jaxpr.consts, [True] * len(types))):
+            raise ValueError("it is not 0 where the cotangent is")
+        return jax.linear_transpose(jaxpr_as_fun(jaxpr), *types)(list(x))
+    except Exception as error:
+        raise TypeError(
+            f"{name}: forward mode (jvp, jacfwd, hessian) needs the transpose of bwd, which has none: "
+            f"{str(error) or 'it is not linear in the cotangent'}. Make bwd linear in the cotangent, of operations "
+            "that transpose (a loop of fixed length for lax.while_loop, .at[].add for .at[].set, no callbacks), or "
+            "give a rule for forward mode as well: defvjp(fwd, bwd, jvp=...)."
+        ) from error
+
+
+def closed(fun: Callable, residuals, types: list):
+    """fun(residuals, xs) as a function of arrays alone, also of traced ones that it closes over, and those arrays.
+
+    A `linear_map` is lowered when the trace that it was made in is over.
+    """
+    jaxpr = jax.make_jaxpr(lambda *xs: fun(residuals, xs))(*types)
+    return (lambda arrays, xs: jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, arrays))(*xs)), list(jaxpr.consts)
+
+
+def holds_a_tracer(item, seen: set[int]) -> bool:
+    """Whether there is a traced array in a tree, or in what a function closes over, or an object has."""
+    if id(item) in seen or isinstance(item, (type, ModuleType, jax.Array, np.ndarray)):
+        return isinstance(item, Tracer)
+    seen.add(id(item))
+    held = [*item.values()] if isinstance(item, dict) else [*item] if isinstance(item, (tuple, list, set)) else []
+    held += [getattr(item, name, None) for name in ("__self__", "__func__", "__defaults__", "__kwdefaults__")]
+    held += [item.func, item.args, item.keywords] if isinstance(item, functools.partial) else []
+    held += [*getattr(item, "__dict__", {}).values()]
+    for cell in getattr(item, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # of an empty cell
+            held.append(cell.cell_contents)
+    return any(holds_a_tracer(each, seen) for each in held)
+
+
+# What is a sum of its operands, or put together from them. Any other linear operation multiplies one of them.
+_SUMS = {"add", "add_any", "sub", "select_n", "concatenate", "pad", "dynamic_update_slice", "scatter", "scatter-add"}
+
+
+def _zero_at_zero(jaxpr: Jaxpr, consts: Sequence, zero: Sequence) -> list[bool]:
+    """Which outputs are seen to be 0 where the marked inputs are: a linear function is, an affine one is not."""
+    known: dict = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, zero))
+    look = lambda v: v.val if isinstance(v, Literal) else known[v]
+    for eqn in jaxpr.eqns:
+        operands = list(map(look, eqn.invars))
+        inexact = [x for x, v in zip(operands, eqn.invars) if _is_inexact(v.aval)] or operands
+        if branches := eqn.params.get("branches"):
+            found = map(all, zip(*(_zero_at_zero(inner.jaxpr, inner.consts, operands[1:]) for inner in branches)))
+        elif inner := eqn.params.get("jaxpr"):
+            found = _zero_at_zero(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands)
+        elif eqn.primitive.name in _SUMS:
+            found = [all(map(_is_zero, inexact))]
+        else:
+            found = [any(_is_zero(x) for x in inexact if np.ndim(x) == 0)] * len(eqn.outvars)
+        known |= zip(eqn.outvars, found)
+    return [_is_zero(look(v)) for v in jaxpr.outvars]
+
+
+def _is_zero(x) -> bool:
+    return x if isinstance(x, bool) else not isinstance(x, Tracer) and not np.any(x)
+
+
+def _is_inexact(kind) -> bool:
+    return jnp.issubdtype(getattr(kind, "dtype", bool), jnp.inexact)
