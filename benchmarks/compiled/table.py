@@ -57,7 +57,7 @@ def found(pair: rows.Pair, mode: str, dtype: str, size: tuple[int, ...], chip: s
     both: list[Cost] = []
     for f in (pair.ours, pair.theirs):
         call, inputs = rows.in_mode(f, mode, args, pair.wrt)
-        both.append(chips.measure(call, *inputs, chip=chip, rounds=pair.rounds))
+        both.append(chips.measure(call, *inputs, chip=chip, rounds=pair.rounds(chip, size)))
     ours, theirs = both
     return Found(
         pair.name,

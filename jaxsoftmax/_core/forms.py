@@ -30,6 +30,11 @@ def per_slice(f: Callable[..., Any]) -> Callable[..., Any]:
     return flat
 
 
+def on_gpu(form: Callable, plain: Callable, *args: Array) -> Any:
+    """form(*args) there, plain(*args) elsewhere."""
+    return lax.platform_dependent(*args, cuda=form, rocm=form, default=plain)
+
+
 def maximum(z: Array, axes: tuple[int, ...]) -> Array:
     """max z over the axes, which stay with length 1, in at least float32."""
     plain = lambda z: _max(dtypes.widen(z)[0], axes)

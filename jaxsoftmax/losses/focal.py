@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import centred, jacobian_product
+from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
@@ -43,7 +44,8 @@ def focal_loss_with_integer_labels(
       logits: floating-point logits; `axis` counts the classes.
       labels: integers, of the shape of `logits` without `axis`. A label outside [0, K), -1 included, makes loss and
         gradient of its own example NaN.
-      gamma: exponent γ ≥ 0, whole or not; 0 gives the cross-entropy.
+      gamma: exponent γ ≥ 0, whole or not, or one per example, of a shape that broadcasts to that of `labels`; 0 gives
+        the cross-entropy.
       axis: class axis, or a tuple of axes flattened into one, in the given order.
       where: boolean mask of the shape of `labels` (False: the example is absent), else one that broadcasts to
         `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
@@ -115,7 +117,7 @@ def _focal_arguments(logits, labels, gamma, axis, axis_name, where) -> tuple:
     logits = checks.as_loss_float("logits", logits)
     axes = num.class_axis(axis, logits, axis_name)
     labels = checks.class_indices(labels, logits, axes.positions)
-    gamma = checks.number("gamma", gamma, 0.0)
+    gamma = checks.option("gamma", gamma, axes.without(logits.shape), dtypes.compute_dtype(logits.dtype), 0.0)
     return logits, labels, gamma, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
@@ -133,7 +135,8 @@ def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
     z = num.present(logits, mask, axis)
     labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
     s = margin(z, labels, axis)
-    loss = focal(finite(s), jnp.asarray(gamma, s.dtype))
+    gamma = typed_like(s, jnp.expand_dims(gamma.astype(s.dtype), axis.positions))
+    loss = focal(finite(s), gamma)
     return num.absent_examples(infinite_at(s == -jnp.inf, loss), mask, axis)
 
 
@@ -247,11 +250,12 @@ def _focal_curvature(**arguments) -> Curvature:
 def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
     z = num.present(*dtypes.widen(logits), mask, axis)
-    gamma, label = jnp.asarray(gamma, z.dtype), num.class_labels(labels, num.num_classes(z, axis))[..., None]
+    label = num.class_labels(labels, num.num_classes(z, axis))[..., None]
     _, m, _, total = label_sums(z, label, axis)
     p = probabilities(z, m, total, axis)
     # u ≥ tiny^0.9, so that u^(γ-1) is finite for γ ≥ 0 and the last tenth is left to its factors; s as in `finite`.
     s = jnp.clip(margin(z, label, axis), -1e9, -0.9 * jnp.log(jnp.finfo(z.dtype).tiny))
+    gamma = typed_like(s, gamma.astype(s.dtype)[..., None])
     u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
     slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)), axis)
     bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss), axis)

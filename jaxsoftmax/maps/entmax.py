@@ -305,12 +305,13 @@ def _solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
 
     def in_one_kernel(z, alpha):
         p = _solution(_written_out, z, alpha, exact=exact, axis=axis)
-        return lax.cond(jnp.any(jnp.isnan(p)), loop, lambda z, alpha: p, z, alpha)
+        once = lambda state: (~state[0], loop(z, alpha))  # a branch would copy p
+        return lax.while_loop(lambda state: state[0], once, (jnp.any(jnp.isnan(p)), p))[1]
 
     num_classes = z.shape[axis.positions[0]]
     if exact is None or axis.mesh_axes or not isinstance(num_classes, int) or num_classes > FUSED:
         return loop(z, alpha)
-    return lax.platform_dependent(z, alpha, cuda=in_one_kernel, rocm=in_one_kernel, default=loop)
+    return num.on_gpu(in_one_kernel, loop, z, alpha)
 
 
 def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:

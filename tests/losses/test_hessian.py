@@ -301,3 +301,19 @@ def test_a_jitted_head_is_the_head():
     np.testing.assert_array_equal(logits_hessian(jax.jit(head), logits, label).as_matrix(), want)
     with pytest.raises(TypeError, match="got focal_loss_with_integer_labels"):
         logits_hessian(jax.grad(losses.focal_loss_with_integer_labels), logits, label)
+
+
+def test_gamma_may_be_one_per_example():
+    """In value, gradient and Hessian; one traced out of its range gives NaN, in its own example."""
+    logits, labels, gamma = jnp.asarray(Z, jnp.float32), jnp.asarray(LABELS), jnp.array([0.0, 0.5, 2.0])
+    head = losses.focal_loss_with_integer_labels
+
+    def all_of(z, label, gamma):
+        H = logits_hessian(head, z, label, gamma=gamma).as_matrix()
+        return head(z, label, gamma), jax.grad(lambda z: head(z, label, gamma).sum())(z), H
+
+    got = all_of(logits, labels, gamma)
+    for i, one in enumerate(gamma.tolist()):
+        for x, want in zip(got, all_of(logits[i : i + 1], labels[i : i + 1], one)):
+            np.testing.assert_allclose(x[i], want[0], rtol=1e-6, atol=1e-6)
+    assert np.isnan(jax.jit(head)(logits, labels, jnp.array([0.0, -1.0, 2.0]))).tolist() == [False, True, False]
