@@ -1,16 +1,16 @@
-"""The API reference, one page per room of the package, made from `__all__` and the docstrings, which are Markdown."""
+"""The API reference, one page per part of the package, made from `__all__` and the docstrings, which are Markdown."""
 
 import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jaxsoftmax
 
-# Rooms in reading order, with the title of their page.
+# Parts in reading order, with the title of their page.
 ROOMS = {
     "autodiff": "Rules for both modes",
     "maps": "Maps",
@@ -58,8 +58,8 @@ def signature(thing: Any) -> str:
     return str(inspect.Signature(bare))
 
 
-def markdown(docstring: str) -> str:
-    """Google's sections as paragraphs and lists; everything else is Markdown already."""
+def markdown(docstring: str, known: Mapping[str, Any] | None = None) -> str:
+    """Google's sections as paragraphs and lists; everything else is Markdown already. Known names are links."""
     out: list[str] = []
     section = ""
 
@@ -77,7 +77,9 @@ def markdown(docstring: str) -> str:
             if section == "Example":
                 out.append("```pycon")
         elif section in ("Args", "Attributes", "Raises") and (item := ITEM.fullmatch(line)):
-            out.append(f"- **{item[1].replace('*', chr(92) + '*')}**: {item[2]}")
+            out += [
+                f"- **{name.replace('*', chr(92) + '*')}**: {text}" for name, text in spelled_out(*item.groups(), known)
+            ]
         elif section == "Example":
             if line or not out[-1].startswith("```"):
                 out.append(line[2:])
@@ -87,43 +89,130 @@ def markdown(docstring: str) -> str:
             out.append(line)
     close_example()
     text = re.sub(r"(?<![(<`])https?://[^\s;,)]*[^\s;,).]", r"<\g<0>>", "\n".join(out))
-    section_of = r"docs/mathematics\.md(,\s+sections?\s+[\d., and to]*\d)?"
-    return re.sub(section_of, r"[mathematics\1](../mathematics.md)", text)
+    text = re.sub(r"docs/mathematics\.md(,\s+sections?\s+[\d., and to]*\d)?", sections, text)
+    return linked(text, known) if known else text
 
 
-def entry(kind: str, path: str, thing: Any, depth: int = 4) -> Iterator[str]:
+def spelled_out(names: str, text: str, known: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """The items of one that says "as in `hvp`": those of hvp, and then what is said here besides."""
+    found = re.search(r"as in `(\w+)`[.;]?", text)
+    of = arguments(known.get(found[1])) if known and found else {}
+    if not {*names.split(", ")} <= {*of} or not found:
+        yield names, text
+        return
+    *first, last = names.split(", ")
+    yield from ((name, of[name]) for name in first)
+    yield last, f"{of[last]} {text.replace(found[0], '').strip()}".strip()
+
+
+def arguments(thing: Any) -> dict[str, str]:
+    """What the docstring says of each argument."""
+    found: dict[str, str] = {}
+    block = re.search(r"^Args:\n((?:  .*\n|\n)*)", (inspect.getdoc(thing) or "") + "\n", re.MULTILINE)
+    for item in re.split(r"\n(?=  \S)", block[1].rstrip()) if block else ():
+        names, _, text = item.strip().partition(": ")
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
+def sections(mention: re.Match) -> str:
+    """A link to the page, and one from each number of a section to its heading."""
+    headings = re.findall(r"^##+ (\d+(?:\.\d+)?)\.? (.*)", MATHEMATICS.read_text(encoding="utf-8"), re.MULTILINE)
+    slug = lambda text: re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
+    anchors = {number: slug(f"{number} {title}") for number, title in headings}
+    numbers = re.sub(
+        r"\d+(?:\.\d+)?",
+        lambda n: f"[{n[0]}](../mathematics.md#{anchors[n[0]]})" if n[0] in anchors else n[0],
+        mention[1] or "",
+    )
+    return f"[mathematics](../mathematics.md){numbers}"
+
+
+def linked(text: str, known: Mapping[str, Any]) -> str:
+    """`name` as a link to its entry, outside of code blocks."""
+    paths = {name: path for name, path in PATHS.items() if name in known}
+    parts = re.split(r"(```.*?```)", text, flags=re.DOTALL)
+    return "".join(
+        part if part.startswith("```") else re.sub(r"(?<![`}])`(\w+)`(?!`)", lambda m: reference(m, paths), part)
+        for part in parts
+    )
+
+
+def reference(name: re.Match, paths: Mapping[str, str]) -> str:
+    return f"{{py:obj}}`{name[1]} <{paths[name[1]]}>`" if name[1] in paths else name[0]
+
+
+def docstring(thing: Any, owner: type | None = None, name: str = "") -> str:
+    """Its own, or for a member that overrides another, that one's."""
+    found = inspect.getdoc(thing)
+    if owner is not None and (not found or found == inspect.getdoc(type(thing))):
+        overridden = [vars(base)[name] for base in owner.__mro__ if name in vars(base)]
+        found = next((inspect.getdoc(member) for member in overridden if getattr(member, "__doc__", None)), None)
+    return found or ""
+
+
+def members(thing: type) -> Iterator[tuple[str, Any]]:
+    """What a reader may call or read on the objects of a class."""
+    for name, member in inspect.getmembers(thing):
+        public = not name.startswith("_") or name == "__matmul__"
+        if public and getattr(tuple, name, None) is None and (callable(member) or isinstance(member, property)):
+            yield name, member
+
+
+def entry(kind: str, path: str, thing: Any, known: Mapping[str, Any], depth: int = 4, text: str = "") -> Iterator[str]:
     fence = ":" * depth
     yield f"{fence}{{py:{kind}}} {path}{'' if kind in ('data', 'property') else signature(thing)}"
     yield ""
     alias = kind == "function" and thing.__name__ != path.rpartition(".")[2]
-    yield f"Another name of `{thing.__name__}`." if alias else markdown(inspect.getdoc(thing) or "")
+    if kind == "data":
+        text = f"A {type(thing).__name__} of {len(thing)} entries: {', '.join(thing)}."
+    text = f"Another name of `{thing.__name__}`." if alias else text or docstring(thing)
+    if not text:
+        raise ValueError(f"{path} is public and has no docstring")
+    yield markdown(text, known)
     yield ""
     if kind == "class":
-        for name, member in inspect.getmembers(thing):
-            own = name.startswith("_") or not inspect.getdoc(member) or getattr(tuple, name, None) is not None
-            if not own and (callable(member) or isinstance(member, property)):
-                of = "property" if isinstance(member, property) else "method"
-                yield from entry(of, name, member, depth - 1)
+        for name, member in members(thing):
+            of = "property" if isinstance(member, property) else "method"
+            said = docstring(member, thing, name)
+            if not said:
+                raise ValueError(f"{path}.{name} is public and has no docstring")
+            yield from entry(of, name, member, known, depth - 1, said)
     yield fence
     yield ""
 
 
 def write(folder: Path) -> None:
-    """One page per room, and the list of them."""
+    """One page per part, its introduction the docstring of the module, functions first; and a list of all names."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.md"):
         if old.stem not in (*ROOMS, "index"):
             old.unlink()
-    pages: dict[str, list[str]] = {name: [] for name in ROOMS}
-    for path, thing in public_objects().items():
+    objects = public_objects()
+    PATHS.update({path.rpartition(".")[2]: path for path in objects})
+    known = {path.rpartition(".")[2]: thing for path, thing in objects.items()}
+    pages: dict[str, list[tuple[str, str, Any]]] = {name: [] for name in ROOMS}
+    for path, thing in objects.items():
         kind = "class" if inspect.isclass(thing) else "function" if callable(thing) else "data"
-        pages.setdefault(room(path, thing), []).extend(entry(kind, path, thing))
-    for name, lines in pages.items():
-        text = f"# {ROOMS.get(name, name)}\n\n" + "\n".join(lines)
-        if name == "losses":
-            text = f"# {ROOMS[name]}\n\n{markdown(inspect.getdoc(jaxsoftmax.losses) or '')}\n\n" + "\n".join(lines)
-        save(folder / f"{name}.md", text)
-    save(folder / "index.md", "# API\n\n```{toctree}\n" + "\n".join(pages) + "\n```\n")
+        pages.setdefault(room(path, thing), []).append((kind, path, thing))
+    listed = []
+    for name, entries in pages.items():
+        entries.sort(key=lambda found: ("function", "class", "data").index(found[0]))
+        intro = inspect.getdoc(importlib.import_module(f"jaxsoftmax.{name}")) or ""
+        lines = [line for found in entries for line in entry(*found, known)]
+        save(folder / f"{name}.md", f"# {ROOMS.get(name, name)}\n\n{markdown(intro, known)}\n\n" + "\n".join(lines))
+        listed += ["", f"## {ROOMS.get(name, name)}", ""]
+        listed += [f"- {{py:obj}}`{path}`: {first_line(kind, thing)}" for kind, path, thing in entries]
+    tree = "```{toctree}\n:hidden:\n" + "\n".join(pages) + "\n```\n"
+    save(folder / "index.md", f"# API\n\n{tree}" + "\n".join(listed) + "\n")
+
+
+def first_line(kind: str, thing: Any) -> str:
+    return "" if kind == "data" else docstring(thing).partition("\n")[0]
+
+
+MATHEMATICS = Path(__file__).parent / "mathematics.md"
+PATHS: dict[str, str] = {}  # last part of a name -> the whole, where entries are
 
 
 def save(path: Path, text: str) -> None:

@@ -166,7 +166,7 @@ def explain(kind: type[BaseException], error: BaseException, traceback: Any) -> 
     if issubclass(kind, KeyboardInterrupt):
         resumes = " --resume continues after the last epoch." if "resume" in _options else ""
         print(f"\ninterrupted.{resumes}", file=sys.stderr)
-    elif issubclass(kind, ModuleNotFoundError) and error.name != "jaxsoftmax":
+    elif isinstance(error, ModuleNotFoundError) and error.name != "jaxsoftmax":
         print(f'error: {error.name} is missing: pip install ".[examples,frameworks]"', file=sys.stderr)
     elif issubclass(kind, (FileError, OSError)):
         print(f"error: {error}", file=sys.stderr)

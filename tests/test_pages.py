@@ -116,13 +116,39 @@ def test_every_public_name_is_in_the_reference():
 
 def test_docstrings_become_markdown():
     sys.path.insert(0, str(ROOT / "docs"))
-    text = importlib.import_module("api_pages").markdown(
+    api_pages = importlib.import_module("api_pages")
+    text = api_pages.markdown(
         "One line.\n\n    p = q\n\nArgs:\n  x: an array\n    of numbers.\n  *rest: more.\n\nReturns:\n  It.\n\n"
-        "Example:\n  >>> 1\n  1\n\nReference: docs/mathematics.md, sections 1 and 2; https://example.org/a."
+        "Example:\n  >>> 1\n  1\n\nReference: docs/mathematics.md, sections 1 and 2.3; https://example.org/a."
     )
     assert "- **x**: an array\n  of numbers.\n- **\\*rest**: more." in text
     assert "**Example**\n\n```pycon\n>>> 1\n1\n```\n" in text and "\n    p = q\n" in text
-    assert text.endswith("**Reference** [mathematics, sections 1 and 2](../mathematics.md); <https://example.org/a>.")
+    links = "[1](../mathematics.md#1-softmax-and-its-jacobian) and [2.3](../mathematics.md#23-spectrum)"
+    assert text.endswith(f"**Reference** [mathematics](../mathematics.md), sections {links}; <https://example.org/a>.")
+
+
+def test_the_reference_is_complete(tmp_path):
+    """It is not built where a public member has no docstring; "as in hvp" is spelled out; names are links."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    api_pages = importlib.import_module("api_pages")
+    api_pages.write(tmp_path)
+    operators, curvature = (tmp_path / f"{name}.md" for name in ("operators", "curvature"))
+    text = operators.read_text(encoding="utf-8")
+    assert all(f"{{py:method}} {name}(" in text for name in ("as_matrix", "frobenius_norm", "is_psd", "__matmul__"))
+    text = curvature.read_text(encoding="utf-8")
+    assert "as in `hvp`" not in text and text.count("- **batch_size**: examples at a time") >= 4
+    assert "{py:obj}`damped_solve <jaxsoftmax.curvature.damped_solve>`" in text
+    index = (tmp_path / "index.md").read_text(encoding="utf-8")
+    assert all(f"{{py:obj}}`{path}`" in index for path in api_pages.public_objects())
+
+    class Bare:
+        """A class."""
+
+        def method(self):
+            pass
+
+    with pytest.raises(ValueError, match="x.Bare.method is public and has no docstring"):
+        list(api_pages.entry("class", "x.Bare", Bare, {}))
 
 
 def test_a_wrong_block_is_caught():

@@ -36,6 +36,7 @@ class Property:
 
     @property
     def holds(self) -> bool:
+        """Whether what was measured is within the bound."""
         return bool(self.measured <= self.bound)
 
 
