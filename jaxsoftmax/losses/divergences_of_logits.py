@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -50,7 +51,7 @@ def softmax_kl_divergence(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent from both).
-      temperature: T > 0, which divides both.
+      temperature: T > 0, which divides both; one number, or one per example.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -93,7 +94,7 @@ def jensen_shannon_divergence(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent from both).
-      temperature: T > 0, which divides both.
+      temperature: T > 0, which divides both; one number, or one per example.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
@@ -127,7 +128,12 @@ def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tu
     targets = checks.as_loss_float("target_logits", target_logits)
     targets = checks.broadcast("target_logits", targets, logits.shape)
     mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
-    return logits, targets, mask, checks.positive("temperature", temperature), axes
+    if np.ndim(temperature):
+        shape, dtype = axes.without(logits.shape), dtypes.compute_dtype(logits.dtype)
+        temperature = checks.option("temperature", temperature, shape, dtype, low=0.0, above_low=True)
+    else:
+        temperature = checks.positive("temperature", temperature)
+    return logits, targets, mask, temperature, axes
 
 
 @functools.partial(jax.jit, static_argnames=("divergence", "axes"), inline=True)
@@ -142,10 +148,16 @@ def _tempered(x: Array, z: Array, mask: Array | None, temperature, axis: num.Axi
     x, z = num.present(x, mask, axis), num.present(z, mask, axis)
     if temperature is None:
         return x, z
-    temperature = jnp.asarray(temperature, x.dtype)
+    temperature = _per_slice(temperature, x, axis)
     tops = num.top(x, axis), num.top(z, axis)
     x, z = (a - jnp.where(jnp.isfinite(m), m, 0.0) for a, m in zip((x, z), tops))
     return x / temperature, z / temperature
+
+
+def _per_slice(temperature, x: Array, axis: num.Axis) -> Array:
+    """One temperature for all examples, or one for each, with a class axis of length 1."""
+    temperature = jnp.asarray(temperature, x.dtype)
+    return jnp.expand_dims(temperature, num.positions(axis)) if temperature.ndim else temperature
 
 
 # Rules. x and z are floating arrays of at least float32.
@@ -335,7 +347,7 @@ def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
     x, z = _tempered(x, z, mask, temperature, axis)
     p = softmax_of(x, axis)
     one = jnp.ones_like(num.class_max(lax.stop_gradient(p), axis))
-    scale = only_examples(mask, one, axis) / jnp.asarray(temperature, x.dtype) ** 2
+    scale = only_examples(mask, one, axis) / _per_slice(temperature, x, axis) ** 2
     hessian, model = SoftmaxJacobian(p, scale, axis=axis), Likelihood(x, scale, _draw_target_logits, _target_score)
     return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, model, axis))
 

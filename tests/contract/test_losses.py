@@ -333,3 +333,26 @@ def test_memory_of_second_order(name):
 
     memory = jax.jit(product).lower(z, z, ct, *labels).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= (KEPT_IN_AN_HVP[name] + 0.1) * z.size * 4
+
+
+@pytest.mark.parametrize("loss", [js.softmax_kl_divergence, js.jensen_shannon_divergence])
+def test_a_temperature_per_example(loss):
+    """As example by example: value, gradients in logits and temperature, Hessian; NaN where it is out of range."""
+    z, other = jnp.cos(jnp.arange(12.0)).reshape(3, 4), jnp.sin(jnp.arange(12.0)).reshape(3, 4)
+    temperatures = jnp.array([1.0, 0.5, 2.0])
+    f = lambda z, other, t: loss(z, other, temperature=t)
+    both = jax.value_and_grad(lambda z, t: jnp.sum(f(z, other, t)), (0, 1))
+    _, (by_z, by_t) = jax.jit(both)(z, temperatures)
+    H = js.logits_hessian(loss, z, other, temperature=temperatures).as_matrix()
+    for i, t in enumerate(temperatures):
+        value, (one, two) = jax.value_and_grad(lambda z, t, i=i: f(z, other[i], t), (0, 1))(z[i], t)
+        np.testing.assert_allclose(f(z, other, temperatures)[i], value, rtol=1e-5)
+        np.testing.assert_allclose(by_z[i], one, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(by_t[i], two, rtol=1e-4, atol=1e-6)
+        right = js.logits_hessian(loss, z[i], other[i], temperature=t).as_matrix()
+        np.testing.assert_allclose(H[i], right, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss(z.T, other.T, 0, temperature=temperatures), f(z, other, temperatures), rtol=1e-5)
+    wrong = temperatures.at[1].set(-1.0)
+    np.testing.assert_array_equal(np.isnan(jax.jit(f)(z, other, wrong)), [False, True, False])
+    with pytest.raises(ValueError, match="temperature must be larger than 0"):
+        f(z, other, wrong)
