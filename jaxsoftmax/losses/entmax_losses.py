@@ -3,7 +3,8 @@
     L(z, y) = Ω*(z) + Ω(y) - <z, y>,    Ω(y) = Σ (y^α - y) / (α(α-1)),    ∂L/∂z = p - y,    ∂²L/∂z² = J,
 
 with p and J those of α-entmax. The three terms cancel near the solution. With z_k - ψ = ln_β(p_k) on the support
-(`jaxsoftmax.entmax`), L is a sum over the classes of terms that are never negative, Bregman divergences and slack:
+(`jaxsoftmax.entmax`), L is a sum over the classes of terms that are never negative, Bregman divergences and slack
+(docs/mathematics.md, section 4.3):
 
     L = Σ ω(y_k) - ω(p_k) - ω'(p_k) (y_k - p_k) + y_k max(ψ - z_k - 1/β, 0),    ω(t) = (t^α - t) / (α(α-1)).
 """
@@ -201,16 +202,17 @@ def one_hot(labels: Array, like: Array, axis: num.Axis) -> Array:
 def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: num.Axis, sums_to_one: bool) -> Array:
     """L(z, y) from p, the α-entmax of z, with the class axis kept. p maximises, so it has no part in the gradient.
 
-    As the sum of Bregman divergences L is defined for every y ≥ 0, which makes its slope in y well defined.
+    As the sum of Bregman divergences L is defined for every y ≥ 0, which makes its slope in y well defined. Letters are
+    those of docs/mathematics.md, section 4.3.
     """
     beta = alpha - 1
     x = dual(z, alpha, p, axis)
-    # y = p exp(h), where h may have either sign; the larger of y and p is factored out.
+    # A term is y^α (w - n) for y = p exp(h) ≥ p, and p^α (n - exp(-a) w) for y < p, with a = |h|.
     h = log_support(y) - log_deformed_exp(x, beta)
     a = -bounded(-jnp.abs(h))
-    wide, narrow = -deformed_log(-a, beta), -deformed_log(-a, alpha)
+    w, n = -deformed_log(-a, beta), -deformed_log(-a, alpha)
     larger = jnp.where(h > 0, y, p) ** alpha
-    bregman = larger * jnp.maximum(jnp.where(h > 0, wide - narrow, narrow - jnp.exp(-a) * wide), 0.0)
+    bregman = larger * jnp.maximum(jnp.where(h > 0, w - n, n - jnp.exp(-a) * w), 0.0)
     slack = jnp.where(x == -jnp.inf, jnp.inf, jnp.maximum(-x - 1 / beta, 0.0))
     absent = y < jnp.finfo(y.dtype).tiny
     terms = jnp.where(absent, p**alpha / alpha, bregman + y * jnp.where(absent, 0.0, slack))

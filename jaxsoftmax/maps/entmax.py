@@ -292,7 +292,7 @@ def _exponential_moment(y: Array, order: int) -> Array:
 
 
 Solver = Callable[[Callable[[Array], Array], Array], Array]  # (newton, start) -> solution
-ROUNDS, FUSED = 12, 16384
+ROUNDS, FUSED = 8, 16384
 
 
 def _solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
