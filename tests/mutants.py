@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "KL: difference of logarithms where the two are close",
         "losses/divergences_of_logits.py",
-        "jnp.where(is_near, kl, change - mean)",
-        "change - mean",
+        "return jnp.where(self.is_near, self.excess, self.change - self.mean)",
+        "return self.change - self.mean",
         "jaxsoftmax/losses/divergences_of_logits.py",
     ),
     Mutant(

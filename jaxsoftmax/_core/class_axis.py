@@ -136,6 +136,11 @@ def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
 
 
+def total(e: Array, known: Array, axis: Axis) -> Array:
+    """Σe; over a mesh what is `known` of it, since a sum crosses."""
+    return known if is_split(axis) else forms.total(e, known, positions(axis))
+
+
 def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
     """0, 1, … along the class axis, of the shape of `like`."""
     (position,), first = positions(axis), first_class(like, axis)

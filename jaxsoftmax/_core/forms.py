@@ -102,6 +102,13 @@ def _leave_top_out_on_cpu(z, m, axis):
     return jnp.where(total < 2, rest, total - 1)  # below 2 there is one top
 
 
+def total(e: Array, known: Array, axes: tuple[int, ...]) -> Array:
+    """Σe, by what is `known` of it on a CPU, where each sum costs time; on a GPU no kernel waits for that."""
+    return lax.platform_dependent(
+        e, known, cpu=lambda _, known: known, default=lambda e, _: jnp.sum(e, axes, keepdims=True)
+    )
+
+
 def settled(*numbers: Array) -> list[Array]:
     """The numbers, one per slice, cut off on a CPU from the sums they are: what is done with them slows those there."""
     return lax.platform_dependent(*numbers, cpu=_settled_on_cpu, default=lambda *numbers: list(numbers))

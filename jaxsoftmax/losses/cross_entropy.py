@@ -219,8 +219,9 @@ def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Ar
     """
     z, m = lax.stop_gradient(z), num.top(z, axis)
     gap = num.below(num.take_class(z, label, axis), m)
-    rest = num.class_sum(jnp.exp(num.shift(z, m)) * num.other_classes(z, label, axis), axis)
-    total = rest + jnp.exp(gap)
+    e = jnp.exp(num.shift(z, m))
+    rest = num.class_sum(e * num.other_classes(z, label, axis), axis)
+    total = num.undefined(label < 0, num.total(e, rest + jnp.exp(gap), axis))
     return gap, m, rest + (total - total), total  # NaN where the total is
 
 
@@ -236,8 +237,7 @@ def _label_loss_fwd(z, label, axis):
 
 
 def _label_loss_bwd(axis, residuals, ct):
-    z, label, m, rest, total = residuals
-    ct = num.shared_cotangent(ct, axis)
+    ct, (z, label, m, rest, total) = num.shared_cotangent(ct, axis), residuals
     return ct * label_gradient(z, label, m, rest, total, axis), None
 
 

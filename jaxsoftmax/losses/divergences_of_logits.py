@@ -20,8 +20,10 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.forms_of_two import apart, apart_plainly, divergence_terms, sums_on_cpu
+from jaxsoftmax._core.forms_of_two import log_ratio as log_ratio_of
 from jaxsoftmax._core.plumbing import traced_once
-from jaxsoftmax._core.scalar_functions import exp_remainder, log_double_sigmoid, missing_bits, sigmoid
+from jaxsoftmax._core.scalar_functions import log_double_sigmoid, missing_bits, sigmoid
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
@@ -170,82 +172,58 @@ class Sums(NamedTuple):
     total_x: Array  # Σ exp(x - max x)
     top_z: Array
     total_z: Array
-    ratio: Array  # log Σ q exp(δ), so that ρ = δ - ratio, with δ = (x - max x) - (z - max z)
-    kl: Array  # KL(q‖p)
+    mean: Array  # δ̄ = Σ q δ, with δ = (x - max x) - (z - max z)
+    excess: Array  # log Σ q exp(δ - δ̄), which is KL(q‖p), unless that is large
+
+    @property
+    def change(self) -> Array:
+        """log Σ q exp δ but for cancellation."""
+        return jnp.log(self.total_x) - jnp.log(self.total_z)
+
+    @property
+    def is_near(self) -> Array:
+        return self.change - self.mean < 1
+
+    @property
+    def kl(self) -> Array:
+        return jnp.where(self.is_near, self.excess, self.change - self.mean)
+
+    def ratio(self, gap: Array) -> Array:
+        """ρ = log p - log q of δ."""
+        return log_ratio_of(gap, self.change, self.mean, self.excess)
 
 
 @traced_once
 def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 
-    With δ = (x - max x) - (z - max z), δ̄ = Σ q δ and d = δ - δ̄, KL(q‖p) = log Σ q exp(d) = log1p(Σ q (exp(d) - 1 - d)),
-    which keeps its digits for near-equal logits, and ρ = d - KL. Far from equal it is the difference of two logarithms.
+    With δ̄ = Σ q δ and d = δ - δ̄, KL(q‖p) = log Σ q exp(d) = log1p(Σ q (exp(d) - 1 - d)), which keeps its digits for
+    near-equal logits, and ρ = d - KL. Far from equal it is the difference of two logarithms.
     """
-    limit, (x, z) = dtypes.largest(x.dtype), lax.stop_gradient((x, z))
-    tops = num.settled(num.class_max(x, axis), num.class_max(z, axis))
-    total_x = num.class_sum(jnp.exp(_below(x, z, *tops, kernel=0)[0]), axis)
-    total_z = num.class_sum(jnp.exp(_below(x, z, *tops, kernel=1)[1]), axis)
-    _, below, gap = _below(x, z, *tops, kernel=2)
-    # Over K, about, so that no sum of gaps near the limit is infinite; but -inf where x alone excludes a class, whose
-    # gap of -limit is multiplied by another large number.
-    size = num.num_classes(x, axis)
-    part = 2.0 ** -size.bit_length() if isinstance(size, int) else 1.0
-    moment = num.class_sum(jnp.exp(below) * gap * -jnp.minimum(gap + 0.99 * limit, -part), axis)
-    total_x, total_z, mean, change, factor = _log_ratio(*tops, *num.settled(total_x, total_z, moment), part=part)
-    below_x, below_z, gap = _below(x, z, *tops, kernel=3)
-    q, d = jnp.exp(below_z) / total_z, gap - mean
-    far = jnp.exp(below_x) * factor - q - q * d
-    near = jnp.where(jnp.abs(d) < 1, q * exp_remainder(jnp.clip(d, -1, 1)), far)
-    return Sums(tops[0], total_x, tops[1], total_z, *_chosen(mean, change, num.class_sum(near, axis)))
+    x, z = lax.stop_gradient((x, z))
+    plain = functools.partial(_sums, axis=axis)
+    if num.is_split(axis):
+        return Sums(*plain(x, z))
+    on_cpu = functools.partial(sums_on_cpu, axis=num.positions(axis)[0] % x.ndim)
+    return Sums(*lax.platform_dependent(x, z, cpu=on_cpu, default=plain))
 
 
-def _below(x: Array, z: Array, top_x: Array, top_z: Array, kernel: int) -> tuple[Array, Array, Array]:
-    """x - max x, z - max z, and the difference δ of the two, which is finite where a class is excluded.
-
-    Each kernel has a limit of its own for infinite logits: XLA keeps an array of a constant that two of them share.
-    """
-    limit = dtypes.largest(x.dtype) * (1 - kernel / 1024)
-    top_x, top_z, base_x, base_z, apart = num.settled(*_bases(top_x, top_z, limit=limit))
-    x, z = jnp.minimum(x, limit), jnp.minimum(z, limit)
-    gap = (jnp.maximum(x - base_x, -limit) - jnp.maximum(z - base_z, -limit)) - apart
-    return -(top_x - x), -(top_z - z), gap
-
-
-@num.forms.per_slice
-def _bases(top_x: Array, top_z: Array, limit: float) -> tuple[Array, ...]:
-    """The maxima; what x and z are counted from before they are subtracted, 0 where that rounds less; and what is left.
-
-    In either way δ is exactly 0 where both have their maximum.
-    """
-    tops = num.finite_top(top_x, limit=limit), num.finite_top(top_z, limit=limit)
-    close = (jnp.abs(top_x - top_z) < 1) & (jnp.abs(top_x) < 1e30)
-    return *tops, *(jnp.where(close, 0.0, top) for top in tops), jnp.where(close, top_x - top_z, 0.0)
+def _sums(x: Array, z: Array, axis: num.Axis) -> tuple[Array, ...]:
+    top_x, top_z = num.class_max(x, axis), num.class_max(z, axis)
+    below_x, below_z, gap = apart_plainly(x, z, top_x, top_z)
+    of_x, of_z = jnp.exp(below_x), jnp.exp(below_z)
+    total_x, total_z = num.class_sum(of_x, axis), num.class_sum(of_z, axis)
+    mean = num.class_sum(jnp.where(of_z > 0, of_z * gap, 0.0), axis) / total_z
+    grown = of_x * (jnp.exp(jnp.minimum(-mean, 80)) / total_z)  # q exp(d)
+    near = num.class_sum(divergence_terms(of_z / total_z, gap - mean, grown), axis)
+    return top_x, total_x, top_z, total_z, mean, jnp.log1p(near)
 
 
-@num.forms.per_slice
-def _log_ratio(top_x, top_z, total_x, total_z, moment, part: float) -> tuple[Array, ...]:
-    """(total_x, total_z, δ̄, log(total_x / total_z), exp(-δ̄) / total_z), NaN as in `num.one_infinity`.
-
-    The logarithm is log Σ q exp δ but for cancellation; the last, times exp(x - max x), is q exp(d), where KL is small.
-    """
-    total_x, total_z = num.one_infinity(total_x, top_x), num.one_infinity(total_z, top_z)
-    mean = moment / total_z / part
-    change = jnp.log(total_x) - jnp.log(total_z) + 0 * (total_x + total_z)  # inf for a NaN among the logits
-    return total_x, total_z, mean, change, jnp.exp(jnp.minimum(-mean, 80)) / total_z
-
-
-@num.forms.per_slice
-def _chosen(mean: Array, change: Array, near: Array) -> tuple[Array, Array]:
-    """log Σ q exp δ, and KL(q‖p)."""
-    kl = jnp.log1p(near)
-    is_near = change - mean < 1
-    return jnp.where(is_near, mean + kl, change), jnp.where(is_near, kl, change - mean)
-
-
-def classes(x: Array, z: Array, sums: Sums, kernel: int) -> tuple[Array, Array, Array]:
+def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
     """p, q and ρ = log p - log q, class by class; ρ is huge, but finite, where just one of the two excludes a class."""
-    below_x, below_z, gap = _below(x, z, sums.top_x, sums.top_z, kernel)
-    return jnp.exp(below_x) / sums.total_x, jnp.exp(below_z) / sums.total_z, gap - sums.ratio
+    below_x, below_z, gap = apart(x, z, sums.top_x, sums.top_z)
+    ratio = jnp.clip(sums.ratio(gap), -dtypes.largest(x.dtype) / 16, dtypes.largest(x.dtype) / 16)
+    return jnp.exp(below_x) / sums.total_x, jnp.exp(below_z) / sums.total_z, ratio
 
 
 def distributions(x: Array, z: Array, sums: Sums, axis: num.Axis) -> tuple[Array, Array]:
@@ -277,7 +255,7 @@ kl.defvjp(_kl_fwd, _kl_bwd)
 @custom_vjp(nondiff_argnums=(2,))
 def jensen_shannon(x: Array, z: Array, axis: num.Axis) -> Array:
     """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, with the class axis kept."""
-    p, q, ratio = classes(x, z, compare(x, z, axis), 4)
+    p, q, ratio = classes(x, z, compare(x, z, axis))
     return num.class_sum((p + q) / 2 * missing_bits(ratio), axis)
 
 
@@ -299,7 +277,7 @@ jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
 @custom_vjp(nondiff_argnums=(3,))
 def difference(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """p - q: q (exp(ρ) - 1) where the two are close; differentiable in x and z, which fix the sums."""
-    p, q, ratio = classes(x, z, sums, 4)
+    p, q, ratio = classes(x, z, sums)
     return jnp.where((jnp.abs(ratio) < 1) & (q > 0), q * jnp.expm1(ratio), p - q)
 
 
@@ -318,7 +296,7 @@ difference.defvjp(_difference_fwd, _difference_bwd)
 @custom_vjp(nondiff_argnums=(3,))
 def log_ratio(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
     """ρ = log p - log q; differentiable in x and z, which fix the sums."""
-    return classes(x, z, sums, 5)[2]
+    return classes(x, z, sums)[2]
 
 
 def _log_ratio_fwd(x, z, sums, axis):

@@ -1,0 +1,107 @@
+"""The form of a CPU is the plain line: value and derivatives, infinities, ties, half precision, masks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as js
+from jaxsoftmax._core import forms, forms_of_two
+
+INF = np.inf
+Z = np.array(
+    [[1.0, 2.0, 3.0], [20.0, 0.0, -1.0], [2.0, 2.0, -90.0], [INF, 0.0, -INF], [INF, INF, 0.0], [-INF, 0.0, 5.0]]
+)
+X = Z[[1, 0, 3, 2, 0, 5]]
+LABELS = np.array([2, 0, 1, 0, 1, 2])
+MASK = np.array([[True, True, False]] * len(Z))
+
+
+@pytest.fixture
+def as_elsewhere(monkeypatch):
+    """Programs lowered for this CPU get the lines that other machines get."""
+    chosen = jax.lax.platform_dependent
+    plain = lambda *args, default, **_: default(*args)
+
+    def switch(on: bool):
+        jax.clear_caches()  # rules are traced once
+        monkeypatch.setattr(jax.lax, "platform_dependent", plain if on else chosen)
+
+    yield switch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def everything(dtype):
+    z, x = jnp.asarray(Z, dtype), jnp.asarray(X, dtype)
+    y, g = jnp.asarray(np.abs(np.cos(Z.size + np.arange(Z.size))).reshape(Z.shape), dtype), jnp.ones(Z.shape, dtype) / 3
+    losses = {
+        "logsumexp": lambda z: js.logsumexp(z, -1),
+        "integer": lambda z: js.softmax_cross_entropy_with_integer_labels(z, LABELS),
+        "soft": lambda z: js.softmax_cross_entropy(z, y),
+        "entropy": js.softmax_entropy,
+        "brier": lambda z: js.brier_loss(z, y),
+        "kl": lambda z: js.softmax_kl_divergence(z, x),
+        "jensen_shannon": lambda z: js.jensen_shannon_divergence(z, x),
+        "masked": lambda z: js.softmax_entropy(z, where=MASK),
+        "softmax": lambda z: jnp.sum(js.softmax(z) * y, -1),
+        "log_softmax": lambda z: jnp.sum(jnp.where(z > -10, js.log_softmax(z), 0) * y, -1),
+    }
+
+    def of(loss, z):
+        gradient = jax.grad(lambda z: jnp.sum(loss(z)))
+        return loss(z), gradient(z), jax.jvp(loss, (z,), (g,))[1], jax.jvp(gradient, (z,), (g,))[1]
+
+    return jax.jit(lambda z: {name: of(loss, z) for name, loss in losses.items()})(z)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_both_forms_agree(as_elsewhere, dtype):
+    """To the roundings of a few sums, entry by entry; NaN and infinities in the same places."""
+    as_elsewhere(on=False)
+    here = everything(dtype)
+    as_elsewhere(on=True)
+    there = everything(dtype)
+    eps = 1e-6 if dtype == "float32" else 1e-2
+    for name in here:
+        for got, want in zip(here[name], there[name], strict=True):
+            got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+            far = np.abs(want) > 1e30  # a divergence that is infinite: its derivatives are huge numbers
+            got, want = (np.where(far, np.sign(a), a) for a in (got, want))
+            np.testing.assert_allclose(got, want, rtol=20 * eps, atol=eps, err_msg=name)
+
+
+def arguments(*arrays):
+    z = [jnp.asarray(a, jnp.float32) for a in arrays]
+    return [*z, *(jnp.max(a, -1, keepdims=True) for a in z)]
+
+
+PAIRS = {
+    "below": (forms.below, arguments(Z)),
+    "shift": (lambda z, m: jnp.exp(forms.shift(z, m)), arguments(Z)),
+    "leave_top_out": (functools.partial(forms.leave_top_out, axis=1), arguments(Z)),
+    "maximum": (functools.partial(forms.maximum, axes=(1,)), [jnp.asarray(Z, jnp.bfloat16)]),
+    "apart": (lambda *a: jnp.clip(forms_of_two.apart(*a)[2], -1e30, 1e30), arguments(Z, X)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_pair(as_elsewhere, name):
+    form, args = PAIRS[name]
+    found = []
+    for on in (False, True):
+        as_elsewhere(on)
+        found.append(np.asarray(jax.jit(lambda *a: form(*a))(*args), np.float64))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+def test_a_program_is_lowered_with_the_form_of_its_machine():
+    """Exported for a GPU, no choice of a machine is left, and none of the CPU's barriers."""
+    lse = jax.jit(lambda z: js.logsumexp(z, -1))
+    text = {
+        machine: str(jax.export.export(lse, platforms=[machine])(jnp.ones((4, 5))).mlir_module())
+        for machine in ("cpu", "cuda")
+    }
+    assert "optimization_barrier" in text["cpu"] and "optimization_barrier" not in text["cuda"]
