@@ -310,16 +310,16 @@ MUTANTS = [
     ),
     Mutant(
         "linear head: class weight dropped from the gradient",
-        "linear_head/label_rule.py",
-        "make, a * (sums.weight / total)[:, 0])",
-        "make, a * (1 / total)[:, 0])",
+        "linear_head/rows.py",
+        "loss, of_u = of_label * loss, of_label * of_u",
+        "loss, of_u = of_label * loss, of_u",
         f"{LINEAR} -k equals_full_logits",
     ),
     Mutant(
-        "linear head: class weight dropped from the Hessian",
-        "linear_head/label_rule.py",
-        "scale, arrays = (sums.weight / sums.total)[:, 0],",
-        "scale, arrays = (1 / sums.total)[:, 0],",
+        "linear head: the mean of the tangent dropped from the Hessian",
+        "linear_head/rows.py",
+        "jnp.exp(num.shift(u, m)) * (du - at_top)",
+        "jnp.exp(num.shift(u, m)) * at_top",
         f"{LINEAR} -k equals_full_logits",
     ),
     Mutant(
@@ -331,7 +331,7 @@ MUTANTS = [
     ),
     Mutant(
         "linear head: the gradient in x is not added up over the classes' devices",
-        "linear_head/types.py",
+        "linear_head/plan.py",
         "return () if self.copies else self.classes",
         "return ()",
         "tests/linear_head/test_mesh.py -k equals_one_device",

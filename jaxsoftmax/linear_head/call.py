@@ -10,7 +10,8 @@ from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import mesh_axes, varying
 from jaxsoftmax.linear_head import mesh
 from jaxsoftmax.linear_head.derivatives import value_and_gradient, weighted_sum
-from jaxsoftmax.linear_head.types import Axes, Head, MeshAxes, Tokens, total, wide_dtype
+from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Tokens, wide_dtype
+from jaxsoftmax.linear_head.stream import total
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -67,7 +68,7 @@ def split_by(axis_name: MeshAxes) -> Axes:
 
 
 def evaluate(head: Head, reduction: str, theta, tokens: Tokens, token_axes, class_axes):
-    """The reduced loss, and the statistics, on whatever mesh the arrays lie."""
+    """The reduced loss, and the numbers per token with their indices, on whatever mesh the arrays lie."""
     x, weights = theta["x"], theta["weights"]
     if head.axes.classes:
         if token_axes is not None or class_axes is not None:
@@ -83,27 +84,26 @@ def _evaluate(head: Head, reduction: str, theta, tokens: Tokens):
     if head.layout is not None:
         theta, tokens = mesh.placed(head, theta, tokens)
     a, valid = theta["token_weights"], tokens.valid
-    theta = _of_device(head, theta, tokens)
+    theta = _of_device(head, {**theta, "token_weights": a[..., None]}, tokens)
     if reduction == "none":
-        ones = {**theta, "token_weights": jnp.ones_like(a)}
-        _, rows, statistics = value_and_gradient(head, ("token_weights",), ones, tokens)
-        losses = total(rows["token_weights"], head.axes.classes) * a
-        return losses if valid is None else jnp.where(valid, losses, 0.0), statistics
-    out, statistics = weighted_sum(head, theta, tokens)
+        ones = {**theta, "token_weights": jnp.ones_like(theta["token_weights"])}
+        _, rows, facts = value_and_gradient(head, ("token_weights",), ones, tokens)
+        losses = total(rows["token_weights"], head.axes.classes)[..., 0] * a
+        return losses if valid is None else jnp.where(valid, losses, 0.0), facts
+    out, facts = weighted_sum(head, theta, tokens)
     if reduction == "sum":
-        return out, statistics
+        return out, facts
     if "class_weights" in theta:
         a = a * mesh.label_weights(head, theta["class_weights"], tokens.rows)
     counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))
-    return jnp.where(counted == 0, 0.0, out / jnp.where(counted == 0, 1.0, counted)), statistics
+    return jnp.where(counted == 0, 0.0, out / jnp.where(counted == 0, 1.0, counted)), facts
 
 
 def _of_device(head: Head, theta: dict[str, Array], tokens: Tokens) -> dict[str, Array]:
     """Inside a shard_map, all arguments as the device's own, to differentiate in.
 
     The devices of the classes compute one sum together. Over other axes the caller has split the tokens, say: then each
-    device computes a sum of its own. Parts of a gradient are added up in the loss's dtype, then rounded.
+    device computes a sum of its own. Parts of a gradient are rounded, then added up.
     """
     around = frozenset().union(head.axes.classes, *map(mesh_axes, jax.tree.leaves((theta, tokens))))
-    x = theta["x"].astype(wide_dtype(theta)) if head.axes.classes else theta["x"]
-    return {name: varying(v, around) for name, v in {**theta, "x": x}.items()}
+    return {name: varying(v, around) for name, v in theta.items()}

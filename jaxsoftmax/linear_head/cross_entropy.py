@@ -8,6 +8,8 @@ columns of the Hessian of F. Every higher derivative of F is a symmetric form: t
 derivative again, so both modes and all orders stream.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
@@ -15,10 +17,38 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
 from jaxsoftmax._core import class_axis as num
+from jaxsoftmax.linear_head import rows
 from jaxsoftmax.linear_head.call import checked, evaluate, layer, split_by
-from jaxsoftmax.linear_head.label_rule import label_rule, label_rule_along, token_losses
-from jaxsoftmax.linear_head.statistics import TokenStatistics, token_statistics
-from jaxsoftmax.linear_head.types import Head, MeshAxes, Tokens, wide_dtype
+from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Tokens, wide_dtype
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits tells about each token; 0 for tokens that do not count.
+
+    Attributes:
+      logsumexp: log Σ exp(z), float.
+      prediction: the most probable token, int32.
+      probability: its probability, float.
+      correct: whether it is the label, boolean.
+      entropy: -Σ p log p in nats, float.
+      log_prob: log p of the label, float.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> _, statistics = jaxsoftmax.linear_softmax_cross_entropy_with_statistics(x, jnp.array([2]), weights)
+      >>> print(statistics.prediction, statistics.correct)
+      [1] [False]
+
+    Reference: docs/mathematics.md, section 6.
+    """
+
+    logsumexp: Array
+    prediction: Array
+    probability: Array
+    correct: Array
+    entropy: Array
+    log_prob: Array
 
 
 def linear_softmax_cross_entropy_loss(
@@ -35,6 +65,7 @@ def linear_softmax_cross_entropy_loss(
     z_loss: ArrayLike = 0.0,
     logit_softcap: ArrayLike | None = None,
     chunk_size: int | None = None,
+    precision: Precision = None,
     vocab_axis: int = -1,
     axis_name: MeshAxes = None,
     token_axes: MeshAxes | PartitionSpec = None,
@@ -62,8 +93,11 @@ def linear_softmax_cross_entropy_loss(
       ignore_index: label of tokens to leave out; loss 0, gradient 0.
       z_loss: factor of logsumexp², as in the plain head.
       logit_softcap: c > 0; None for no cap.
-      chunk_size: tokens whose logits exist at once, on one device; fewer where options or derivatives need more arrays
-        of them; None chooses by `default_chunk_size`.
+      chunk_size: tokens whose logits exist at once, on one device; half as many in derivatives of the gradient; None
+        chooses by `default_chunk_size`.
+      precision: of the matrix products, as in `jnp.dot`. By default their operands are x and `weights` as they are, and
+        the gradient in the logits rounded once to the same dtype; sums are in the loss's dtype. With "high" or
+        "highest", operands are in the loss's dtype, and so is what devices tell each other.
       vocab_axis: the axis of `weights` that counts the classes.
       axis_name: inside `jax.shard_map`, the axis of the mesh, or several, over which the classes are split in equal
         consecutive blocks; `weights`, `bias` and `class_weights` are then those of one device, labels count over all.
@@ -73,7 +107,8 @@ def linear_softmax_cross_entropy_loss(
 
     Returns:
       The reduced loss, or the losses (...), in float32 for half-precision x and weights, else in their common dtype.
-      Gradients have the dtypes of their arguments; they are accumulated in the loss's dtype.
+      Gradients have the dtypes of their arguments; they are accumulated in the loss's dtype, and rounded before
+      devices add up their parts.
 
     Raises:
       TypeError: if x, weights or an option is not floating point, or labels are not integers.
@@ -87,10 +122,11 @@ def linear_softmax_cross_entropy_loss(
 
     Reference: docs/mathematics.md, section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
     """
-    return _evaluated(
-        None, x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
-        logit_softcap, chunk_size, vocab_axis, axis_name, token_axes, class_axes,
-    )[0]  # fmt: skip
+    theta, head, tokens = _prepared(
+        x, labels, weights, bias, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap,
+        None, reduction, chunk_size, precision, vocab_axis, axis_name,
+    )  # fmt: skip
+    return evaluate(head, reduction, theta, tokens, token_axes, class_axes)[0]
 
 
 def linear_softmax_cross_entropy_with_statistics(
@@ -107,6 +143,7 @@ def linear_softmax_cross_entropy_with_statistics(
     z_loss: ArrayLike = 0.0,
     logit_softcap: ArrayLike | None = None,
     chunk_size: int | None = None,
+    precision: Precision = None,
     vocab_axis: int = -1,
     axis_name: MeshAxes = None,
     token_axes: MeshAxes | PartitionSpec = None,
@@ -119,11 +156,11 @@ def linear_softmax_cross_entropy_with_statistics(
       labels: integer classes (...).
       weights: (D, V), or (V, D) with `vocab_axis=0`.
       bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap, chunk_size,
-        vocab_axis, axis_name, token_axes, class_axes: see there.
+        precision, vocab_axis, axis_name, token_axes, class_axes: see there.
 
     Returns:
-      The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Not differentiable. Fields of
-      ignored tokens, and under "sum" and "mean" of tokens of weight 0, are 0 where they were skipped.
+      The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Floats are differentiable, in
+      both modes and to any order. Fields of ignored tokens are 0; tokens of weight 0 are not skipped.
 
     Raises:
       TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
@@ -137,18 +174,75 @@ def linear_softmax_cross_entropy_with_statistics(
 
     Reference: docs/mathematics.md, section 6.
     """
-    return _evaluated(
-        token_statistics, x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights,
-        ignore_index, z_loss, logit_softcap, chunk_size, vocab_axis, axis_name, token_axes, class_axes,
+    theta, head, tokens = _prepared(
+        x, labels, weights, bias, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap,
+        None, reduction, chunk_size, precision, vocab_axis, axis_name,
     )  # fmt: skip
+    loss, facts = evaluate(head._replace(columns=5), reduction, theta, tokens, token_axes, class_axes)
+    return loss, _statistics(facts, tokens)
 
 
-# From arguments to (head, theta, tokens, reduction, shape, counted weight per token).
+def linear_softmax_log_probs(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    chunk_size: int | None = None,
+    precision: Precision = None,
+    vocab_axis: int = -1,
+    axis_name: MeshAxes = None,
+    token_axes: MeshAxes | PartitionSpec = None,
+    class_axes: MeshAxes = None,
+) -> TokenStatistics:
+    """Per token, log p of its label, logsumexp, entropy and the top class, from hidden states: no logits in memory.
+
+    p = softmax(softcap(xW + b) / temperature): what policy gradients and preference losses read. The value takes one
+    matrix product, and reverse mode three more, since the cotangent of a token comes after its logits.
+
+    Args:
+      x: hidden states (..., D).
+      labels: integer classes (...), such as the sampled tokens.
+      weights: (D, V), or (V, D) with `vocab_axis=0`.
+      bias: (V,).
+      temperature: T > 0, of the sampler.
+      logit_softcap: c > 0; None for no cap.
+      ignore_index: label of tokens to leave out; all fields 0.
+      chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes: as in `linear_softmax_cross_entropy_loss`.
+
+    Returns:
+      `TokenStatistics`, each field of shape (...); floats are differentiable in all floating arguments, in both modes
+      and to any order.
+
+    Raises:
+      TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax.linear_head import linear_softmax_log_probs
+      >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> found = linear_softmax_log_probs(x, jnp.array([1]), weights, temperature=2.0)
+      >>> print(found.log_prob.round(4), found.entropy.round(4))
+      [-0.6803] [1.0202]
+
+    Reference: docs/mathematics.md, section 6.
+    """
+    theta, head, tokens = _prepared(
+        x, labels, weights, bias, None, 0.0, None, ignore_index, 0.0, logit_softcap,
+        temperature, "none", chunk_size, precision, vocab_axis, axis_name,
+    )  # fmt: skip
+    return _statistics(evaluate(head._replace(columns=5), "none", theta, tokens, token_axes, class_axes)[1], tokens)
 
 
-def _evaluated(
-    statistics, x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index,
-    z_loss, logit_softcap, chunk_size, vocab_axis, axis_name, token_axes, class_axes,
+# From arguments to what is differentiated, what is static, and the tokens' constants.
+
+
+def _prepared(
+    x, labels, weights, bias, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap,
+    temperature, reduction, chunk_size, precision, vocab_axis, axis_name,
 ):  # fmt: skip
     theta, axis = layer(x, weights, bias, token_weights, vocab_axis)
     vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)
@@ -160,18 +254,27 @@ def _evaluated(
     theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not checks.is_known_as(0, value)}
     if logit_softcap is not None:
         theta["logit_softcap"] = jnp.asarray(checks.positive("logit_softcap", logit_softcap), wide)
+    if temperature is not None and not checks.is_known_as(1, temperature):
+        theta["temperature"] = jnp.asarray(checks.positive("temperature", temperature), wide)
     if class_weights is not None:
         class_weights = checks.as_loss_float("class_weights", class_weights)
-        checks.same_shape("class_weights", class_weights, "the classes", (theta["weights"].shape[axis],))
+        checks.same_shape("class_weights", class_weights, "the classes", (vocab,))
         theta["class_weights"] = class_weights.astype(wide)
     axes = split_by(axis_name)
     known, valid = num.class_labels(labels, vocab * lax.psum(1, axes.classes)), None
     if ignore_index is not None:
         valid = ~num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         known = jnp.where(valid, known, 0)
-    plain = theta.keys() <= {"x", "weights", "bias", "token_weights", "class_weights"}
-    rules = (label_rule, label_rule_along) if plain else (None, None)
     checked(reduction, chunk_size)
-    arrays = 1 if plain and statistics is None else 2
-    head = Head(token_losses, *rules, axis, arrays, chunk_size, statistics, token_weights is None, axes=axes)
-    return evaluate(head, reduction, theta, Tokens(known, valid), token_axes, class_axes)
+    head = Head(rows.of_labels, 1, axis, chunk_size, precision, token_weights is None, axes=axes)
+    return theta, head, Tokens(known, valid)
+
+
+def _statistics(facts, tokens: Tokens) -> TokenStatistics:
+    """What stands in the columns beside the loss, 0 for tokens that do not count."""
+    numbers, prediction = facts
+    log_prob, lse, entropy, log_top = (numbers[..., i] for i in range(1, 5))
+    correct, probability = prediction == tokens.rows, jnp.exp(log_top)
+    if tokens.valid is not None:
+        correct, probability = correct & tokens.valid, jnp.where(tokens.valid, probability, 0.0)
+    return TokenStatistics(lse, prediction, probability, correct, entropy, log_prob)

@@ -1,4 +1,4 @@
-"""F = Σ_i a_i l(x_i W + b) and its derivatives of every order, in both modes, from passes that are only ever evaluated.
+"""F = Σ_iq a_iq l_q(x_i W + b) and its derivatives of every order, from passes that are only ever evaluated.
 
     tangent of F: <grad F, t>,    tangent of grad F: (D grad F)[t],    its transpose: the same symmetric form.
 
@@ -17,37 +17,41 @@ from jax.custom_derivatives import SymbolicZero
 from jaxsoftmax._core.plumbing import zeros_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.linear_head.mesh import one_pass
-from jaxsoftmax.linear_head.types import Head, Tokens, total
+from jaxsoftmax.linear_head.plan import Head, Tokens
+from jaxsoftmax.linear_head.stream import total
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sum(head: Head, theta, tokens: Tokens):
-    """F = Σ a_i l_i, and the statistics. Its tangent is <grad F, t>, so that reverse mode only scales grad F."""
-    losses, _, statistics = one_pass(head, (), theta, None, tokens, skip=True)
-    return _sum(head, theta, losses), statistics
+    """F, and where a head has several, all numbers per token with their indices.
+
+    The tangent of F is <grad F, t>, so that reverse mode only scales grad F.
+    """
+    value, _, facts = _pass(head, (), theta, tokens)
+    return value, facts
 
 
 @functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(head, primals, tangents):
     theta, tokens = primals
     direction = _moving(tangents[0])
-    value, rows, statistics = value_and_gradient(head, tuple(direction), theta, tokens)
-    return (value, statistics), (_inner(head, rows, direction, value), _zero_tangents(statistics))
+    value, rows, facts = value_and_gradient(head, tuple(direction), theta, tokens)
+    return (value, facts), (_inner(head, rows, direction, value), _facts_along(head, theta, direction, tokens, facts))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
-    """F, the rows of its gradient by name, and the statistics."""
-    skip = "token_weights" not in rows
-    losses, gradient, statistics = one_pass(head, rows, theta, None, tokens, skip)
-    return _sum(head, theta, losses), gradient, statistics
+    """F, the rows of its gradient by name, and the numbers per token and their indices, as in `weighted_sum`."""
+    return _pass(head, rows, theta, tokens)
 
 
-def _sum(head: Head, theta, losses: Array) -> Array:
-    token_weights = theta["token_weights"]
+def _pass(head: Head, rows, theta, tokens: Tokens):
+    skip = "token_weights" not in rows and head.columns == 1
+    numbers, gradient, index = one_pass(head, rows, theta, (), tokens, skip)
+    a = theta["token_weights"]
     if head.axes.copies:
-        token_weights = lax.pmean(token_weights, head.axes.classes)
-    return jnp.sum(token_weights * losses)
+        a = lax.pmean(a, head.axes.classes)
+    return jnp.sum(a * numbers[..., : a.shape[-1]]), gradient, None if head.columns == 1 else (numbers, index)
 
 
 @functools.partial(value_and_gradient.defjvp, symbolic_zeros=True)
@@ -55,10 +59,26 @@ def _value_and_gradient_jvp(head, rows, primals, tangents):
     theta, tokens = primals
     direction = _moving(tangents[0])
     everything = tuple(dict.fromkeys((*rows, *direction)))
-    value, gradient, statistics = value_and_gradient(head, everything, theta, tokens)
+    value, gradient, facts = value_and_gradient(head, everything, theta, tokens)
     moved = gradient_along(head, rows, theta, (direction,), tokens) if direction else _zeros(theta, rows)
-    out = value, {name: gradient[name] for name in rows}, statistics
-    return out, (_inner(head, gradient, direction, value), moved, _zero_tangents(statistics))
+    out = value, {name: gradient[name] for name in rows}, facts
+    return out, (_inner(head, gradient, direction, value), moved, _facts_along(head, theta, direction, tokens, facts))
+
+
+def _facts_along(head: Head, theta, direction, tokens: Tokens, facts):
+    """The tangents of the numbers per token: rows and columns of F's Hessian, with a weight for each number."""
+    if facts is None:
+        return None
+    numbers, index = facts
+    one_each = lambda arrays: {
+        n: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, head.columns - v.shape[-1])]) if n == "token_weights" else v
+        for n, v in arrays.items()
+    }
+    moved = zeros_like(numbers)
+    if direction:
+        found = gradient_along(head, ("token_weights",), one_each(theta), (one_each(direction),), tokens)
+        moved = total(found["token_weights"], head.axes.classes if head.axes.copies else ())
+    return moved, np.zeros(index.shape, jax.dtypes.float0)
 
 
 def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
@@ -66,7 +86,6 @@ def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens:
 
     With M that linear map, <c, M t> = <t, Mᵀ c> is the same form with other rows, since F's derivatives are symmetric.
     """
-    head = head._replace(statistics=None)
     *fixed, last = directions
     last = {n: t.astype(theta[n].dtype) for n, t in last.items()}
 
@@ -102,8 +121,8 @@ def _along_jvp(head, rows, primals, tangents):
         if moved:
             rest = (*directions[:i], *directions[i + 1 :])
             terms.append(gradient_along(head, rows, theta, (*rest, moved), tokens))
-    total = functools.reduce(_plus, terms) if terms else _zeros(theta, rows)
-    return _along(head, rows, theta, directions, tokens), total
+    moved = functools.reduce(_plus, terms) if terms else _zeros(theta, rows)
+    return _along(head, rows, theta, directions, tokens), moved
 
 
 @functools.partial(jax.jit, static_argnames=("head", "rows"))
@@ -118,17 +137,7 @@ def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
         found = tuple(name for name in rows if name != "token_weights")
         return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
     skip = not any("token_weights" in names for names in (rows, *directions))
-    if not directions:
-        return one_pass(head, rows, theta, None, tokens, skip)[1]
-
-    def along(directions, theta):
-        if len(directions) == 1:
-            return one_pass(head, rows, theta, directions[0], tokens, skip)[1]
-        *before, t = directions
-        moving = {name: theta[name] for name in t}
-        return jax.jvp(lambda moving: along(before, {**theta, **moving}), (moving,), (t,))[1]
-
-    return along(list(directions), theta)
+    return one_pass(head, rows, theta, directions, tokens, skip)[1]
 
 
 def _moving(tangents) -> dict[str, Array]:
@@ -143,10 +152,3 @@ def _inner(head: Head, rows, direction, value: Array) -> Array:
     """Σ <row, direction>, in the dtype of the value."""
     wide = [jnp.sum(rows[n].astype(value.dtype) * t.astype(value.dtype)) for n, t in direction.items()]
     return total(sum(wide, jnp.zeros_like(value)), head.axes.classes)
-
-
-def _zero_tangents(statistics):
-    def zero(s):
-        return zeros_like(s) if jnp.issubdtype(s.dtype, jnp.inexact) else np.zeros(s.shape, jax.dtypes.float0)
-
-    return jax.tree.map(zero, statistics)

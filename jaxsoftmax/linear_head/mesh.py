@@ -16,9 +16,9 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsoftmax._core import checks
-from jaxsoftmax.linear_head.label_rule import class_weight
+from jaxsoftmax.linear_head.plan import Axes, Head, Tokens
+from jaxsoftmax.linear_head.rows import class_weight
 from jaxsoftmax.linear_head.stream import stream
-from jaxsoftmax.linear_head.types import Axes, Head, Tokens
 
 if hasattr(jax, "shard_map"):
     from jax import shard_map
@@ -113,16 +113,16 @@ def is_divided_by_xla(*arrays: Array) -> bool:
     return any(mesh is not None and mesh.size > 1 and _of_type(mesh, AxisType.Auto) for mesh in meshes)
 
 
-def one_pass(head: Head, rows: tuple[str, ...], theta, direction, tokens: Tokens, skip: bool):
+def one_pass(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens, skip: bool):
     """`stream`, on every device of the layout."""
-    work = lambda head, theta, direction, tokens: stream(head, rows, theta, direction, tokens, skip)
+    work = lambda head, theta, directions, tokens: stream(head, rows, theta, directions, tokens, skip)
     if head.layout is None:
-        return work(head, theta, direction, tokens)
+        return work(head, theta, directions, tokens)
     row, of_theta = _spec(*head.layout.tokens), _specs(head, theta)
-    of_direction = None if direction is None else {name: of_theta[name] for name in direction}
-    out_specs = row, {name: of_theta[name] for name in rows}, None if head.statistics is None else row
-    in_specs = of_theta, of_direction, _token_specs(head, tokens)
-    return _divided(work, head, (theta, direction, tokens), in_specs, out_specs)
+    of_directions = tuple({name: of_theta[name] for name in direction} for direction in directions)
+    out_specs = row, {name: of_theta[name] for name in rows}, None if head.columns == 1 or directions else row
+    in_specs = of_theta, of_directions, _token_specs(head, tokens)
+    return _divided(work, head, (theta, directions, tokens), in_specs, out_specs)
 
 
 def label_weights(head: Head, class_weights: Array, labels: Array) -> Array:

@@ -1,29 +1,28 @@
-"""One pass over the tokens, chunk by chunk; of each chunk, the gradient of the weights slab by slab.
+"""One pass over the tokens, chunk by chunk: prepare, loop, collect.
 
-The one quantity is F = Σ_i a_i l(z_i), z = xW + b, with a weight a_i per token: its gradient in a is the vector of
-losses (docs/mathematics.md, section 6). `stream` forms rows of grad F, or of (D grad F)[t] along one direction t:
+The one quantity is F = Σ_iq a_iq l_q(z_i), z = xW + b, with a weight per token and number: its gradient in a is the
+array of numbers (docs/mathematics.md, section 6). Of a chunk,
 
-    G = a ∂l/∂z:    dx = G Wᵀ,            dW = xᵀ G,            db = Σ G,    da = l,
-    along t:        dx = Ġ Wᵀ + G Ẇᵀ,     dW = xᵀ Ġ + ẋᵀ G,     db = Σ Ġ,    da = l̇,     ż = ẋW + xẆ + ḃ.
+    z = x W + b,    G = Σ_q a_q ∂l_q/∂z,    dx = G Wᵀ,    dW += xᵀ G,    db += Σ G,    da = l,
 
-No loop here is ever transposed: reverse mode uses the symmetry of the second and higher derivatives of F. On a mesh,
-weights are gathered before the loop and gradients added up after it, before they are rounded; within the loop devices
-exchange what their blocks of the classes tell of a token, a few numbers.
+with products of x's and W's own dtype, to which G is rounded, and sums in the loss's dtype. A derivative along a
+direction is forward mode of a chunk, as often as wanted; no loop is ever differentiated, and none transposed: reverse
+mode uses the symmetry of the second and higher derivatives of F. On a mesh, weights are gathered before the loop and
+gradients added up after it; within the loop devices exchange what their blocks of the classes tell of a token.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core.plumbing import tied, varying, zero_of
-from jaxsoftmax.linear_head import budget
-from jaxsoftmax.linear_head.chunks import Chunks, every_nth, in_a_row
-from jaxsoftmax.linear_head.slabs import add_products, times
-from jaxsoftmax.linear_head.statistics import TokenStatistics
-from jaxsoftmax.linear_head.types import Arrays, Cotangents, Head, Tokens, total, wide_dtype
+from jaxsoftmax._core import dtypes
+from jaxsoftmax._core.plumbing import varying, zero_of
+from jaxsoftmax.linear_head.plan import Arrays, Head, Plan, Tokens, plan, wide_dtype
 
 LOCAL = ("x", "token_weights")  # one row per token
 LINEAR = ("x", "weights", "token_weights", "bias")  # what is no option
@@ -31,120 +30,128 @@ SPLIT = ("x", "weights", "bias", "class_weights")  # of whose gradient each devi
 
 
 def stream(
-    head: Head, rows: tuple[str, ...], theta: Arrays, direction: Arrays | None, tokens: Tokens, skip: bool
-) -> tuple[Array, dict[str, Array], Any]:
-    """One pass over the tokens.
+    head: Head, rows: tuple[str, ...], theta: Arrays, directions: tuple[Arrays, ...], tokens: Tokens, skip: bool
+) -> tuple[Array, dict[str, Array], Array | None]:
+    """One pass over the tokens, on one device.
 
     Args:
       head: the static part.
       rows: names of the arguments whose rows of the gradient are wanted.
-      theta: the arguments by name: x (..., D), weights, token_weights (...), and where given bias (V,) and options.
-      direction: None for the gradient itself, or the direction of its derivative, by name; a missing name means zero.
+      theta: the arguments by name: x (..., D), weights, token_weights (..., Q), and where given bias (V,) and options.
+      directions: none for the gradient itself, or those of its derivative, by name; a missing name means zero.
       tokens: what is not differentiated.
       skip: whether to leave out tokens of weight 0; only where nothing differentiates the weights.
 
     Returns:
-      The losses (...), 0 for skipped tokens, or their derivative; the rows by name, of the shapes and dtypes of
-      `theta`; the statistics, one row per token, or None.
+      The numbers (..., columns) of the tokens, 0 for skipped ones, or their derivative; the rows by name, of the shapes
+      and dtypes of `theta`; indices (...), or None.
     """
-    wide, given, is_gradient = wide_dtype(theta), theta, direction is None
-    theta, moving = (_of_all(head, arrays) for arrays in (theta, direction or {}))
-    shape = given["token_weights"].shape
+    plans = {platform: _plan(head, theta, platform, len(directions) + 1) for platform in ("cpu", "other")}
+    run = {name: functools.partial(_run, head, rows, skip, found) for name, found in plans.items()}
+    if plans["cpu"] == plans["other"]:
+        return run["other"](theta, directions, tokens)
+    return lax.platform_dependent(theta, directions, tokens, cpu=run["cpu"], default=run["other"])
+
+
+def _plan(head: Head, theta: Arrays, platform: str, order: int) -> Plan:
+    num_tokens, features = math.prod(theta["x"].shape[:-1]), theta["x"].shape[-1]
+    vocab, devices = theta["weights"].shape[head.vocab_axis], lax.psum(1, head.axes.tokens + head.axes.classes)
+    found = plan(platform, num_tokens, features, vocab, wide_dtype(theta).itemsize, order, devices)
+    if head.chunk_size is not None:
+        found = found._replace(chunk=max(1, head.chunk_size // (1 if order < 2 else 2)))
+    return found._replace(slab=vocab) if head.spread else found  # to cut slabs, XLA would gather a split one
+
+
+def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: Tokens):
+    wide, given = wide_dtype(theta), theta
+    theta, *directions = (_of_all(head, arrays, theta) for arrays in (theta, *directions))
+    shape = given["token_weights"].shape[:-1]
     tokens = Tokens(*jax.tree.map(lambda row: _flat(row, len(shape)), tokens[:2]), tokens.shared)
-    num_tokens = math.prod(shape)
-    counts = tokens.valid
-    if skip and not head.every:
-        nonzero = theta["token_weights"] != 0
-        counts = nonzero if counts is None else counts & nonzero
-    size = _chunk_size(head, theta, is_gradient)
+    num_tokens, counts = math.prod(shape), tokens.valid
     if num_tokens == 0 or theta["weights"].shape[head.vocab_axis] == 0:
-        return _of_nothing(head, rows, given, direction, tokens)
+        return _of_nothing(head, rows, given)
+    if skip and not head.every:
+        nonzero = jnp.any(theta["token_weights"] != 0, 1)
+        counts = nonzero if counts is None else counts & nonzero
     if head.spread and isinstance(num_tokens, int):
-        chunks = every_nth(size, num_tokens)
-        theta, moving = ({n: _only(counts, v) if n in LOCAL else v for n, v in a.items()} for a in (theta, moving))
+        chunks = every_nth(plan.chunk, num_tokens)
+        theta, *directions = (
+            {n: _only(counts, v) if n in LOCAL else v for n, v in a.items()} for a in (theta, *directions)
+        )
     else:
-        chunks = in_a_row(size, num_tokens, counts)
-    # What the loop carries varies over the mesh from the start. Losses are the same on all devices of the classes.
-    zero, shared = zero_of((theta, moving, tokens)), zero_of(theta["token_weights"])
+        chunks = in_a_row(plan.chunk, num_tokens, counts)
+    # What the loop carries varies over the mesh from the start. Numbers are the same on all devices of the classes.
+    zero, shared = zero_of((theta, directions, tokens)), zero_of(theta["token_weights"])
     like = lambda name, x: x + (zero if name in SPLIT else shared).astype(x.dtype)
-    out = {name: like(name, jnp.zeros(theta[name].shape, wide)) for name in rows if name != "token_weights"}
-    losses = like("", jnp.zeros(num_tokens, wide))
-    statistics = jax.tree.map(lambda s: like("", s), _no_statistics(head, theta, tokens, wide))
-    theta, moving = ({n: v if n in LINEAR else like(n, v) for n, v in a.items()} for a in (theta, moving))
+    dtype = lambda name: wide if name != "x" or head.exact else given["x"].dtype
+    out = {n: like(n, jnp.zeros(theta[n].shape, dtype(n))) for n in rows if n != "token_weights"}
+    numbers = like("", jnp.zeros((num_tokens, head.columns), wide))
+    indices = like("", jnp.zeros(num_tokens, jnp.int32)) if head.columns > 1 and not directions else None
+    theta, *directions = ({n: v if n in LINEAR else like(n, v) for n, v in a.items()} for a in (theta, *directions))
 
     def step(carry):
-        j, losses, out, statistics = carry
-        block = _take(chunks, j, theta, moving, tokens)
-        here, sums, of_x, facts = _chunk(head, rows, theta, moving, is_gradient, block, out)
-        put = lambda whole, part: chunks.put(whole, j, part)
-        out = {name: put(out[name], of_x) if name == "x" else sums[name] for name in out}
-        return j + 1, put(losses, here), out, jax.tree.map(put, statistics, facts)
+        j, numbers, out, indices = carry
+        take = lambda arrays: {n: chunks.take(v, j) if n in LOCAL else v for n, v in arrays.items()}
+        constants = jax.tree.map(lambda row: chunks.take(row, j), tokens.rows), tokens.shared
+        work = _along(functools.partial(_chunk, head, rows, plan.slab, constants), list(map(take, directions)))
+        found, sums, index = work(take(theta), {n: v for n, v in out.items() if n != "x"})
+        put = lambda whole, part: chunks.put(whole, j, part.astype(whole.dtype))
+        out = {n: put(out[n], sums[n]) if n == "x" else sums[n] for n in out}
+        return j + 1, put(numbers, found), out, None if indices is None else put(indices, index)
 
-    carry = jnp.int32(0), losses, out, statistics
-    _, losses, out, statistics = lax.while_loop(lambda carry: carry[0] < jnp.asarray(chunks.steps), step, carry)
+    start = jnp.int32(0), numbers, out, indices
+    _, numbers, out, indices = lax.while_loop(lambda carry: carry[0] < jnp.asarray(chunks.steps), step, start)
     if chunks.order is None:
-        losses, statistics = jax.tree.map(lambda row: _only(counts, row), (losses, statistics))
+        numbers, indices = jax.tree.map(lambda row: _only(counts, row), (numbers, indices))
     if "token_weights" in rows:
-        out["token_weights"] = losses
-    out = {name: _added_up(head, name, out[name]).astype(given[name].dtype).reshape(given[name].shape) for name in rows}
-    return losses.reshape(shape), out, jax.tree.map(lambda row: row.reshape(shape), statistics)
+        out["token_weights"] = numbers[:, : theta["token_weights"].shape[1]]
+    return (
+        numbers.reshape(*shape, head.columns),
+        {n: _added_up(head, n, out[n], given[n]).reshape(given[n].shape) for n in rows},
+        None if indices is None else indices.reshape(shape),
+    )
 
 
-def _of_all(head: Head, arrays: Arrays) -> dict[str, Array]:
-    """The arrays by name, tokens in one axis, the weights with all their features, copies as one."""
+def _of_all(head: Head, arrays: Arrays, theta: Arrays) -> dict[str, Array]:
+    """The arrays by name, tokens in one axis, as they are multiplied, weights with all features, copies as one."""
     axes, out = head.axes, dict(arrays)
     for name, x in arrays.items():
+        if name in ("x", "weights"):
+            x = x.astype(head.operand_dtype(theta))
         if name in LOCAL:
-            out[name] = _flat(x, x.ndim - 1 if name == "x" else x.ndim)
+            x = _flat(x, x.ndim - 1)
         if name == "weights" and axes.gathered:
-            out[name] = lax.all_gather(x, axes.gathered, axis=1 - head.vocab_axis, tiled=True)
+            x = lax.all_gather(x, axes.gathered, axis=1 - head.vocab_axis, tiled=True)
         if axes.copies and name not in SPLIT:
-            out[name] = lax.pmean(x, axes.classes)
+            x = lax.pmean(x, axes.classes)
+        out[name] = x
     return out
 
 
-def _added_up(head: Head, name: str, row: Array) -> Array:
-    """The gradient in the argument `name`, of which each device has found a part, split as the argument is."""
-    axes = head.axes
+def _added_up(head: Head, name: str, row: Array, argument: Array) -> Array:
+    """The gradient in the argument `name`, of which each device has found a part, split and rounded as it is."""
+    axes, row = head.axes, row.astype(argument.dtype) if name in ("x", "weights") and not head.exact else row
     if axes.copies and name not in SPLIT:
-        return varying(row / lax.psum(1, axes.classes), frozenset(axes.classes))
-    if name != "weights" or not axes.gathered:
-        return total(row, axes.summed(name))
-    row = total(row, tuple(axis for axis in axes.tokens if axis not in axes.gathered))
-    return lax.psum_scatter(row, axes.gathered, scatter_dimension=1 - head.vocab_axis, tiled=True)
+        row = varying(row / lax.psum(1, axes.classes), frozenset(axes.classes))
+    elif name == "weights" and axes.gathered:
+        row = total(row, tuple(axis for axis in axes.tokens if axis not in axes.gathered))
+        row = lax.psum_scatter(row, axes.gathered, scatter_dimension=1 - head.vocab_axis, tiled=True)
+    else:
+        row = total(row, axes.summed(name))
+    return row.astype(argument.dtype)
 
 
-def _of_nothing(head: Head, rows, theta, direction, tokens: Tokens):
-    """The result where there is no token or no class: no gradient, and the loss of logits of no class."""
-    shape, wide = theta["token_weights"].shape, wide_dtype(theta)
+def total(x: Array, axes: tuple[str, ...]) -> Array:
+    """Σ over the devices of the mesh axes."""
+    return lax.psum(x, axes) if axes else x
+
+
+def _of_nothing(head: Head, rows, theta):
+    """The result where there is no token, or no class, so that no label is one."""
+    shape, wide = theta["token_weights"].shape[:-1], wide_dtype(theta)
+    numbers = jnp.full((*shape, head.columns), jnp.nan, wide)
     out = {name: jnp.zeros_like(theta[name]) for name in rows}
-    z = jnp.zeros((math.prod(shape), theta["weights"].shape[head.vocab_axis]), wide)
-    losses = jnp.zeros(shape, wide)
-    if direction is None and z.shape[0]:
-        losses = head.losses(head, z, (tokens.rows, tokens.shared), _options(theta)).reshape(shape)
-    if "token_weights" in rows:
-        out["token_weights"] = losses.astype(theta["token_weights"].dtype)
-    statistics = None
-    if head.statistics is not None:
-        zero, index = jnp.zeros(shape, wide), jnp.zeros(shape, jnp.int32)
-        statistics = TokenStatistics(zero - jnp.inf, index, zero, index > 0, zero)
-    return losses, out, statistics
-
-
-def _chunk_size(head: Head, theta: Arrays, is_gradient: bool) -> int:
-    """Tokens whose logits exist at once; derivatives of the gradient take three times as many arrays of them."""
-    arrays = head.arrays if is_gradient else 3 * head.arrays
-    if head.chunk_size is not None:
-        return max(1, head.chunk_size // arrays)
-    num_tokens, features = theta["x"].shape
-    vocab = theta["weights"].shape[head.vocab_axis]
-    size = num_tokens, features, vocab, wide_dtype(theta).itemsize
-    return max(1, budget.default_chunk(*size, arrays, _devices(head)))
-
-
-def _devices(head: Head) -> int:
-    """How many devices work on one sum."""
-    return lax.psum(1, head.axes.tokens + head.axes.classes)
+    return numbers, out, jnp.zeros(shape, jnp.int32) if head.columns > 1 else None
 
 
 def _flat(rows: Array, axes: int) -> Array:
@@ -159,116 +166,148 @@ def _only(counts: Array | None, rows: Array) -> Array:
     return jnp.where(counts.reshape(-1, *[1] * (rows.ndim - 1)), rows, jnp.zeros((), rows.dtype))
 
 
-def _no_statistics(head: Head, theta, tokens: Tokens, wide) -> Any:
-    """Zeros, one row per token."""
-    of = head.statistics
-    if of is None:
-        return None
-
-    def of_all():
-        z = jnp.zeros((theta["x"].shape[0], theta["weights"].shape[head.vocab_axis]), wide)
-        return of(head, z, (tokens.rows, tokens.shared), _options(theta))
-
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_all))
+# One chunk.
 
 
-# One chunk. Below, constants are the rows of the labels or of a teacher, and what the tokens share.
+def _chunk(head: Head, rows, slab: int, constants, theta: Arrays, sums: Arrays):
+    """Numbers of the tokens, what is known of F's gradient with this chunk, and indices."""
+    x, weights, a = theta["x"], theta["weights"], theta["token_weights"]
+    options = {name: value for name, value in theta.items() if name not in LINEAR}
+    z = logits(head, x, weights, theta.get("bias"))
+    facts, out = head.rule(head, z, constants, options), dict(sums)
+    g = _weighed(a[..., None], facts.gradients)
+    narrow = g.astype(x.dtype)
+    if "x" in rows:
+        out["x"] = _dot(head, narrow, weights, 1, head.vocab_axis)
+    if "weights" in rows:
+        operands = (x, narrow) if head.vocab_axis == 1 else (narrow, x)
+        out["weights"] = _plus_product((head.precision, head.vocab_axis, slab), sums["weights"], *operands)
+    if "bias" in rows:
+        out["bias"] = sums["bias"] + jnp.sum(g, 0)
+    for name in set(rows) & set(options):
+        out[name] = sums[name] + _of_option(head, name, z, constants, options, a, facts)
+    return jnp.stack(facts.numbers, 1), out, facts.index
 
 
-class Block(NamedTuple):
-    """One chunk's rows: the values and the direction of x and token_weights, and the constants."""
-
-    values: dict[str, Array]
-    moving: dict[str, Array]
-    constants: Any
-
-
-def _take(chunks: Chunks, j: Array, theta, moving, tokens: Tokens) -> Block:
-    wide = wide_dtype(theta)
-    local = lambda arrays: {n: chunks.take(arrays[n], j).astype(wide) for n in LOCAL if n in arrays}
-    rows = jax.tree.map(lambda row: chunks.take(row, j), tokens.rows)
-    return Block(local(theta), local(moving), (rows, tokens.shared))
+def _of_option(head: Head, name: str, z, constants, options, a, facts) -> Array:
+    """Σ a ∂l/∂option. The class weights come with the rule; the others are scalars, along which a derivative is one."""
+    if name == "class_weights":
+        return jnp.sum(a[:, :1] * facts.by_class, 0)
+    of = lambda value: head.rule(head, z, constants, {**options, name: value}).numbers
+    moved = jax.jvp(of, (options[name],), (jnp.ones_like(options[name]),))[1]
+    return jnp.sum(_weighed(a, moved))
 
 
-def _options(arrays: Arrays) -> dict[str, Array]:
-    return {name: value for name, value in arrays.items() if name not in LINEAR}
+def _weighed(a: Array, found: tuple[Array, ...]) -> Array:
+    """Σ_q a_q found_q over the numbers that have a weight."""
+    return functools.reduce(jnp.add, (a[:, q] * found[q] for q in range(a.shape[1])))
 
 
-def _chunk(head: Head, rows, theta, moving, is_gradient: bool, block: Block, out):
-    """Losses of one chunk, `out` with its contribution added, the rows of the gradient in x, and the statistics."""
-    work = _gradient if is_gradient else _gradient_along
-    losses, cotangents, by_option, statistics = work(head, rows, theta, moving, block)
-    out = {**out, **{name: out[name] + value.astype(out[name].dtype) for name, value in by_option.items()}}
-    if cotangents is not None:
-        weights, xs = [theta["weights"]], [block.values["x"]]
-        if not is_gradient:
-            weights, xs = [*weights, moving.get("weights")], [*xs, block.moving.get("x")]
-        if "x" in rows:
-            out["x"] = tied(jnp.zeros_like(xs[0]), (cotangents.arrays, weights))
-        out = add_products(head, out, cotangents, weights, xs, _devices(head))
-    return losses, out, out.get("x"), statistics
+def _along(work, directions):
+    """The derivative of a chunk along the directions, the last of which carries the sums."""
+    for direction in directions:
+        work = functools.partial(_one_along, work, direction)
+    return work
 
 
-def _gradient(head: Head, rows, theta, moving, block: Block):
-    """Losses, ∂F/∂z where it is wanted, the gradient in the options, statistics."""
-    options, sought, token_weights = _options(theta), _sought(rows), block.values["token_weights"]
-    z = _logits(head, block.values["x"], theta["weights"], theta.get("bias"))
-    statistics = None if head.statistics is None else head.statistics(head, z, block.constants, options)
-    if set(rows) <= {"token_weights"}:
-        return head.losses(head, z, block.constants, options), None, {}, statistics
-    if head.rule is not None and not sought:
-        return *head.rule(head, z, block.constants, options, token_weights), {}, statistics
-    losses, g, by_option = _by_plain_rules(head, block.constants, z, token_weights, options, sought)
-    return losses, Cotangents((g,)), by_option, statistics
+def _one_along(work, direction: Arrays, theta: Arrays, sums: Arrays):
+    of = lambda moving, sums: work({**theta, **moving}, sums)[:2]
+    start = {name: theta[name] for name in direction}, jax.tree.map(jnp.zeros_like, sums)
+    numbers, moved = jax.jvp(of, start, (dict(direction), dict(sums)))[1]
+    return numbers, moved, None
 
 
-def _sought(rows: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in rows if name not in LINEAR)
-
-
-def _by_plain_rules(head: Head, constants, z, token_weights, options, sought):
-    """Losses, G, and the gradient in the options that are sought."""
-    losses, pull = jax.vjp(
-        lambda z, sought: head.losses(head, z, constants, {**options, **sought}), z, {n: options[n] for n in sought}
-    )
-    return losses, *pull(token_weights)
-
-
-def _gradient_along(head: Head, rows, theta, moving, block: Block):
-    """The derivatives of what `_gradient` returns along `moving`; no statistics."""
-    options, sought = _options(theta), _sought(rows)
-    a, da = block.values["token_weights"], block.moving.get("token_weights")
-    z, dz = _logits_along(head, block, theta, moving)
-    if head.rule_along is not None and not sought and not _options(moving):
-        return *head.rule_along(head, z, dz, block.constants, options, a, da), {}, None
-    args = {"z": z, "token_weights": a, **options}
-    along = {"z": dz, "token_weights": da, **_options(moving)}
-    along = {name: t.astype(args[name].dtype) for name, t in along.items() if t is not None}
-
-    def of(moved):
-        full = {**args, **moved}
-        z, token_weights, rest = full["z"], full["token_weights"], {n: full[n] for n in options}
-        if set(rows) <= {"token_weights"}:
-            return head.losses(head, z, block.constants, rest), None, {}
-        return _by_plain_rules(head, block.constants, z, token_weights, rest, sought)
-
-    (_, g, _), (losses, dg, by_option) = jax.jvp(of, ({name: args[name] for name in along},), (along,))
-    return losses, None if g is None else Cotangents((dg, g)), by_option, None
-
-
-def _logits(head: Head, x: Array, weights: Array, bias: Array | None) -> Array:
-    z = times(head, x, weights)
+def logits(head: Head, x: Array, weights: Array, bias: Array | None) -> Array:
+    z = _dot(head, x, weights, 1, 1 - head.vocab_axis)
     return z if bias is None else z + bias.astype(z.dtype)[None, :]
 
 
-def _logits_along(head: Head, block: Block, theta, moving) -> tuple[Array, Array | None]:
-    """z and ż = ẋW + xẆ + ḃ; ż is None where nothing that moves reaches the logits."""
-    x, weights, terms = block.values["x"], theta["weights"], []
-    z = _logits(head, x, weights, theta.get("bias"))
-    if "x" in moving:
-        terms.append(_logits(head, block.moving["x"], weights, None))
-    if "weights" in moving:
-        terms.append(_logits(head, x, moving["weights"], None))
-    if "bias" in moving:
-        terms.append(jnp.broadcast_to(moving["bias"].astype(z.dtype)[None, :], z.shape))
-    return z, (sum(terms[1:], terms[0]) if terms else None)
+def _dot(head: Head, a: Array, b: Array, i: int, j: int) -> Array:
+    return _product(head.precision, a, b, i, j)
+
+
+def _product(precision, a: Array, b: Array, i: int, j: int) -> Array:
+    """Σ over the axis i of a and j of b, summed in at least float32."""
+    wide = dtypes.compute_dtype(a.dtype)
+    dimensions = (((i,), (j,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _plus_product(how: tuple, total: Array, a: Array, b: Array) -> Array:
+    """total + aᵀb; a slab of the classes at a time where XLA would hold a whole aᵀb beside the sum, on a CPU."""
+    precision, axis, size = how
+    vocab = total.shape[axis]
+    if size >= vocab:
+        return total + _product(precision, a, b, 0, 0)
+
+    def add(start, size, total):
+        part = [lax.dynamic_slice_in_dim(x, start, size, 1) if i == axis else x for i, x in enumerate((a, b))]
+        here = lax.dynamic_slice_in_dim(total, start, size, axis) + _product(precision, *part, 0, 0)
+        return lax.dynamic_update_slice_in_dim(total, here, start, axis)
+
+    whole = vocab // size
+    total = lax.fori_loop(0, whole, lambda j, total: add(j * size, size, total), total)
+    return add(whole * size, vocab - whole * size, total) if vocab % size else total
+
+
+@functools.partial(_plus_product.defjvp, symbolic_zeros=True)
+def _plus_product_jvp(how, primals, tangents):
+    (total, a, b), (out, da, db) = primals, tangents
+    out = jnp.zeros_like(total) if isinstance(out, SymbolicZero) else out
+    for x, y in ((da, b), (a, db)):
+        if not isinstance(x, SymbolicZero) and not isinstance(y, SymbolicZero):
+            out = _plus_product(how, out, x, y)
+    return _plus_product(how, total, a, b), out
+
+
+# Which tokens make a chunk.
+
+
+class Chunks(NamedTuple):
+    """The tokens that count, in chunks of `size`.
+
+    With an `order`, N indices of tokens followed by N for at least a chunk, a chunk takes `size` of them in a row.
+    Without one, the j-th of n chunks takes the tokens j, j + n, j + 2 n, …: so each device of a mesh over which XLA
+    divides the tokens finds its share of every chunk at home, where a run of tokens would be one device's.
+    """
+
+    size: int
+    steps: int | Array
+    order: Array | None
+
+    def take(self, x: Array, j: Array) -> Array:
+        """The rows of the j-th chunk, 0 where there is no further token."""
+        if self.order is None:
+            return lax.dynamic_index_in_dim(self._split(x), j, 1, keepdims=False)
+        return x.at[self._in_a_row(self.order, j)].get(mode="fill", fill_value=0)
+
+    def put(self, x: Array, j: Array, rows: Array) -> Array:
+        """x with the rows of the j-th chunk replaced."""
+        if self.order is None:
+            return lax.dynamic_update_index_in_dim(self._split(x), rows, j, 1).reshape(x.shape)
+        return x.at[self._in_a_row(self.order, j)].set(rows, mode="drop")
+
+    def _in_a_row(self, order: Array, j: Array) -> Array:
+        return lax.dynamic_slice_in_dim(order, j * self.size, self.size)
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(self.size, self.steps, *x.shape[1:])
+
+
+def in_a_row(size: int, num_tokens: int, counts: Array | None) -> Chunks:
+    """Chunks of the tokens that count, all of them without a mask; how many chunks is then known beforehand."""
+    none = jnp.asarray(num_tokens, jnp.int32)
+    order = jnp.minimum(jnp.arange(num_tokens + size, dtype=jnp.int32), none)
+    if counts is None:
+        return Chunks(size, -(-num_tokens // size), order)
+    count = jnp.sum(counts, dtype=jnp.int32)
+    place = jnp.where(counts, jnp.cumsum(counts, dtype=jnp.int32) - 1, none + size)
+    chosen = jnp.full_like(order, none).at[place].set(order[:num_tokens], mode="drop")
+    return Chunks(size, -(-count // size), chosen)
+
+
+def every_nth(size: int, num_tokens: int) -> Chunks:
+    """Chunks of the largest size up to `size` that divides the number of tokens."""
+    size = next(c for c in range(max(1, min(size, num_tokens)), 0, -1) if num_tokens % c == 0)
+    return Chunks(size, num_tokens // size, None)

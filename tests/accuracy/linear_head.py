@@ -16,7 +16,8 @@ import numpy as np
 from mpmath import mp, mpf
 
 import jaxsoftmax as js
-from jaxsoftmax.linear_head import budget
+from jaxsoftmax.linear_head import stream
+from jaxsoftmax.linear_head.plan import Plan
 from tests.registry import formulas as exact
 
 FEATURES, TEMPERATURE = 4, 2.0
@@ -163,6 +164,6 @@ def results(name: str, given: Problem, dtype: str, jit: bool) -> dict[str, np.nd
     _, call = HEADS[name]
     cast = lambda x: jnp.asarray(x.astype(jnp.dtype(dtype)))
     args, target = tuple(cast(getattr(given, n)) for n in ARGUMENTS), (cast(given.target_x), cast(given.target_weights))
-    with mock.patch.object(budget, "default_chunk", lambda *_: 3):
+    with mock.patch.object(stream, "plan", lambda *_: Plan(3, 10**9)):
         found = (compiled(name) if jit else call)(args, jnp.asarray(given.labels, jnp.int32), target)
     return {name: np.asarray(x) for name, x in found.items()}

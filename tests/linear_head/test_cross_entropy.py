@@ -15,6 +15,7 @@ from jaxsoftmax.linear_head import (
     linear_softmax_cross_entropy_with_statistics,
     linear_softmax_kl_divergence,
 )
+from jaxsoftmax.linear_head.plan import Plan
 from tests.helpers import one_in, shard_map
 
 N, D, V, CHUNK = 7, 3, 11, 3  # ragged: two whole chunks and one token
@@ -197,7 +198,7 @@ def test_differentiable_in_options(name, x64):
 
 def test_slabs(monkeypatch, x64):
     """Slabs of 4 columns: two whole ones and a rest of 3."""
-    monkeypatch.setattr("jaxsoftmax.linear_head.budget.slab_size", lambda *_: 4)
+    monkeypatch.setattr("jaxsoftmax.linear_head.stream.plan", lambda *_: Plan(CHUNK, 4))
     args, labels, _ = arguments()
     got, wanted = (jax.jit(jax.grad(scalar(head, labels), (0, 1)))(*args) for head in (fused, full))
     assert_close(got, wanted)

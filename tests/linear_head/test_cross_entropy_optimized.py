@@ -41,14 +41,18 @@ def test_digits_of_a_sure_model():
     np.testing.assert_allclose(gradient, [[-exact, exact]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("precision,bound", [(None, 1.5), ("highest", 1.001)])
 @pytest.mark.parametrize("std", [1.0, 4.0])
-def test_bfloat16(std):
-    """The gradient is as good as the exact one, rounded to bfloat16: accumulated in float32, rounded once."""
+def test_bfloat16(std, precision, bound):
+    """Sums in float32, rounded once: with float32 products as good as the exact gradient, rounded to bfloat16.
+
+    By default the gradient in the logits is rounded as well, an error of the same size again: √2 of it in all.
+    """
     keys = jax.random.split(jax.random.key(2), 3)
     x = jax.random.normal(keys[0], (64, 32)).astype(jnp.bfloat16)
     weights = (std * jax.random.normal(keys[1], (32, 301)) / 32**0.5).astype(jnp.bfloat16)
     labels = jax.random.randint(keys[2], (64,), 0, 301)
-    loss = functools.partial(linear_softmax_cross_entropy_loss, chunk_size=24)
+    loss = functools.partial(linear_softmax_cross_entropy_loss, chunk_size=24, precision=precision)
     value, (dx, dw) = jax.jit(jax.value_and_grad(lambda x, w: loss(x, labels, w), (0, 1)))(x, weights)
     assert value.dtype == jnp.float32 and dx.dtype == dw.dtype == jnp.bfloat16
     f64 = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
@@ -57,7 +61,7 @@ def test_bfloat16(std):
     g = p / p.sum(1, keepdims=True) - np.eye(301)[np.asarray(labels)]
     for got, wanted in ((dx, g @ f64(weights).T), (dw, f64(x).T @ g)):
         rounded = f64(jnp.asarray(wanted, jnp.float32).astype(jnp.bfloat16))
-        assert np.linalg.norm(f64(got) - wanted) <= 1.001 * np.linalg.norm(rounded - wanted)
+        assert np.linalg.norm(f64(got) - wanted) <= bound * np.linalg.norm(rounded - wanted)
 
 
 def products(f, *args):
@@ -116,7 +120,7 @@ def test_memory_of_a_large_vocabulary(vocab_axis):
 
 @pytest.mark.parametrize("size", [(4096, 16, 1000), (4, 16, 20_000), (4096, 16, 10**7), (0, 16, 100), (7, 0, 0)])
 def test_chunks(size):
-    """Nearly equal, no fewer than 64 tokens, and no more than saturate."""
+    """Nearly equal, no fewer than 32 tokens, and no more than saturate."""
     chunk = default_chunk_size(*size)
-    assert min(64, max(1, size[0])) <= max(chunk, 1) <= 512
+    assert min(32, max(1, size[0])) <= max(chunk, 1) <= 512
     assert chunk <= max(1, size[0]) and -(-max(1, size[0]) // max(1, chunk)) * chunk - size[0] < max(8, chunk)

@@ -1,0 +1,223 @@
+"""What is static in a linear head, and how its tokens are cut into chunks.
+
+A chunk of C tokens takes 6 C D V operations and passes once over the gradient of the weights, 8 D V bytes in float32,
+whatever C. While the product xᵀG takes 2 C D V operations, those bytes are hidden if C is at least four times what the
+machine computes per byte that it moves: 295 on an H100, 240 on a TPU v5e, 560 on a v6e. So there a chunk has 2048
+tokens, fewer only where their logits would take more than 2 GiB. A CPU needs fewer, and has less to give: 64 MiB.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.class_axis import ClassAxis
+
+Arrays = Mapping[str, Array]
+MeshAxes = str | Sequence[str] | None
+Precision = str | lax.Precision | None
+
+TOKENS, LOGITS, LEAST = 2048, 2 << 30, 256  # of a chunk on an accelerator: tokens, bytes of its logits, least tokens
+CPU_TOKENS, CPU_BYTES, CPU_LEAST = 512, 64 << 20, 64
+SLAB_BYTES = 4 << 20  # of the part of ∂F/∂W that a CPU makes at once
+ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
+MANY = 1 << 30
+
+
+class Axes(NamedTuple):
+    """Axes of the mesh, inside a `shard_map`, over whose devices F is one sum.
+
+    Attributes:
+      tokens: each device has its own tokens.
+      classes: each device has its block of the classes, and the same tokens.
+      gathered: those of `tokens` that split the features of the weights as well.
+      copies: whether every argument is one of its own on each device of `classes`, x and the options too: F then
+        depends on the mean of the token weights and options, and the gradients stay in parts.
+    """
+
+    tokens: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
+    copies: bool = False
+
+    def summed(self, name: str) -> tuple[str, ...]:
+        """Axes over which what the devices find for the gradient in the argument `name` is to be added up."""
+        if name == "x":
+            return () if self.copies else self.classes
+        return () if name == "token_weights" else self.tokens
+
+
+class Head(NamedTuple):
+    """What is static in a linear head: how logits become numbers per token, and how the work is divided.
+
+    Attributes:
+      rule: rule(head, z, constants, options) -> `rows.Facts` of the logits of a chunk.
+      columns: how many numbers it finds per token, beside indices.
+      vocab_axis: the classes' axis in the weights.
+      chunk_size: what the caller chose, or None.
+      precision: of the matrix products.
+      every: whether the token weights are 1: how many tokens count is then known beforehand.
+      spread: whether XLA is to divide the tokens of each chunk, and the classes.
+      layout: how the arguments lie on a mesh, outside of a `shard_map`.
+      axes: inside of one.
+    """
+
+    rule: Callable[..., Any]
+    columns: int
+    vocab_axis: int
+    chunk_size: int | None = None
+    precision: Precision = None
+    every: bool = False
+    spread: bool = False
+    layout: Any = None
+    axes: Axes = Axes()
+
+    @property
+    def class_axis(self) -> Any:
+        """Of arrays (C, V)."""
+        return ClassAxis((1,), self.axes.classes) if self.axes.classes else 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the products are to be those of numbers in the loss's dtype."""
+        return self.precision is not None and self.precision not in ("default", "bfloat16", lax.Precision.DEFAULT)
+
+    def operand_dtype(self, arrays: Arrays) -> jnp.dtype:
+        """What x, the weights and ∂F/∂z are multiplied in."""
+        if self.exact:
+            return wide_dtype(arrays)
+        found = {arrays[name].dtype for name in ("x", "weights")}
+        found = {d if jnp.finfo(d).bits >= 16 else jnp.dtype(jnp.bfloat16) for d in found}
+        return found.pop() if len(found) == 1 else wide_dtype(arrays)
+
+
+class Tokens(NamedTuple):
+    """The tokens' constants: arrays with one row per token, which of the tokens count, and what they share."""
+
+    rows: Any
+    valid: Array | None
+    shared: Any = None
+
+
+def wide_dtype(arrays: Arrays) -> jnp.dtype:
+    """The dtype of logits, losses and sums."""
+    found = (arrays[n] for n in ("x", "weights", "bias") if n in arrays)
+    return dtypes.compute_dtype(dtypes.common_dtype(*found))
+
+
+class Plan(NamedTuple):
+    """Tokens whose logits exist at once, and classes whose part of ∂F/∂W is made at once."""
+
+    chunk: int
+    slab: int
+
+
+def plan(platform: str, num_tokens, features: int, vocab: int, itemsize: int, order: int = 1, devices: int = 1) -> Plan:
+    """The plan of a platform, "cpu" or any other, for a pass of the given order of derivatives.
+
+    A CPU has two arrays of a chunk's logits at once, and five for a derivative of the gradient. The direction and the
+    result of that have the size of the weights each, so there, and devices of a CPU share its memory, the budget grows
+    to the two of them, up to a quarter of all logits.
+    """
+    if not isinstance(num_tokens, int):  # a symbolic size: chunks that suit many tokens
+        num_tokens = MANY
+    token = itemsize * max(vocab, 1)
+    if platform != "cpu":
+        return Plan(_equal_chunk(num_tokens, min(TOKENS, max(LOGITS // (min(order, 2) * token), LEAST))), vocab)
+    slab = min(vocab, max(256, SLAB_BYTES // (itemsize * (features + CPU_TOKENS))))
+    budget, arrays = CPU_BYTES // devices, 2 if order < 2 else 5
+    if order > 1:
+        budget = max(budget, token * min(2 * features, num_tokens // 4))
+    fits = (budget - itemsize * features * slab) // (arrays * token + itemsize * (slab + 3 * features))
+    return Plan(_equal_chunk(num_tokens, min(CPU_TOKENS, max(fits, CPU_LEAST // arrays))), slab)
+
+
+def _equal_chunk(num_tokens: int, most: int) -> int:
+    """Tokens per chunk, at most `most`, so that the last chunk is nearly full."""
+    most = max(1, min(most, num_tokens))
+    if most < ALIGNMENT:
+        return most
+    each = -(-num_tokens // -(-num_tokens // most))
+    return min(most // ALIGNMENT * ALIGNMENT, -(-each // ALIGNMENT) * ALIGNMENT)
+
+
+def default_chunk_size(
+    num_tokens: int, features: int, vocab: int, itemsize: int = 4, platform: str | None = None
+) -> int:
+    """Tokens per chunk that `chunk_size=None` takes for value and gradient, decided where the program is lowered.
+
+    On an accelerator min(2048, 2 GiB / (itemsize V)), at least 256; for derivatives of the gradient, whose logits count
+    twice, min(2048, 1 GiB / (itemsize V)). On a CPU at most 512, what 64 MiB hold, but at least 32. Then so that chunks
+    are of nearly equal size.
+
+    Args:
+      num_tokens: N.
+      features: D.
+      vocab: V.
+      itemsize: bytes of one logit.
+      platform: "cpu", "cuda", "tpu", …; None for the one that JAX computes on here.
+
+    Returns:
+      The number of tokens, at least 1.
+
+    Example:
+      >>> from jaxsoftmax import linear_head
+      >>> linear_head.default_chunk_size(num_tokens=8192, features=4096, vocab=128256, platform="tpu")
+      2048
+
+    Reference: docs/mathematics.md, section 6.
+    """
+    return _checked_plan(num_tokens, features, vocab, itemsize, platform).chunk
+
+
+def predict_temp_bytes(
+    num_tokens: int,
+    features: int,
+    vocab: int,
+    chunk_size: int | None = None,
+    itemsize: int = 4,
+    platform: str | None = None,
+) -> int:
+    """Peak temporary bytes of value and gradient in float32, beside arguments and gradients: a chunk's logits.
+
+    itemsize C (V + 3 D); on a CPU, which keeps two arrays of a chunk's logits and makes S classes of the gradient of
+    the weights at once, itemsize (C (2 V + 3 D) + S D). Narrower x and weights need, on top, the gradient of the
+    weights in float32, 4 D V.
+
+    Args:
+      num_tokens: N.
+      features: D.
+      vocab: V.
+      chunk_size: C; None for `default_chunk_size`.
+      itemsize: bytes of one logit.
+      platform: as in `default_chunk_size`.
+
+    Returns:
+      The number of bytes, within 25 % of the compiled program's `memory_analysis()` where the logits of a chunk, or
+      what is made of the gradient at once, are the most of it.
+
+    Example:
+      >>> from jaxsoftmax import linear_head
+      >>> linear_head.predict_temp_bytes(2048, 512, 32768, chunk_size=128, platform="cpu") >> 20
+      34
+
+    Reference: docs/mathematics.md, section 6.
+    """
+    platform = jax.default_backend() if platform is None else platform
+    chunk, slab = _checked_plan(num_tokens, features, vocab, itemsize, platform)
+    if chunk_size is not None:
+        chunk = min(checks.at_least("chunk_size", chunk_size, 1), num_tokens)
+    rows = chunk * (vocab + 3 * features)
+    if platform != "cpu":
+        return itemsize * rows
+    return itemsize * (rows + chunk * vocab + (slab * features if slab < vocab else 0))
+
+
+def _checked_plan(num_tokens, features, vocab, itemsize, platform) -> Plan:
+    for name, size in {"num_tokens": num_tokens, "features": features, "vocab": vocab}.items():
+        checks.at_least(name, size, 0)
+    checks.at_least("itemsize", itemsize, 1)
+    return plan(jax.default_backend() if platform is None else platform, num_tokens, features, vocab, itemsize)
