@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from jaxsoftmax.attention import dot_product_attention
 from jaxsoftmax.linear_head import (
     TokenStatistics,
     linear_softmax_cross_entropy_loss,
@@ -61,6 +62,7 @@ __all__ = [
     "TokenStatistics",
     "brier_loss",
     "convex_kl_divergence",
+    "dot_product_attention",
     "entmax",
     "entmax15",
     "entmax_loss",
