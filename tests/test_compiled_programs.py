@@ -15,10 +15,23 @@ WIDE, MIDDLE, LONG = rows.SIZES
 
 # Chip, function, mode, size, dtype; kernels and passes at most. On TPU a kernel costs nothing of its own: passes alone.
 PROGRAMS = [
-    ("h100", "integer_labels", "VJP", MIDDLE, "float32", 6, 4.1),
+    ("h100", "softmax", "value", MIDDLE, "float32", 1, 2.01),
+    ("h100", "softmax", "VJP", MIDDLE, "float32", 1, 3.01),
+    ("h100", "softmax", "HVP", MIDDLE, "float32", 1, 4.01),
+    ("h100", "log_softmax", "value", MIDDLE, "float32", 1, 2.01),
+    ("h100", "log_softmax", "HVP", MIDDLE, "float32", 1, 4.01),
+    ("h100", "softmax_where", "HVP", MIDDLE, "float32", 1, 4.3),
+    ("h100", "logsumexp", "VJP", MIDDLE, "float32", 1, 2.01),
     ("h100", "integer_labels", "VJP", MIDDLE, "bfloat16", 6, 4.1),
-    ("v5e", "softmax", "value", LONG, "float32", None, 4.1),
-    ("v5e", "integer_labels", "VJP", LONG, "float32", None, 4.1),
+    ("h100", "poly", "value", WIDE, "float32", 1, 2.1),
+    ("h100", "poly", "VJP", WIDE, "float32", 1, 3.1),
+    ("h100", "poly", "HVP", WIDE, "float32", 1, 4.1),
+    ("h100", "focal", "VJP", WIDE, "float32", 5, 4.4),
+    ("h100", "generalized_kl", "JVP", WIDE, "float32", 1, 3.1),
+    ("h100", "entmax15", "value", WIDE, "float32", 3, 3.1),
+    ("v5e", "softmax", "value", LONG, "float32", None, 4.01),
+    ("v5e", "softmax", "VJP", MIDDLE, "float32", None, 7.01),
+    ("v5e", "integer_labels", "VJP", LONG, "float32", None, 4.01),
 ]
 
 
@@ -27,7 +40,9 @@ def measured(chip: str, name: str, mode: str, size: tuple[int, ...], dtype: str)
     (pair,) = rows.names((name,))
     args = pair.arguments(size, dtype, *pair.kinds)
     call, inputs = rows.in_mode(pair.ours, mode, args, pair.wrt)
-    return chips.measure(call, *inputs, chip=chip), args[0].size * args[0].dtype.itemsize
+    return chips.measure(call, *inputs, chip=chip, rounds=pair.rounds(chip, size)), args[0].size * args[
+        0
+    ].dtype.itemsize
 
 
 @pytest.mark.parametrize("chip, name, mode, size, dtype, kernels, passes", PROGRAMS)
