@@ -91,7 +91,10 @@ FUSED = 4096  # XLA's CPU backend makes one kernel of sums over classes and what
 
 
 def _leave_top_out_on_cpu(z, m, axis):
-    """Both sums as one, over an axis of length 2 before that of the classes, so that e is not kept for a second one."""
+    """Both sums as one, over an axis of length 2 before that of the classes, so that e is not kept for a second one.
+
+    Slower: e kept or m apart (logsumexp 4 to 7 times jax.nn's), one reduction of a pair (4), `lax.cond` (2).
+    """
     if not isinstance(m.size, int) or m.size >= FUSED:  # a symbolic size may be as large
         return _leave_top_out(z, m, axis)
     e = jnp.exp(shift_on_cpu(z, m))
@@ -103,7 +106,11 @@ def _leave_top_out_on_cpu(z, m, axis):
 
 
 def total(e: Array, known: Array, axes: tuple[int, ...]) -> Array:
-    """Σe, by what is `known` of it on a CPU, where each sum costs time; on a GPU no kernel waits for that."""
+    """Σe, by what is `known` of it on a CPU, where each sum costs time; on a GPU no kernel waits for that.
+
+    For integer labels it is Σ_{others} e + e_label: on an H100 their VJP and HVP took 1.1 and 1.5 of optax's, and 0.4
+    with a sum of its own.
+    """
     return lax.platform_dependent(
         e, known, cpu=lambda _, known: known, default=lambda e, _: jnp.sum(e, axes, keepdims=True)
     )
