@@ -17,6 +17,7 @@ ROOMS = {
     "operators": "Operators",
     "losses": "Losses",
     "linear_head": "The linear head",
+    "attention": "Attention",
     "matrix_calculus": "Matrix calculus",
     "network": "Networks by hand",
     "curvature": "Curvature",

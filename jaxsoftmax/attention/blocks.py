@@ -40,7 +40,7 @@ AXES = {
 BUDGET = 456 << 20  # bytes of one float32 array of a block's logits
 LEAST = 128  # queries of a block, whatever the budget says
 EXTENTS = 10  # how many numbers of keys the blocks of a causal call may have, each a loop to compile
-HIGHER = 4  # derivatives of derivatives hold so many times as many arrays of logits
+HIGHER = 2  # derivatives of derivatives hold so many times as many arrays of logits
 
 
 class Group(NamedTuple):

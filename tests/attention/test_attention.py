@@ -179,7 +179,7 @@ def test_nothing_comes_from_behind_a_mask(bad):
     assert np.isnan(f(q, k.at[:, 3].set(bad), v)[:, :15]).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_as_jax_nn(dtype):
     q, k, v, g = arguments(dtype)
     options = {"is_causal": True, "key_value_seq_lengths": jnp.array([17, 5], jnp.int32), "return_residual": True}
@@ -276,7 +276,7 @@ def test_half_precision_of_second_order():
     wanted = jax.jit(gradient_of_tangent)(*(x.astype(jnp.float32) for x in arrays))
     for a, b in zip(got, wanted):
         assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=float(jnp.finfo(a.dtype).eps * abs(b).max()))
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=float(jnp.finfo(a.dtype).eps) * float(abs(b).max()))
 
 
 def test_memory_and_what_is_kept(monkeypatch):

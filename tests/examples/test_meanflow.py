@@ -1,0 +1,21 @@
+"""The MeanFlow example: the loss falls, and there is a picture."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the framework, on other JAX versions than its own
+def test_meanflow_learns(tmp_path):
+    pytest.importorskip("equinox")
+    path = tmp_path / "meanflow.svg"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the framework's own
+        losses = importlib.import_module("meanflow").main(["--steps", "60", "--picture", str(path)])
+    assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:4])
+    assert path.stat().st_size > 1000
