@@ -72,7 +72,7 @@ class Plan:
         """Queries of a block."""
         most = max(LEAST, BUDGET // max(1, self.per_query)) // (1 if level < 2 else HIGHER)
         if self.window is not None:
-            most = min(most, max(LEAST, sum(self.window) // 2))
+            most = min(most, max(LEAST, sum(self.window)))
         if most >= self.queries:
             return self.queries
         blocks = -(-self.queries // max(8, most))

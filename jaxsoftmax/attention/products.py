@@ -16,8 +16,6 @@ from jax.custom_derivatives import SymbolicZero
 from jaxsoftmax._core.dtypes import compute_dtype
 from jaxsoftmax._linear_map import linear_map
 
-__all__ = ["Products"]
-
 # With the queries' axes in the order of the logits', which XLA would otherwise transpose.
 EINSUM = {"logits": "bkgth,bskh->bkgts", "rows": "bkgts,bskh->bkgth", "keys": "bkgts,bkgth->bskh"}
 
