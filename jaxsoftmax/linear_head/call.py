@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import mesh_axes, varying
@@ -13,6 +13,7 @@ from jaxsoftmax.linear_head.derivatives import value_and_gradient, weighted_sum
 from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Tokens, wide_dtype
 from jaxsoftmax.linear_head.stream import total
 
+PRECISIONS = "default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32"
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -54,11 +55,14 @@ def _as_array(name: str, x) -> Array:
     return x
 
 
-def checked(reduction: str, chunk_size: int | None) -> None:
+def checked(reduction: str, chunk_size: int | None, precision) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if chunk_size is not None:
         checks.at_least("chunk_size", chunk_size, 1)
+    if not (precision is None or isinstance(precision, lax.Precision) or precision in PRECISIONS):
+        names = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}")
 
 
 def split_by(axis_name: MeshAxes) -> Axes:

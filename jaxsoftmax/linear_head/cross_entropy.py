@@ -265,7 +265,7 @@ def _prepared(
     if ignore_index is not None:
         valid = ~num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         known = jnp.where(valid, known, 0)
-    checked(reduction, chunk_size)
+    checked(reduction, chunk_size, precision)
     head = Head(rows.of_labels, 1, axis, chunk_size, precision, token_weights is None, axes=axes)
     return theta, head, Tokens(known, valid)
 

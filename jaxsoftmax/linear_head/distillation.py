@@ -106,7 +106,7 @@ def linear_softmax_kl_divergence(
     if target_softcap is not None:
         shared["target_softcap"] = jnp.asarray(checks.positive("target_softcap", target_softcap), wide)
     tokens = jax.tree.map(lax.stop_gradient, Tokens(target_x, None, shared))
-    checked(reduction, chunk_size)
+    checked(reduction, chunk_size, precision)
     rule = _rule(beta)
     head = Head(rule, 1, axis, chunk_size, precision, token_weights is None, axes=split_by(axis_name))
     return evaluate(head, reduction, theta, tokens, token_axes, class_axes)[0]

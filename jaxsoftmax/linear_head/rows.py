@@ -75,7 +75,11 @@ def _moments_plainly(u: Array) -> tuple[Array, Array]:
 
 def _along_plainly(axis, u: Array, du: Array) -> tuple[Array, ...]:
     m, s = moments(u, axis)
-    at_top = num.take_class(du, num.class_argmax(u, m, axis), axis)
+    if isinstance(axis, num.ClassAxis):
+        top = num.class_argmax(u, m, axis)
+    else:  # its argmax, inside a linear map, is one that shard_map of JAX 0.6.0 does not follow
+        top = jnp.min(jnp.where(u == m, num.class_index(u, axis), u.shape[1]), 1, keepdims=True)
+    at_top = num.take_class(du, top, axis)
     return m, s, at_top, num.class_sum(jnp.exp(num.shift(u, m)) * (du - at_top), axis)
 
 
@@ -173,12 +177,14 @@ def _with_options(head: Head, u: Array, d: Distribution, options: Arrays, labels
         by_class = jnp.where(num.class_index(u, axis) == labels, loss, 0.0)
         loss, of_u = of_label * loss, of_label * of_u
     if smooth is not None:
-        exists = u > -jnp.inf
-        count = jnp.maximum(num.class_sum(exists.astype(u.dtype), axis), 1)
-        target = jnp.where(exists, (1.0 if weights is None else weights) / count, 0.0)
-        mass, below = num.class_sum(target, axis), jnp.where(exists, -d.v, 0.0)
-        infinite = jnp.where((d.m == jnp.inf) & (count > 1), jnp.inf, 0.0)
-        loss = loss + smooth * (mass * d.log_total + num.class_sum(target * below, axis) + infinite)
+        exists, each = u > -jnp.inf, 1.0 if weights is None else weights
+        below = jnp.where(exists, -d.v, 0.0)
+        there = jnp.where(exists, each, 0.0).astype(u.dtype)
+        # Three sums that need nothing of each other: one kernel.
+        count, mass, soft = (num.class_sum(x, axis) for x in (exists.astype(u.dtype), there, there * below))
+        count = jnp.maximum(count, 1)
+        mass, target, infinite = mass / count, there / count, jnp.where((d.m == jnp.inf) & (count > 1), jnp.inf, 0.0)
+        loss = loss + smooth * (mass * d.log_total + soft / count + infinite)
         of_u = of_u + smooth * (mass * d.probs - target)
         if by_class is not None:
             by_class = by_class + smooth * jnp.where(exists, (d.log_total + below) / count, 0.0)

@@ -7,6 +7,7 @@ import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax.curvature import damped_solve
+from jaxsoftmax.linear_head import linear_softmax_log_probs
 from tests.helpers import enable_x64, one_in
 from tests.registry import CASES, HEADS
 from tests.wrong_calls import (
@@ -64,6 +65,7 @@ LINEAR = {
     "z_loss": (0.1, NUMBER),
     "logit_softcap": (30.0, (*POSITIVE[:3], 0.0, -1.0, float("nan"))),
     "chunk_size": (1, COUNT),
+    "precision": ("highest", ("exact", 3)),
     "vocab_axis": (-1, (2, 0.5, "x")),
     "token_axes": (None, MESH_AXIS),
     "class_axes": (None, MESH_AXIS),
@@ -133,12 +135,21 @@ CALLS = {
     js.softcap_logits: {"logits": (Z, LOGITS), "cap": (30.0, POSITIVE)},
     js.linear_softmax_cross_entropy_loss: LINEAR,
     js.linear_softmax_cross_entropy_with_statistics: LINEAR,
+    linear_softmax_log_probs: {
+        name: given
+        for name, given in (LINEAR | {"temperature": (2.0, POSITIVE)}).items()
+        if name not in ("reduction", "token_weights", "label_smoothing", "class_weights", "z_loss")
+    },
     js.linear_softmax_kl_divergence: {
         **{name: LINEAR[name] for name in ("x", "weights", "bias", "reduction", "token_weights", "chunk_size")},
         "target_x": (V, (*LOGITS, 1.0)),
         "target_weights": (W, (*NOT_NUMBERS, 1j * W, W[1:], W[:, 1:])),
         "target_bias": LINEAR["bias"],
         "temperature": (2.0, POSITIVE),
+        "beta": (0.5, (*NUMBER, -0.1, 1.5)),
+        "logit_softcap": LINEAR["logit_softcap"],
+        "target_softcap": LINEAR["logit_softcap"],
+        "precision": LINEAR["precision"],
         **{name: LINEAR[name] for name in ("vocab_axis", "axis_name", "token_axes", "class_axes")},
     },
     js.weighted_mean: {"losses": (Z, LOGITS), "weights": (V, SOFT), "normalizer": (V, TARGETS)},
