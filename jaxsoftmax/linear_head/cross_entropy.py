@@ -230,6 +230,7 @@ def linear_softmax_log_probs(
 
     Reference: docs/mathematics.md, section 6.
     """
+    checks.positive("temperature", temperature)
     theta, head, tokens = _prepared(
         x, labels, weights, bias, None, 0.0, None, ignore_index, 0.0, logit_softcap,
         temperature, "none", chunk_size, precision, vocab_axis, axis_name,

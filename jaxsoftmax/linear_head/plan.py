@@ -83,12 +83,7 @@ class Head(NamedTuple):
     @property
     def exact(self) -> bool:
         """Whether the products are to be those of numbers in the loss's dtype."""
-        return self.precision is not None and self.precision not in (
-            "default",
-            "fastest",
-            "bfloat16",
-            lax.Precision.DEFAULT,
-        )
+        return self.precision not in (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT)
 
     def operand_dtype(self, arrays: Arrays) -> jnp.dtype:
         """What x, the weights and ∂F/∂z are multiplied in."""
