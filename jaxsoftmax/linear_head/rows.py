@@ -128,8 +128,10 @@ class Distribution(NamedTuple):
 
 def distribution(u: Array, axis: num.Axis) -> Distribution:
     m, s = moments(u, axis)
-    limit = lax.stop_gradient(m)  # where m is finite, neither of these depends on it
-    return Distribution(m, s, num.one_infinity(1 + s, limit), num.log_total(s, limit), num.shift(u, m))
+    limit = lax.stop_gradient(m)  # where m is finite, the total does not depend on it
+    total = num.one_infinity(1 + s, limit)
+    undefined = lax.stop_gradient(total - total)  # NaN where the softmax has no limit
+    return Distribution(m, s, total, jnp.log1p(s) + undefined, num.shift(u, m))
 
 
 def prepared(z: Array, options: Arrays, cap: str = "logit_softcap") -> tuple[Array, Array | float]:
