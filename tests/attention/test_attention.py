@@ -217,6 +217,7 @@ def test_export():
     np.testing.assert_allclose(got, gradient(q, k, v), atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="argmax does not lower in the shard_map of JAX 0.6.0")
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (3, 1)}])
 def test_sequence_split_over_a_mesh(options):
     q, k, v, g = (x[:, :16] for x in arguments(jnp.float32))
