@@ -102,16 +102,13 @@ def dot_product_attention(
         args["bias"] = _of_logits("bias", checks.as_real("bias", bias, q.dtype), logits, groups)
     if mask is not None:
         constants["mask"] = _of_logits("mask", _as_mask(mask), logits, groups)
-    masked = is_causal or window is not None or len(constants) > 0
+    by_arrays = not constants.keys() <= {"first"}  # masks, lengths, segments
+    masked = is_causal or window is not None or by_arrays
     if window is not None and is_causal:
         window = window[0], 0
     plan = Plan(*logits[2:], 4 * math.prod(logits) // max(1, queries), is_causal and not names, window)
     uneven = queries if masked and plan.is_uneven else None
-    empties = (
-        bias is not None
-        or not constants.keys() <= {"first"}
-        or (window is not None and queries > logits[3] + window[0])
-    )
+    empties = bias is not None or by_arrays or (window is not None and queries > logits[3] + window[0])
     body = Attention(q.dtype, float(scale), softcap, is_causal, window, uneven, masked, empties, return_residual)
     out = _evaluate(body, plan, args, constants)
     result = out["out"].reshape(batch, queries, heads, width)

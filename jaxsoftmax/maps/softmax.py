@@ -318,8 +318,13 @@ logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 def _signed_logsumexp(a: Array, b: Array, axis: num.Axis) -> tuple[Array, Array]:
     a = jnp.where(b == 0, -jnp.inf, a)
     m = num.class_max(a, axis)
-    total = num.class_sum(b * jnp.exp(num.shift(a, m)), axis)
+    total = num.class_sum(b * jnp.exp(num.shift(a, _or_zero(m))), axis)
     return m + jnp.log(jnp.abs(total)), jnp.sign(total)
+
+
+def _or_zero(m: Array) -> Array:
+    """m, and 0 over no term, where m = -inf."""
+    return jnp.where(m == -jnp.inf, 0.0, m)
 
 
 def _signed_logsumexp_fwd(a, b, axis):
@@ -330,7 +335,7 @@ def _signed_logsumexp_fwd(a, b, axis):
 def _signed_logsumexp_bwd(axis, residuals, cotangents):
     a, b, out, sign = residuals
     # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j), finite so that the product with b_k = 0 is 0.
-    ratio = jnp.exp(jnp.minimum(num.shift(a, out), 0.99 * math.log(dtypes.largest(a.dtype))))
+    ratio = jnp.exp(jnp.minimum(num.shift(a, _or_zero(out)), 0.99 * math.log(dtypes.largest(a.dtype))))
     weight = num.shared_cotangent(cotangents[0], axis) * sign * ratio
     return weight * b, weight
 
