@@ -21,12 +21,7 @@ def transposed(fun: Callable, residuals: Any, types: Sequence, x: Sequence, name
     Raises:
       TypeError: where it has none; `name` is that of the function whose rule this is.
     """
-    trace = jax.make_jaxpr(lambda *cotangents: fun(residuals, cotangents))
-    try:
-        jaxpr = trace(*types)
-    except jax.errors.ConcretizationTypeError:  # a Python `if`, perhaps on what concrete residuals give
-        with jax.ensure_compile_time_eval():
-            jaxpr = trace(*types)
+    jaxpr = _jaxpr_of(fun, residuals, types)
     try:
         if not all(_zero_at_zero(jaxpr.jaxpr, jaxpr.consts, [True] * len(types))):
             raise ValueError("it is not 0 where the cotangent is")
@@ -40,24 +35,34 @@ def transposed(fun: Callable, residuals: Any, types: Sequence, x: Sequence, name
         ) from error
 
 
-def closed(fun: Callable, residuals, types: list):
-    """fun(residuals, xs) as a function of arrays alone, also of traced ones that it closes over, and those arrays.
+def closed(fun: Callable, residuals, types: Sequence):
+    """`fun` with the arrays that it depends on, traced ones that it closes over too, as the residuals.
 
     A `linear_map` is lowered when the trace that it was made in is over.
     """
-    jaxpr = jax.make_jaxpr(lambda *xs: fun(residuals, xs))(*types)
+    jaxpr = _jaxpr_of(fun, residuals, types)
     return (lambda arrays, xs: jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, arrays))(*xs)), list(jaxpr.consts)
 
 
-def holds_a_tracer(item, seen: set[int]) -> bool:
+def _jaxpr_of(fun: Callable, residuals: Any, types: Sequence) -> ClosedJaxpr:
+    trace = jax.make_jaxpr(lambda *xs: fun(residuals, xs))
+    try:
+        return trace(*types)
+    except jax.errors.ConcretizationTypeError:  # a Python `if`, perhaps on what concrete residuals give
+        with jax.ensure_compile_time_eval():
+            return trace(*types)
+
+
+def holds_a_tracer(item: Any, seen: set[int]) -> bool:
     """Whether there is a traced array in a tree, or in what a function closes over, or an object has."""
     if id(item) in seen or isinstance(item, (type, ModuleType, jax.Array, np.ndarray)):
         return isinstance(item, Tracer)
     seen.add(id(item))
     held = [*item.values()] if isinstance(item, dict) else [*item] if isinstance(item, (tuple, list, set)) else []
-    held += [getattr(item, name, None) for name in ("__self__", "__func__", "__defaults__", "__kwdefaults__")]
     held += [item.func, item.args, item.keywords] if isinstance(item, functools.partial) else []
-    held += [*getattr(item, "__dict__", {}).values()]
+    held += [
+        getattr(item, name, None) for name in ("__self__", "__func__", "__defaults__", "__kwdefaults__", "__dict__")
+    ]
     for cell in getattr(item, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # of an empty cell
             held.append(cell.cell_contents)
@@ -70,7 +75,7 @@ _SUMS = {"add", "add_any", "sub", "select_n", "concatenate", "pad", "dynamic_upd
 
 def _zero_at_zero(jaxpr: Jaxpr, consts: Sequence, zero: Sequence) -> list[bool]:
     """Which outputs are seen to be 0 where the marked inputs are: a linear function is, an affine one is not."""
-    known: dict = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, zero))
+    known: dict = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *zero]))
     look = lambda v: v.val if isinstance(v, Literal) else known[v]
     for eqn in jaxpr.eqns:
         operands = list(map(look, eqn.invars))

@@ -1,8 +1,7 @@
 """One rule, both autodiff modes, every order.
 
-`jax.custom_vjp` is the natural place for a closed-form derivative, but a function that carries one refuses forward
-mode: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise TypeError. The decorator here has the same interface and keeps
-both modes, because a pullback already holds the whole derivative: it is linear, and its transpose is the pushforward,
+A function with a `jax.custom_vjp` refuses forward mode. The decorator here has the same interface and keeps both modes,
+because a pullback already holds the whole derivative: it is linear, and its transpose is the pushforward,
 
     <ct, J t> = <Jᵀ ct, t>   for all ct   =>   J = (ct ↦ Jᵀ ct)ᵀ.
 
@@ -103,7 +102,7 @@ class custom_vjp(Generic[P, R]):
         self.jvp: Any = None
         self.nondiff_argnums = tuple(sorted({*nondiff_argnums, *map(known.index, nondiff_argnames)}))
         self.symbolic_zeros = self.optimize_remat = self.with_logs = False
-        self._makes_refs: bool | None = None
+        self._without_refs: set[str] = set()  # for which values of nondiff_argnums that is known
 
     def defvjp(
         self,
@@ -156,17 +155,16 @@ class custom_vjp(Generic[P, R]):
             return self.fun(*_merged(static, tree.unflatten(leaves)))
 
         def primal(*leaves):
-            if self._makes_refs is False or not all(isinstance(x, Tracer) for x in leaves):
+            if str(static) in self._without_refs or not all(isinstance(x, Tracer) for x in leaves):
                 return run(*leaves)
             jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
-            self._makes_refs = not jaxpr.effects.isdisjoint(_effects_of_refs())
-            tree = jax.tree.structure(out)
-            if not self._makes_refs:
-                return tree.unflatten(jaxpr_as_fun(jaxpr)(*leaves))
+            flat, tree = jaxpr_as_fun(jaxpr), jax.tree.structure(out)
+            if jaxpr.effects.isdisjoint(_effects_of_refs()):
+                self._without_refs.add(str(static))
+                return tree.unflatten(flat(*leaves))
             # A custom_jvp whose jaxpr has refs inside cannot be compiled; a primitive that hides them can.
-            return linear_map(
-                lambda leaves, _: run(*leaves), lambda *_: (), leaves, (), tree.unflatten(jaxpr.out_avals)
-            )
+            hidden = linear_map(lambda leaves, _: flat(*leaves), lambda *_: (), leaves, (), jaxpr.out_avals)
+            return tree.unflatten(hidden)
 
         def rule(primals, tangents):
             return self._rule(static, tree, primals, tangents)
@@ -177,33 +175,30 @@ class custom_vjp(Generic[P, R]):
         return call(*leaves)
 
     def _rule(self, static: dict[int, Any], tree, primals, tangents):
-        perturbed = [not isinstance(t, SymbolicZero) and not _is_float0(t) for t in tangents]
-        moving = [t for t, moves in zip(tangents, perturbed) if moves]
-        out, residuals = self._run_fwd(static, tree, primals, perturbed)
+        moving = [i for i, t in enumerate(tangents) if not (isinstance(t, SymbolicZero) or _is_float0(t))]
+        out, residuals = self._run_fwd(static, tree, primals, moving)
         out_leaves, out_tree = jax.tree.flatten(out)
-        out_zeros = zero_from_primal(out_leaves, symbolic_zeros=True)
-        inexact = [not _is_float0(zero) for zero in out_zeros]
-        in_types, out_types = [jax.typeof(t) for t in moving], _where(inexact, [zero.aval for zero in out_zeros])
+        no_tangents = zero_from_primal(out_leaves, symbolic_zeros=True)
+        inexact = [i for i, zero in enumerate(no_tangents) if not _is_float0(zero)]
+        in_types = [jax.typeof(tangents[i]) for i in moving]
+        out_types = [no_tangents[i].aval for i in inexact]
 
         def pull(residuals, cotangents):
-            cotangents = _replaced(out_zeros, inexact, cotangents)
+            cotangents = _replaced(no_tangents, inexact, cotangents)
             if not self.symbolic_zeros:
                 cotangents = map(_instantiated, cotangents)
-            found = self._run_bwd(static, tree, residuals[0], out_tree.unflatten(cotangents))
-            return [_typed(kind, *each) for kind, each in zip(in_types, _where(perturbed, found))]
+            found = self._run_bwd(static, tree, residuals, out_tree.unflatten(cotangents))
+            return [_typed(kind, *found[i]) for kind, i in zip(in_types, moving)]
 
-        def push(residuals, tangents):
-            zeros = zero_from_primal(residuals[1], symbolic_zeros=True)
-            primals, along = map(
-                tree.unflatten, (residuals[1], map(_instantiated, _replaced(zeros, perturbed, tangents)))
-            )
-            return _where(inexact, jax.tree.leaves(self.jvp(*static.values(), primals, along)[1]))
+        def push(primals, tangents):
+            along = map(_instantiated, _replaced(zero_from_primal(primals, symbolic_zeros=True), moving, tangents))
+            pushed = self.jvp(*static.values(), tree.unflatten(primals), tree.unflatten(along))[1]
+            return [jax.tree.leaves(pushed)[i] for i in inexact]
 
-        kept: list[Any]
-        one_way, kept = (push, [(residuals, list(primals))]) if self.jvp else (pull, [(residuals,)])
+        one_way, given, types = (push, list(primals), in_types) if self.jvp else (pull, residuals, out_types)
         if holds_a_tracer([self.bwd, self.jvp, static], set()):
-            one_way, arrays = closed(one_way, kept[0], in_types if self.jvp else out_types)
-            kept.append(arrays)
+            one_way, given = closed(one_way, given, types)
+        kept = [residuals] if given is residuals else [residuals, given]
 
         def forth(kept, tangents):
             if self.jvp:
@@ -213,12 +208,12 @@ class custom_vjp(Generic[P, R]):
         def back(kept, cotangents):
             return pull(kept[0], cotangents)
 
-        mapped = linear_map(forth, back, kept, moving, out_types) if moving else []
-        return out, out_tree.unflatten(_replaced(out_zeros, inexact, mapped))
+        mapped = linear_map(forth, back, kept, [tangents[i] for i in moving], out_types) if moving else []
+        return out, out_tree.unflatten(_replaced(no_tangents, inexact, mapped))
 
-    def _run_fwd(self, static, tree, primals, perturbed):
-        given = map(CustomVJPPrimal, primals, perturbed) if self.symbolic_zeros else primals
-        arguments = tree.unflatten(given)
+    def _run_fwd(self, static, tree, primals, moving):
+        given = [CustomVJPPrimal(x, i in moving) for i, x in enumerate(primals)]
+        arguments = tree.unflatten(given if self.symbolic_zeros else primals)
         if self.optimize_remat:
             return jax.vjp(lambda *arguments: self._of_jax()(*_merged(static, arguments)), *arguments)
         pair = self.fwd(*_merged(static, arguments))
@@ -231,10 +226,8 @@ class custom_vjp(Generic[P, R]):
 
     def _run_bwd(self, static, tree, residuals, cotangents) -> list[tuple]:
         """For each array among the arguments a cotangent, or None, and where it stands in what `bwd` returns."""
-        if self.optimize_remat:
-            found = residuals(cotangents)  # a pullback
-        else:
-            found = self.bwd(*static.values(), residuals, cotangents)
+        pullback = residuals if self.optimize_remat else functools.partial(self.bwd, *static.values(), residuals)
+        found = pullback(cotangents)
         flat, arguments = [], tree.unflatten(range(tree.num_leaves))
 
         def spread(cotangent, argument):
@@ -286,10 +279,7 @@ class custom_vjp(Generic[P, R]):
 
 
 def _typed(kind, cotangent, name: str):
-    """A cotangent of the type of its argument: of its dtype, and on a mesh where that is.
-
-    Under `shard_map`, an argument that is the same on every device gets the sum of their cotangents.
-    """
+    """A cotangent of the type of its argument: its dtype, its axes on a mesh (a sum, where it is the same on all)."""
     zero = ad.Zero(kind)
     if cotangent is None:
         return ad.instantiate_zeros(zero)
@@ -338,14 +328,10 @@ def _spec(kind) -> tuple:
     return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
 
 
-def _where(chosen: list[bool], items: Iterable) -> list:
-    return [item for item, choose in zip(items, chosen) if choose]
-
-
-def _replaced(items: Iterable, chosen: list[bool], values: Iterable) -> list:
-    """`items`, those chosen replaced by the values, None for none."""
-    values = iter(values)
-    return [item if not choose or (value := next(values)) is None else value for item, choose in zip(items, chosen)]
+def _replaced(items: Iterable, places: Iterable[int], values: Iterable) -> list:
+    """`items` with the values at these places, None for none."""
+    new = {i: value for i, value in zip(places, values) if value is not None}
+    return [new.get(i, item) for i, item in enumerate(items)]
 
 
 def _merged(static: dict[int, Any], arguments: Iterable) -> list:

@@ -137,6 +137,16 @@ def test_a_python_branch_on_residuals():
         np.testing.assert_array_equal(tangent, [want, want])
 
 
+def test_a_python_branch_on_residuals_beside_a_tracer():
+    made = lambda decorator, y: tripled(lambda x, ct: (y * ct if jnp.sum(x) > 0 else 5 * ct,), decorator)
+    theirs = lambda y: jax.grad(made(jax.custom_vjp, y))(X)
+    reverse = lambda y: jax.grad(made(custom_vjp, y))(X)
+    forward = lambda y: jax.jvp(made(custom_vjp, y), (X,), (X / X,))[1]
+    for transformed in (lambda g: jax.grad(g)(2.0), lambda g: jax.vmap(g)(jnp.arange(3.0))):
+        for ours in (reverse, forward):
+            np.testing.assert_array_equal(transformed(ours), transformed(theirs))
+
+
 def stored(x):
     ref = jax.new_ref(jnp.zeros_like(x))
     ref[...] = jnp.sin(x)
@@ -153,6 +163,16 @@ def test_a_ref_inside_the_function():
         np.testing.assert_allclose(g(x), np.sin(x), rtol=1e-6)
         np.testing.assert_allclose(jax.vjp(g, x)[1](v)[0], np.cos(x), rtol=1e-6)
         np.testing.assert_allclose(jax.jvp(g, (x,), (v,))[1], np.cos(x), rtol=1e-6)
+
+
+@needs_refs
+def test_a_ref_that_some_values_make():
+    f = custom_vjp(lambda with_ref, x: stored(x) if with_ref else jnp.sin(x), nondiff_argnums=(0,))
+    f.defvjp(lambda with_ref, x: (f(with_ref, x), x), lambda _, x, ct: (ct * jnp.cos(x),))
+    for with_ref in (False, True):
+        value, gradient = jax.jit(jax.value_and_grad(functools.partial(f, with_ref)))(X)
+        np.testing.assert_allclose((value, gradient), (np.sin(X), np.cos(X)), rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(f, static_argnums=0)(with_ref, X), np.sin(X), rtol=1e-6)
 
 
 @needs_refs
