@@ -211,7 +211,7 @@ class SoftmaxJacobian(SymmetricOperator):
         """The largest eigenvalue, shape (...), at most s/2; O(K), about 6 passes.
 
         Where the two largest probabilities differ by a small part δ of themselves, its second derivative loses as many
-        digits as 1/δ has; that of `eigvalsh` does not.
+        digits as 1/δ has; that of `eigvalsh` does not. At δ = 0 both are right, unless a third is as large.
         """
         self._whole("spectral_norm")
         return self.scale[..., 0] * self._spectrum(spectrum.largest_eigenvalue, ())
@@ -220,7 +220,7 @@ class SoftmaxJacobian(SymmetricOperator):
     def eigvalsh(self) -> Array:
         """All eigenvalues, ascending, shape (..., K); O(K²), with O(K) memory.
 
-        The derivative of an eigenvalue shared by n classes of equal probability is the mean over its eigenspace:
+        The derivative of an eigenvalue shared by n > 2 classes of equal probability is the mean over its eigenspace:
         symmetric functions of the eigenvalues have the right first derivative; one by one they have no second. Second
         derivatives take O(K³).
         """

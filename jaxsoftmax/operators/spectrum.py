@@ -7,8 +7,8 @@ the two are equal, the root is their common value. A root is kept as λ = o + x,
 distances (p_j - o) - x then have a small relative error, which is all that eigenvalues, eigenvectors and derivatives
 are made of. Everything here takes one probability vector; `jnp.vectorize` makes the batch.
 
-Reference: docs/mathematics.md, section 2; Bunch, Nielsen and Sorensen 1978, and LAPACK's laed4 (the iteration); Gu and
-Eisenstat 1994, and LAPACK's laed3 (orthogonal eigenvectors).
+Reference: docs/mathematics.md, section 2.3, the equations (S1) to (S5); Bunch, Nielsen and Sorensen 1978, and LAPACK's
+laed4 (the iteration); Gu and Eisenstat 1994, and LAPACK's laed3 (orthogonal eigenvectors).
 """
 
 import functools
@@ -80,7 +80,7 @@ class Roots(NamedTuple):
 
 
 def _roots(p: Array, lower: Array, upper: Array) -> Roots:
-    """The roots in the given intervals."""
+    """The roots of (S1) in the given intervals."""
     at_once = max(1, BLOCK // p.size) if isinstance(p.size, int) else None  # symbolic under jax.export: one by one
     # An interval that reaches down to 0 holds no root: one without width stands in for it.
     ends = tuple(jnp.where(lower == 0, 1, end) for end in (lower, upper))
@@ -139,8 +139,8 @@ def _interpolate(g, t_a, t_b, alpha, beta, x, width, from_lower) -> Array:
     return jnp.where(jnp.abs(k) < 0.25, x + k * x, jnp.where(from_lower, y, -y))
 
 
-# Derivatives of the largest eigenvalue, in O(K). With l = log p, r_j = λ/(p_j - λ) and q_j = p_j/(p_j - λ) = 1 + r_j,
-# g(λ) = 0 gives implicitly
+# (S4): derivatives of the largest eigenvalue, in O(K). With l = log p, r_j = λ/(p_j - λ) and
+# q_j = p_j/(p_j - λ) = 1 + r_j, g(λ) = 0 gives implicitly
 #
 #     d log λ = <w, dl>,    dr = dq = -s∘(dl - <w, dl>),    s = q∘r ≥ 0,    w = s/Σs:
 #
@@ -173,7 +173,7 @@ _ratios.defvjp(_ratios_fwd, _ratios_bwd)
 
 
 def _weights(q: Array, r: Array) -> tuple[Array, Array]:
-    """s and w of above."""
+    """s and w of (S4)."""
     s = q * r
     return s, quotient(s, jnp.maximum(jnp.sum(s, -1, keepdims=True), 1))
 
@@ -185,7 +185,7 @@ def _one_log_eigenvalue(logs: Array, p: Array, roots: Roots) -> Array:
 
 def _one_log_eigenvalue_bwd(residuals, ct):
     _, w = _weights(*_ratios(*residuals))
-    return jnp.sum(ct[:, None] * (w + _tied(*residuals[1:])), 0), None, None
+    return jnp.sum(ct[:, None] * (w + _tied(*residuals)), 0), None, None
 
 
 _one_log_eigenvalue.defvjp(lambda *args: (_one_log_eigenvalue(*args), args), _one_log_eigenvalue_bwd)
@@ -196,10 +196,22 @@ def _log_of(roots: Roots) -> Array:
     return jnp.log(jnp.where(roots.lower == 0, 1, roots.value))
 
 
-def _tied(p: Array, roots: Roots) -> Array:
-    """1/n at the n equal classes whose common value is the eigenvalue: the mean over every basis of its eigenspace."""
+@custom_vjp
+def _tied(logs: Array, p: Array, roots: Roots) -> Array:
+    """w where n equal classes share the eigenvalue: 1/n there, the mean over every basis of its eigenspace."""
     tied = jnp.where(roots.at_pole[:, None] & (p[None, :] == roots.value[:, None]), 1, 0).astype(p.dtype)
     return tied / jnp.maximum(jnp.sum(tied, -1, keepdims=True), 1)
+
+
+def _tied_bwd(residuals, ct):
+    """(S5): the limit of two classes that become equal. For n > 2 there is none."""
+    _, p, roots = residuals
+    distance = p[None, :] - roots.value[:, None]
+    others = jnp.sum(jnp.where(distance == 0, 0, p[None, :] / jnp.where(distance == 0, 1, distance)), -1, keepdims=True)
+    return -jnp.sum((1 + others) * jacobian_product(ct, _tied(*residuals), AXIS), 0), None, None
+
+
+_tied.defvjp(lambda *args: (_tied(*args), args), _tied_bwd)
 
 
 def _moving(value: Array, log: Array) -> Array:
@@ -207,8 +219,8 @@ def _moving(value: Array, log: Array) -> Array:
     return value * jnp.exp(log - lax.stop_gradient(log))
 
 
-# Derivatives of all of them. J = AᵀA with A = diag(√p) P; its singular values are √λ, its right singular vectors the
-# eigenvectors u, its left ones b = √λ u/√p, orthogonal to √p. With N = B diag(dl) Bᵀ, a matrix in the roots,
+# (S2), (S3): derivatives of all of them. J = AᵀA with A = diag(√p) P; its singular values are √λ, its right singular
+# vectors the eigenvectors u, its left ones b = √λ u/√p, orthogonal to √p. With N = B diag(dl) Bᵀ, over the roots,
 #
 #     d log λ_k = N_kk,    du_k = Σ_j h_kj N_kj u_j,    db_k = Σ_j f_kj N_kj b_j - ½ <b_k∘√p, dl> √p,
 #     h = 1/(2 sinh(δ/2)),    f = coth(δ/2)/2,    δ_kj = log λ_k - log λ_j,    dh = -f h dδ,    df = -h² dδ.
@@ -220,7 +232,8 @@ def _log_eigenvalues(logs: Array, p: Array, roots: Roots) -> Array:
 
 
 def _log_eigenvalues_bwd(residuals, ct):
-    return jnp.sum(ct[:, None] * (_left(*residuals) ** 2 + _tied(*residuals[1:])), 0), None, None
+    square = jnp.where(residuals[-1].at_pole[:, None], 0, _left(*residuals) ** 2)
+    return jnp.sum(ct[:, None] * (square + _tied(*residuals)), 0), None, None
 
 
 _log_eigenvalues.defvjp(lambda *args: (_log_eigenvalues(*args), args), _log_eigenvalues_bwd)
@@ -228,7 +241,7 @@ _log_eigenvalues.defvjp(lambda *args: (_log_eigenvalues(*args), args), _log_eige
 
 @custom_vjp
 def _couplings(log_values: Array, roots: Roots) -> tuple[Array, Array]:
-    """h and f; 0 between equal eigenvalues, of whose vectors any basis does, and with the eigenvalue 0."""
+    """h and f of (S3); 0 between equal eigenvalues, of whose vectors any basis does, and with the eigenvalue 0."""
     differences = lambda x: x[:, None] - x[None, :]
     gap, column, row = differences(roots.o) + differences(roots.x), roots.value[:, None], roots.value[None, :]
     gap = jnp.where((gap == 0) | (column == 0) | (row == 0), jnp.inf, gap)
@@ -251,7 +264,7 @@ _couplings.defvjp(_couplings_fwd, _couplings_bwd)
 
 @custom_vjp
 def _left(logs: Array, p: Array, roots: Roots) -> Array:
-    """B: rows b for the roots; 0 for the eigenvalue 0."""
+    """B of (S2): rows b for the roots; 0 for the eigenvalue 0."""
     rows = jnp.sqrt(p)[None, :] * jnp.sqrt(roots.value)[:, None] / _distances(p, roots)
     square = jnp.sum(rows**2, -1, keepdims=True)
     tied = jnp.where(roots.lower[:, None] == 0, 0, _contrasts(p))
@@ -275,7 +288,7 @@ _left.defvjp(_left_fwd, _left_bwd)
 
 @custom_vjp
 def _right(logs: Array, p: Array, roots: Roots) -> Array:
-    """Rows: the unit eigenvectors, of p sorted descending, for the K-1 roots."""
+    """Rows: the unit eigenvectors u of (S2), of p sorted descending, for the K-1 roots."""
     vectors = _weight_correction(p, roots.o, roots.x)[None, :] * (p[None, :] / _distances(p, roots))
     square = jnp.sum(vectors**2, -1, keepdims=True)
     return jnp.where(roots.at_pole[:, None], _contrasts(p), vectors / jnp.sqrt(jnp.where(square == 0, 1, square)))

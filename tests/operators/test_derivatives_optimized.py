@@ -173,6 +173,26 @@ def test_zeros_and_ties_are_no_nan(z):
         assert not np.asarray(gradient)[~np.isfinite(z)].any()
 
 
+def test_an_eigenvalue_between_two_equal_classes():
+    """Two equal classes share one eigenvalue, which is simple: it has derivatives of both orders."""
+    rows = [1.0, 1.0, 0.25, -0.25], [1.0, 0.25, 0.25, -0.25], [1.0, 1.0, 0.25, 0.25]
+    J = SoftmaxJacobian.from_logits
+    f = lambda z: jnp.append(J(z).eigvalsh()[1:], J(z).spectral_norm())
+    got = jax.jit(jax.vmap(lambda z: (jax.jacrev(f)(z), jax.hessian(f)(z))))(jnp.array(rows))
+    for i, z in enumerate(rows):
+        with mp.workdps(exact.digits(list(map(mpf, z)))):
+            for mine, want in zip(got, exact.derivatives(eigenvalues_and_norm, list(map(mpf, z)))[1:]):
+                want = np.float64(exact.longdouble(want))
+                np.testing.assert_allclose(mine[i], want, atol=1e-6 * np.max(abs(want)))
+
+
+def eigenvalues_and_norm(z) -> list:
+    size = len(z)
+    dense = np.array(exact.dense_jacobian(z, [1] * size)).reshape(size, size)
+    values = sorted(mp.eigsy(mp.matrix(dense.tolist()), eigvals_only=True))
+    return [*values[1:], values[-1]]
+
+
 def test_pseudo_inverse_of_probabilities_whose_square_no_float32_is():
     z, v = jnp.array([60.0, 0.0, 1.0]), [0.0, 1.0, 2.0]
     got = jax.grad(lambda z: SoftmaxJacobian.from_logits(z).pinv_mv(jnp.asarray(v))[1])(z)
