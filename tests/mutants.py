@@ -192,15 +192,15 @@ MUTANTS = [
     Mutant(
         "KL: temperature not applied to the target",
         "losses/divergences_of_logits.py",
-        "return x / temperature, z / temperature",
-        "return x / temperature, z",
+        "temperature, axis) for a in (x, z))",
+        "temperature if a is x else None, axis) for a in (x, z))",
         f"{LOSSES} -k 'combination and softmax_kl'",
     ),
     Mutant(
         "KL: logits divided by the temperature where they stand",
-        "losses/divergences_of_logits.py",
-        "(a - jnp.where(jnp.isfinite(m), m, 0.0) for",
-        "(a for",
+        "losses/temperature.py",
+        "(z - jnp.where(jnp.isfinite(top), top, 0.0)) / divisor",
+        "z / divisor",
         "tests/contract/test_accuracy_optimized.py -k 'float32 and divergence'",
     ),
     Mutant(

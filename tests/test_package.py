@@ -43,7 +43,7 @@ PUBLIC = {
     "visualize_jacobian": "x",
     "safe_softmax_cross_entropy": "logits, labels",
     "softmax_kl_divergence": "logits, target_logits, axis=-1, where=None, temperature=1.0",
-    "softmax_entropy": "logits, axis=-1, where=None",
+    "softmax_entropy": "logits, axis=-1, where=None, temperature=1.0",
     "l2_loss": "predictions, targets=None",
     "autodiff.custom_vjp": "fun, nondiff_argnums=()",
     "network.init": "key, sizes",

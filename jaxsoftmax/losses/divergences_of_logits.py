@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -29,6 +28,7 @@ from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.likelihood import Likelihood
+from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, probabilities, softmax_of
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -120,8 +120,7 @@ def jensen_shannon_divergence(
 
 
 def _between(divergence, *arguments) -> Array:
-    *arrays, temperature, axes = _arguments(*arguments)
-    return _apply(divergence, *arrays, None if checks.is_known_as(1, temperature) else temperature, axes)
+    return _apply(divergence, *_arguments(*arguments))
 
 
 def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tuple:
@@ -130,36 +129,14 @@ def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tu
     targets = checks.as_loss_float("target_logits", target_logits)
     targets = checks.broadcast("target_logits", targets, logits.shape)
     mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
-    if np.ndim(temperature):
-        shape, dtype = axes.without(logits.shape), dtypes.compute_dtype(logits.dtype)
-        temperature = checks.option("temperature", temperature, shape, dtype, low=0.0, above_low=True)
-    else:
-        temperature = checks.positive("temperature", temperature)
-    return logits, targets, mask, temperature, axes
+    return logits, targets, mask, as_temperature(temperature, logits, axes), axes
 
 
 @functools.partial(jax.jit, static_argnames=("divergence", "axes"), inline=True)
 def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
     (x, z, mask), axis = num.one_axis(axes, *dtypes.widen(logits, targets), mask)
-    x, z = _tempered(x, z, mask, temperature, axis)
+    x, z = (tempered(num.present(a, mask, axis), temperature, axis) for a in (x, z))
     return num.absent_examples(divergence(x, z, axis), mask, axis)
-
-
-def _tempered(x: Array, z: Array, mask: Array | None, temperature, axis: num.Axis) -> tuple[Array, Array]:
-    """The logits divided by the temperature, None for 1, and counted from their maximum before that is rounded."""
-    x, z = num.present(x, mask, axis), num.present(z, mask, axis)
-    if temperature is None:
-        return x, z
-    temperature = _per_slice(temperature, x, axis)
-    tops = num.top(x, axis), num.top(z, axis)
-    x, z = (a - jnp.where(jnp.isfinite(m), m, 0.0) for a, m in zip((x, z), tops))
-    return x / temperature, z / temperature
-
-
-def _per_slice(temperature, x: Array, axis: num.Axis) -> Array:
-    """One temperature for all examples, or one for each, with a class axis of length 1."""
-    temperature = jnp.asarray(temperature, x.dtype)
-    return jnp.expand_dims(temperature, num.positions(axis)) if temperature.ndim else temperature
 
 
 # Rules. x and z are floating arrays of at least float32.
@@ -321,13 +298,12 @@ def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0, *
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
-    x, z = dtypes.widen(logits, targets)
-    x, z = _tempered(x, z, mask, temperature, axis)
+    (x,) = dtypes.widen(logits)
+    x = tempered(num.present(x, mask, axis), temperature, axis)
     p = softmax_of(x, axis)
-    one = jnp.ones_like(num.class_max(lax.stop_gradient(p), axis))
-    scale = only_examples(mask, one, axis) / _per_slice(temperature, x, axis) ** 2
-    hessian, model = SoftmaxJacobian(p, scale, axis=axis), Likelihood(x, scale, _draw_target_logits, _target_score)
-    return Curvature(hessian, hessian, SoftmaxJacobian(p, scale, model, axis))
+    count = only_examples(mask, jnp.ones_like(num.class_max(lax.stop_gradient(p), axis)), axis)
+    hessian, model = SoftmaxJacobian(p, count, axis=axis), Likelihood(x, count, _draw_target_logits, _target_score)
+    return in_logits(Curvature(hessian, hessian, SoftmaxJacobian(p, count, model, axis)), temperature)
 
 
 def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:
@@ -349,10 +325,7 @@ def _jensen_shannon_curvature(
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _jensen_shannon_operators(logits, targets, mask, temperature, axis) -> Curvature:
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
-    x, z = dtypes.widen(logits, targets)
-    scale = 1 / jnp.asarray(temperature, x.dtype)
-    x, z = _tempered(x, z, mask, temperature, axis)
+    x, z = (tempered(num.present(a, mask, axis), temperature, axis) for a in dtypes.widen(logits, targets))
     ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)
     gradient = jacobian_product(log_double_sigmoid(ratio), p, axis) / 2
-    operators = of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask, axis)
-    return Curvature(operators.hessian.scaled(scale * scale), operators.gauss_newton.scaled(scale * scale))
+    return in_logits(of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask, axis), temperature)

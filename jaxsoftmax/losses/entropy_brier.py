@@ -22,6 +22,7 @@ from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
 from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
@@ -29,24 +30,31 @@ NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
 
 
 def softmax_entropy(
-    logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None
+    logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis_name: AxisName = None,
 ) -> Array:
-    """Entropy of the prediction: H = -Σ_k p_k log p_k, p = softmax(logits), in nats.
+    """Entropy of the prediction: H = -Σ_k p_k log p_k, p = softmax(logits / T), in nats.
 
     Args:
       logits: floating-point logits; `axis` counts the classes.
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with entropy 0 and gradient 0),
         else one that broadcasts to `logits` (False: the class is absent).
+      temperature: T > 0; one number, or one per example.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
         consecutive blocks: every argument with that axis is this device's block.
 
     Returns:
-      Entropy per example, of the shape of `logits` without `axis`; float32 for half-precision logits.
+      Entropy per example, of the shape of `logits` without `axis`; float32 for half-precision logits. Differentiable
+      in logits and temperature.
 
     Raises:
       TypeError: if `logits` is not floating point, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
+      ValueError: if `axis` is out of range, shapes do not fit, or `temperature` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -55,7 +63,7 @@ def softmax_entropy(
 
     Reference: docs/mathematics.md, sections 4 and 5.
     """
-    return _softmax_entropy(*_entropy_arguments(logits, axis, axis_name, where))
+    return _softmax_entropy(*_entropy_arguments(logits, axis, axis_name, where, temperature))
 
 
 def brier_loss(
@@ -99,10 +107,11 @@ def brier_loss(
     return _brier_loss(*_brier_arguments(logits, labels, axis, axis_name, where))
 
 
-def _entropy_arguments(logits, axis, axis_name, where) -> tuple:
+def _entropy_arguments(logits, axis, axis_name, where, temperature) -> tuple:
     logits = checks.as_loss_float("logits", logits)
     axes = num.class_axis(axis, logits, axis_name)
-    return logits, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
+    mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
+    return logits, mask, as_temperature(temperature, logits, axes), axes
 
 
 def _brier_arguments(logits, labels, axis, axis_name, where) -> tuple:
@@ -113,9 +122,11 @@ def _brier_arguments(logits, labels, axis, axis_name, where) -> tuple:
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
-def _softmax_entropy(logits, mask, axes) -> Array:
+def _softmax_entropy(logits, mask, temperature, axes) -> Array:
     (z, mask), axis = num.one_axis(axes, logits, mask)
-    return num.absent_examples(entropy(num.present(z, mask, axis), axis), mask, axis)
+    z = z if temperature is None else dtypes.widen(z)[0]
+    z = tempered(num.present(z, mask, axis), temperature, axis)
+    return num.absent_examples(entropy(z, axis), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
@@ -248,15 +259,16 @@ error.defvjp(_error_fwd, _error_bwd)
 
 
 @curvature_of(softmax_entropy)
-def _entropy_curvature(logits, axis=-1, where=None, *, axis_name=None) -> Curvature:
-    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, axis_name, where)))
+def _entropy_curvature(logits, axis=-1, where=None, temperature=1.0, *, axis_name=None) -> Curvature:
+    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, axis_name, where, temperature)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
-def _entropy_operators(logits, mask, axis) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, axis)
+def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
+    z = tempered(num.present(*dtypes.widen(logits), mask, axis), temperature, axis)
     p = softmax_of(z, axis)
-    return of_probabilities(p, -p, -jacobian_product(_below(z, num.class_max(z, axis)), p, axis), mask, axis)
+    gradient = -jacobian_product(_below(z, num.class_max(z, axis)), p, axis)
+    return in_logits(of_probabilities(p, -p, gradient, mask, axis), temperature)
 
 
 @curvature_of(brier_loss)

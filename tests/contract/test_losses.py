@@ -1,5 +1,6 @@
 """One contract for every loss head: what its formulas say, under every option, mask, axis, dtype and extreme."""
 
+import functools
 import inspect
 
 import jax
@@ -335,24 +336,42 @@ def test_memory_of_second_order(name):
     assert memory.temp_size_in_bytes <= (KEPT_IN_AN_HVP[name] + 0.1) * z.size * 4
 
 
-@pytest.mark.parametrize("loss", [js.softmax_kl_divergence, js.jensen_shannon_divergence])
+@pytest.mark.parametrize("loss", [js.softmax_kl_divergence, js.jensen_shannon_divergence, js.softmax_entropy])
 def test_a_temperature_per_example(loss):
     """As example by example: value, gradients in logits and temperature, Hessian; NaN where it is out of range."""
     z, other = jnp.cos(jnp.arange(12.0)).reshape(3, 4), jnp.sin(jnp.arange(12.0)).reshape(3, 4)
+    z, others = z * 3, [] if loss is js.softmax_entropy else [other]
     temperatures = jnp.array([1.0, 0.5, 2.0])
-    f = lambda z, other, t: loss(z, other, temperature=t)
-    both = jax.value_and_grad(lambda z, t: jnp.sum(f(z, other, t)), (0, 1))
+    f = lambda z, t, *others: loss(z, *others, temperature=t)
+    both = jax.value_and_grad(lambda z, t: jnp.sum(f(z, t, *others)), (0, 1))
     _, (by_z, by_t) = jax.jit(both)(z, temperatures)
-    H = js.logits_hessian(loss, z, other, temperature=temperatures).as_matrix()
+    H = js.logits_hessian(loss, z, *others, temperature=temperatures).as_matrix()
     for i, t in enumerate(temperatures):
-        value, (one, two) = jax.value_and_grad(lambda z, t, i=i: f(z, other[i], t), (0, 1))(z[i], t)
-        np.testing.assert_allclose(f(z, other, temperatures)[i], value, rtol=1e-5)
+        row = [other[i] for other in others]
+        value, (one, two) = jax.value_and_grad(f, (0, 1))(z[i], t, *row)
+        np.testing.assert_allclose(f(z, temperatures, *others)[i], value, rtol=1e-5)
         np.testing.assert_allclose(by_z[i], one, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(by_t[i], two, rtol=1e-4, atol=1e-6)
-        right = js.logits_hessian(loss, z[i], other[i], temperature=t).as_matrix()
+        right = js.logits_hessian(loss, z[i], *row, temperature=t).as_matrix()
         np.testing.assert_allclose(H[i], right, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(loss(z.T, other.T, 0, temperature=temperatures), f(z, other, temperatures), rtol=1e-5)
+    transposed = loss(z.T, *(other.T for other in others), 0, temperature=temperatures)
+    np.testing.assert_allclose(transposed, f(z, temperatures, *others), rtol=1e-5)
     wrong = temperatures.at[1].set(-1.0)
-    np.testing.assert_array_equal(np.isnan(jax.jit(f)(z, other, wrong)), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(jax.jit(f)(z, wrong, *others)), [False, True, False])
     with pytest.raises(ValueError, match="temperature must be larger than 0"):
-        f(z, other, wrong)
+        f(z, wrong, *others)
+
+
+def test_temperature_of_an_entropy():
+    """The entropy of z / T, of its own digits: where logits are far from 0, and in the derivative by T."""
+    z, t = np.array([1e6, 1e6 + 1, 1e6 - 0.5]), 3.0
+    entropy = lambda z: -np.sum(np.exp(z) * z) / np.sum(np.exp(z)) + np.log(np.sum(np.exp(z)))
+    f = lambda z, t: js.softmax_entropy(z, temperature=t)
+    x = (z - z.max()) / t
+    p = np.exp(x) / np.sum(np.exp(x))
+    slope = p @ (x - p @ x) ** 2 / t  # ∂H/∂T = Var(z / T) / T
+    np.testing.assert_allclose(f(jnp.asarray(z, "float32"), t), entropy(x), rtol=3e-7)
+    np.testing.assert_allclose(jax.grad(f, 1)(jnp.asarray(z, "float32"), t), slope, rtol=2e-6)
+    np.testing.assert_allclose(jax.jacfwd(f, 1)(jnp.asarray(z, "float32"), t), slope, rtol=2e-6)
+    program = lambda **option: str(jax.make_jaxpr(functools.partial(js.softmax_entropy, **option))(jnp.ones((2, 3))))
+    assert program() == program(temperature=1) == program(temperature=1.0)

@@ -260,7 +260,8 @@ def jensen_shannon(z, n, x, temperature=1):
     )
 
 
-def entropy(z, n):
+def entropy(z, n, temperature=1):
+    z = divided(z, temperature)
     return -total(k * p * q for k, p, q in zip(n, softmax(z, n), log_softmax(z, n)))
 
 

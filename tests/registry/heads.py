@@ -196,6 +196,7 @@ OPTIONS = {
     losses.poly_loss_cross_entropy: {"epsilon": Option((0.0, -0.75), NUMBER)},
     losses.softmax_kl_divergence: TEMPERATURE,
     losses.jensen_shannon_divergence: TEMPERATURE,
+    losses.softmax_entropy: TEMPERATURE,
     losses.entmax_loss: {"alpha": Option((1.25, 2.0), ("x", 1j, 0.5, float("nan"), np.ones(7)))},
     losses.sigmoid_binary_cross_entropy: {"pos_weight": Option((2.5,), ("x", 1j, np.ones(7)))},
     losses.sigmoid_focal_loss: {
