@@ -1,6 +1,7 @@
 """From the arguments of a call to a pass over the tokens of each device, and from what it finds to the result."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,10 @@ from jaxsoftmax._core import checks
 from jaxsoftmax._core.plumbing import mesh_axes, varying
 from jaxsoftmax.linear_head import mesh
 from jaxsoftmax.linear_head.derivatives import value_and_gradient, weighted_sum
-from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Tokens, wide_dtype
+from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Reduction, Tokens, wide_dtype
 from jaxsoftmax.linear_head.stream import total
 
 PRECISIONS = "default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32"
-REDUCTIONS = ("none", "sum", "mean")
 
 
 def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array], int]:
@@ -56,8 +56,8 @@ def _as_array(name: str, x) -> Array:
 
 
 def checked(reduction: str, chunk_size: int | None, precision) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}")
     if chunk_size is not None:
         checks.at_least("chunk_size", chunk_size, 1)
     if not (precision is None or isinstance(precision, lax.Precision) or precision in PRECISIONS):

@@ -19,7 +19,7 @@ from jaxsoftmax._core import checks
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax.linear_head import rows
 from jaxsoftmax.linear_head.call import checked, evaluate, layer, split_by
-from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Tokens, wide_dtype
+from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
 
 
 class TokenStatistics(NamedTuple):
@@ -57,7 +57,7 @@ def linear_softmax_cross_entropy_loss(
     weights: ArrayLike,
     *,
     bias: ArrayLike | None = None,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
     token_weights: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None,
@@ -135,7 +135,7 @@ def linear_softmax_cross_entropy_with_statistics(
     weights: ArrayLike,
     *,
     bias: ArrayLike | None = None,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
     token_weights: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None,

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
 from jaxsoftmax.linear_head.call import checked, evaluate, layer, split_by
-from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Tokens, wide_dtype
+from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
 from jaxsoftmax.linear_head.rows import of_divergence
 from jaxsoftmax.linear_head.stream import logits
 
@@ -33,7 +33,7 @@ def linear_softmax_kl_divergence(
     beta: float = 0.0,
     logit_softcap: ArrayLike | None = None,
     target_softcap: ArrayLike | None = None,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
     token_weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Precision = None,

@@ -7,7 +7,7 @@ tokens, fewer only where their logits would take more than 2 GiB. A CPU needs fe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxsoftmax._core.class_axis import ClassAxis
 Arrays = Mapping[str, Array]
 MeshAxes = str | Sequence[str] | None
 Precision = str | lax.Precision | None
+Reduction = Literal["none", "sum", "mean"]
 
 TOKENS, LOGITS, LEAST = 2048, 2 << 30, 256  # of a chunk on an accelerator: tokens, bytes of its logits, least tokens
 CPU_TOKENS, CPU_BYTES, CPU_LEAST = 512, 64 << 20, 64
