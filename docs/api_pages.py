@@ -4,11 +4,13 @@ import importlib
 import inspect
 import pkgutil
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jaxsoftmax
+from jaxsoftmax._core.class_axis import ClassAxis
 
 # Parts in reading order, with the title of their page.
 ROOMS = {
@@ -26,6 +28,8 @@ ROOMS = {
     "plotting": "Pictures",
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Reference):(.*)")
+SIGN = re.compile(r"[=≤←~]")
+WORD = re.compile(r"(?<![\w(])(?!log|exp|max|min|vec|expm1|log1p|diag|tanh)[a-z]{3,}(?![\w(])")
 ITEM = re.compile(r"  (\S[^:]*): ?(.*)")
 
 
@@ -55,8 +59,24 @@ def signature(thing: Any) -> str:
         parameters = inspect.signature(thing).parameters.values()
     except (TypeError, ValueError):
         return ""
-    bare = [p.replace(annotation=p.empty) for p in parameters if p.name not in ("self", "cls")]
+    bare = [
+        p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else Shown(p.default))
+        for p in parameters
+        if p.name not in ("self", "cls")
+    ]
     return str(inspect.Signature(bare))
+
+
+class Shown:
+    """A default as one would write it: functions and types by their name, the last axis as -1."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, ClassAxis):
+            return repr(self.value.positions[0])
+        return getattr(self.value, "__name__", None) or repr(self.value)
 
 
 def markdown(docstring: str, known: Mapping[str, Any] | None = None) -> str:
@@ -70,7 +90,7 @@ def markdown(docstring: str, known: Mapping[str, Any] | None = None) -> str:
                 out.pop()
             out.append("```")
 
-    for line in inspect.cleandoc(docstring).splitlines():
+    for line in displayed(inspect.cleandoc(docstring)).splitlines():
         if header := SECTION.fullmatch(line):
             close_example()
             section = header[1]
@@ -92,6 +112,21 @@ def markdown(docstring: str, known: Mapping[str, Any] | None = None) -> str:
     text = re.sub(r"(?<![(<`])https?://[^\s;,)]*[^\s;,).]", r"<\g<0>>", "\n".join(out))
     text = re.sub(r"docs/mathematics\.md(,\s+sections?\s+[\d., and to]*\d)?", sections, text)
     return linked(text, known) if known else text
+
+
+def displayed(text: str) -> str:
+    """What stands before the sections, with indented paragraphs and lines that are a formula set as blocks."""
+    start = re.search(rf"^{SECTION.pattern}$", text, re.MULTILINE)
+    end = start.start() if start else len(text)
+    block = lambda found: f"```text\n{textwrap.dedent(found)}\n```"
+    head = (block(part) if part.startswith("    ") or is_formula(part) else part for part in text[:end].split("\n\n"))
+    return "\n\n".join(head) + text[end:]
+
+
+def is_formula(paragraph: str) -> bool:
+    """A line with a sign of relation and no words, or with the gaps that stand between two formulas."""
+    alone = "\n" not in paragraph and SIGN.search(paragraph) is not None
+    return alone and ("   " in paragraph or not WORD.search(paragraph))
 
 
 def spelled_out(names: str, text: str, known: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:

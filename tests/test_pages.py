@@ -118,11 +118,14 @@ def test_docstrings_become_markdown():
     sys.path.insert(0, str(ROOT / "docs"))
     api_pages = importlib.import_module("api_pages")
     text = api_pages.markdown(
-        "One line.\n\n    p = q\n\nArgs:\n  x: an array\n    of numbers.\n  *rest: more.\n\nReturns:\n  It.\n\n"
+        "One line.\n\n    p = q\n\nz_n = W_n a_{n-1}, a_0 = x.\n\nWith β = 1 it is the reverse.\n\n"
+        "Args:\n  x: an array\n    of numbers.\n  *rest: more.\n\nReturns:\n  It.\n\n"
         "Example:\n  >>> 1\n  1\n\nReference: docs/mathematics.md, sections 1 and 2.3; https://example.org/a."
     )
     assert "- **x**: an array\n  of numbers.\n- **\\*rest**: more." in text
-    assert "**Example**\n\n```pycon\n>>> 1\n1\n```\n" in text and "\n    p = q\n" in text
+    assert "**Example**\n\n```pycon\n>>> 1\n1\n```\n" in text
+    blocks = "```text\np = q\n```\n\n```text\nz_n = W_n a_{n-1}, a_0 = x.\n```\n\n"
+    assert f"One line.\n\n{blocks}With β = 1 it is the reverse.\n\n" in text
     links = "[1](../mathematics.md#1-softmax-and-its-jacobian) and [2.3](../mathematics.md#23-spectrum)"
     assert text.endswith(f"**Reference** [mathematics](../mathematics.md), sections {links}; <https://example.org/a>.")
 
@@ -135,6 +138,9 @@ def test_the_reference_is_complete(tmp_path):
     operators, curvature = (tmp_path / f"{name}.md" for name in ("operators", "curvature"))
     text = operators.read_text(encoding="utf-8")
     assert all(f"{{py:method}} {name}(" in text for name in ("as_matrix", "frobenius_norm", "is_psd", "__matmul__"))
+    assert "axis=-1" in text and "ClassAxis(" not in text and " at 0x" not in text
+    network = (tmp_path / "network.md").read_text(encoding="utf-8")
+    assert "activation=tanh" in network and "dtype=float" in network
     text = curvature.read_text(encoding="utf-8")
     assert "as in `hvp`" not in text and text.count("- **batch_size**: examples at a time") >= 4
     assert "{py:obj}`damped_solve <jaxsoftmax.curvature.damped_solve>`" in text
