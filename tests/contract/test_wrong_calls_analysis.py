@@ -46,6 +46,15 @@ from tests.wrong_calls import (
 KEY0 = jax.random.key(0)
 loss = js.softmax_cross_entropy_with_integer_labels
 
+T = 4  # queries and keys of attention
+OF_HEADS = np.ones((T, 2, 3), np.float32)
+BAD_HEADS = (
+    *MAP,
+    np.ones(3),
+    np.ones((T, 2, 3), int),
+    np.ones((T, 2, 4), np.float32),
+)
+
 # Operators: functions of the method's arguments.
 
 DAMPING = (*MAP, 0.0, -1.0, float("nan"), np.ones(7))
@@ -231,6 +240,17 @@ CALLS = {
         "x": (Z[0], (*MAP, 1.0, Z)),
         "key": (KEY0, KEY),
         "num_steps": (2, COUNT),
+    },
+    js.dot_product_attention: {
+        "query": (OF_HEADS, BAD_HEADS),
+        "key": (OF_HEADS, BAD_HEADS),
+        "value": (OF_HEADS, BAD_HEADS),
+        "bias": (np.zeros((T, T), np.float32), (*NOT_NUMBERS[:3], 1j * np.zeros((T, T)), np.zeros((T + 1, T)))),
+        "mask": (np.ones((T, T), bool), (*NOT_NUMBERS[:3], np.ones((T, T)), np.ones((T + 1, T), bool))),
+        "scale": (1.0, ("x", 1j, np.ones((2, 2)))),
+        "local_window_size": (1, (-1, 1.5, "x", (1, 2, 3))),
+        "logit_softcap": (30.0, (*NUMBER[:3], 0.0, -1.0, float("nan"))),
+        "segment_ids": (np.zeros(T, int), ("x", np.zeros(T), np.zeros(T + 1, int))),
     },
     curvature.hvp: CURVATURE,
     curvature.ggn_vp: CURVATURE,

@@ -327,7 +327,6 @@ def uniforms(key):
 FISHER = {
     "ignore_index": (functools.partial(CE, ignore_index=1), integers),
     "class_weights": (functools.partial(CE, class_weights=np.array([1.0, 5.0, 0.2])), integers),
-    "negative class_weights": (functools.partial(CE, class_weights=np.array([1.0, -5.0, 0.2])), integers),
     "label_smoothing": (functools.partial(CE, label_smoothing=0.3), integers),
     "smoothed class weights": (
         functools.partial(CE, label_smoothing=0.3, class_weights=np.array([1.0, 5.0, 0.2])),
