@@ -379,26 +379,14 @@ class SumOfOperators(SymmetricOperator):
     def _quadratic_form(self, v: Array) -> Array:
         return self._total(lambda a: a._quadratic_form(v))
 
-    def _solve(self, v: Array, damping: Array) -> Array:
-        raise self._no_closed_form()
-
-    def _logdet(self, damping: Array) -> Array:
-        raise self._no_closed_form()
-
-    def frobenius_norm(self) -> Array:
-        raise self._no_closed_form()
-
-    is_psd = frobenius_norm
-
-    @property
-    def _factor_width(self) -> int:
-        raise self._no_closed_form()
-
-    def _no_closed_form(self) -> TypeError:
-        return TypeError(
+    def _no_closed_form(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
             "the sum of two operators that are not diagonal has products only: no inverse, determinant, norm or factor "
             "in closed form; solve with jax.scipy.sparse.linalg.cg"
         )
+
+    _solve = _logdet = frobenius_norm = is_psd = _no_closed_form
+    _factor_width = property(_no_closed_form)
 
 
 def lead(x: Array, axes: int) -> Array:
