@@ -124,18 +124,18 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     @compiled
     def frobenius_norm(self) -> Array:
-        # The diagonal, the row and column of the heaviest class, and the rest.
+        # A off the diagonal is B = W M Wᵀ. With c the class of the largest |B_ii|, which would cancel in the last sums,
+        #
+        #     Σ A_ij² = Σ A_ii² + 2 Σ_{i≠c} B_ci² + Σ_{i,j≠c} B_ij² - Σ_{i≠c} B_ii²,    Σ B_ij² = tr (M WᵀW)².
         w, m = self._off_diagonal()
-        weight = jnp.sum(_dot(w, m) * w, -1)
-        size = lax.stop_gradient(jnp.abs(weight))
-        other = num.other_classes(weight, num.class_argmax(size, num.class_max(size, self.axis), self.axis), self.axis)
-        row = self._row_sum((1 - other)[..., None] * w)
-        w = w * other[..., None]
+        b = jnp.sum(_dot(w, m) * w, -1)  # B_ii
+        size = lax.stop_gradient(jnp.abs(b))
+        other = num.other_classes(b, num.class_argmax(size, num.class_max(size, self.axis), self.axis), self.axis)
+        w, w_c = w * other[..., None], self._row_sum((1 - other)[..., None] * w)
         gram = _dot(m, jnp.concatenate([self._row_sum(w[..., i, None] * w) for i in range(w.shape[-1])], -2))
-        own = num.class_sum((weight * other) ** 2, self.axis)[..., 0]
-        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - own
-        cross = jnp.sum(_dot(row, m) * w, -1)
-        outer = num.class_sum(self.diagonal() ** 2 + 2 * cross**2, self.axis)[..., 0]
+        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - num.class_sum((b * other) ** 2, self.axis)[..., 0]
+        b_c = jnp.sum(_dot(w_c, m) * w, -1)
+        outer = num.class_sum(self.diagonal() ** 2 + 2 * b_c**2, self.axis)[..., 0]
         return root(outer + jnp.maximum(rest, 0))
 
     def _row_sum(self, w: Array) -> Array:
@@ -154,10 +154,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return jnp.where(eye, self.diagonal()[..., None], out)
 
     def _off_diagonal(self) -> tuple[Array, Array]:
-        """(W, M) for which W M Wᵀ is A off the diagonal, where the top class c = {p > 1/2} is kept apart:
+        """(W, M) for which W M Wᵀ is A off the diagonal. Multiplied out, A_ij/(t_i t_j) is, for i ≠ j,
 
-        t_i t_j (p_i p_j (κ + Σ_{k≠c} d_k) + (p_i p_j d_c for i, j ≠ c) - f_i p_j - p_i f_j),  f_c = d_c (1 - p_c), else
-        f = d.
+            p_i p_j (κ + Σ_k d_k) - d_i p_j - p_i d_j,
+
+        where for the top class c, p_c > 1/2, p_i p_c d_c - p_i d_c is -p_i f_c. So it is, with q = p but for q_c = 0,
+
+            d_c q_i q_j + (κ + Σ_{k≠c} d_k) p_i p_j - f_i p_j - p_i f_j,    f = d but for f_c = d_c (1 - p_c).
         """
         if self.centre is None:
             w = jnp.zeros_like(self.weights)[..., None]
