@@ -24,15 +24,13 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.entmax import (
     as_order,
-    bounded,
     deformed_log,
     entmax_of,
     escort,
-    log1p,
-    log_deformed_exp,
     log_support,
     order_of,
 )
+from jaxsoftmax.maps.entmax_solver import bounded, log1p, log_deformed_exp
 from jaxsoftmax.maps.softmax import AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian

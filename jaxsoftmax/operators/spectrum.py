@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from jaxsoftmax._core.centring import AXIS, jacobian_product
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.maps.entmax import log1p
+from jaxsoftmax.maps.entmax_solver import log1p
 from jaxsoftmax.operators.log_derivatives import quotient
 
 # Roots scale with p. Multiplied by 2⁶⁴, float32 probabilities from 1 to 1e-38 neither overflow nor underflow below.

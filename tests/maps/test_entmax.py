@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsoftmax._core.class_axis import ClassAxis
-from jaxsoftmax.maps import entmax as entmax_module
+from jaxsoftmax.maps import entmax_solver
 from jaxsoftmax.maps.entmax import entmax, entmax15, entmax_jacobian_product, sparsemax
 
 EPS = float(np.finfo(np.float32).eps)
@@ -236,10 +236,10 @@ def test_rounds_written_out_and_the_loop_agree(exact, alpha, monkeypatch):
     hard = [[-inf, 0.5, 1, 0], [inf, 0, 1, 2], [inf, inf, 0, 1], [-inf] * 4, [nan, 0, 1, 2], [0] * 4, [1e4, 0, 0, 9e3]]
     z = np.concatenate([np.pad(np.float32(hard), ((0, 0), (0, 96)), constant_values=-inf), rng.normal(size=(9, 100))])
     z, alphas = jnp.asarray(z, jnp.float32), jnp.full((16, 1), alpha, jnp.float32)
-    solution = functools.partial(entmax_module._solution, z=z, alpha=alphas, exact=exact, axis=ClassAxis((1,)))
-    loop = solution(entmax_module._until_settled)
-    np.testing.assert_allclose(solution(entmax_module._written_out), loop, rtol=8 * EPS, atol=2 * EPS)
-    monkeypatch.setattr(entmax_module, "ROUNDS", 1)
-    few, start = np.asarray(solution(entmax_module._written_out)), np.sum(loop > 0, -1) == 1
+    solution = functools.partial(entmax_solver._solution, z=z, alpha=alphas, exact=exact, axis=ClassAxis((1,)))
+    loop = solution(entmax_solver._until_settled)
+    np.testing.assert_allclose(solution(entmax_solver._written_out), loop, rtol=8 * EPS, atol=2 * EPS)
+    monkeypatch.setattr(entmax_solver, "ROUNDS", 1)
+    few, start = np.asarray(solution(entmax_solver._written_out)), np.sum(loop > 0, -1) == 1
     assert np.isnan(few[~start]).all() and start.any()
     np.testing.assert_array_equal(few[start], loop[start])
