@@ -48,8 +48,6 @@ def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: num.Cl
     # Two infinities have no limit, nor has nothing but -inf, where the gap is NaN.
     wrong = num.class_sum(jnp.where(jnp.isnan(gap), 2.0, jnp.where(z == jnp.inf, 1.0, 0.0)).astype(z.dtype), axis)
     d, start = bounded(gap), jnp.ones_like(m)
-    if exact is None:
-        start = num.undefined(~((alpha >= 1) & (alpha < jnp.inf)), start)
     p = _from_top(solver, d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
         above = alpha > 2
@@ -58,6 +56,7 @@ def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: num.Cl
             lambda: jnp.where(above, _from_bottom(d, start, jnp.maximum(alpha, 2.0) - 1, axis), p),
             lambda: p,
         )
+        p = num.undefined(~((alpha >= 1) & (alpha < jnp.inf)), p)
     return num.undefined(wrong >= 2, p)
 
 
