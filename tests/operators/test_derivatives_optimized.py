@@ -186,6 +186,12 @@ def test_an_eigenvalue_between_two_equal_classes():
                 np.testing.assert_allclose(mine[i], want, atol=1e-6 * np.max(abs(want)))
 
 
+def test_spectral_norm_of_two_equal_classes():
+    """λ = 2σ(1 - σ) in the difference of the logits, with second derivative -1/4 at 0."""
+    got = jax.hessian(lambda z: SoftmaxJacobian.from_logits(z).spectral_norm())(jnp.zeros(2))
+    np.testing.assert_allclose(got, [[-0.25, 0.25], [0.25, -0.25]], rtol=1e-6)
+
+
 def eigenvalues_and_norm(z) -> list:
     size = len(z)
     dense = np.array(exact.dense_jacobian(z, [1] * size)).reshape(size, size)
