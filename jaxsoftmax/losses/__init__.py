@@ -62,7 +62,7 @@ gives NaN and there is a number:
 - a label of 0 contributes 0 on a logit of -inf; so does a target of 0 in `kl_divergence`, and the side that the label
   does not take in `sigmoid_binary_cross_entropy` at ±inf;
 - behind a mask of `convex_kl_divergence` too the gradient is 0, whatever stands there;
-- a single logit of +inf is the one-hot limit;
+- a single logit of +inf is the one-hot limit, and several have equal shares (entmax: NaN);
 
 and where a silent answer would be wrong:
 
