@@ -20,6 +20,8 @@ from jaxsoftmax.operators import DiagonalPlusLowRank, SoftmaxJacobian
 from tests.helpers import enable_x64, one_in
 from tests.registry import formulas as exact
 
+pytestmark = pytest.mark.optimized
+
 SCALES = (1, 6, 25)
 K = 3
 GOAL = {1: 10, 2: 60}  # eps; a wrong formula is off by 1/eps
