@@ -17,6 +17,7 @@ WIDE, MIDDLE, LONG = rows.SIZES
 PROGRAMS = [
     ("h100", "softmax", "value", MIDDLE, "float32", 1, 2.01),
     ("h100", "softmax", "VJP", MIDDLE, "float32", 1, 3.01),
+    ("h100", "softmax", "JVP", MIDDLE, "float32", 2, 5.01),
     ("h100", "softmax", "HVP", MIDDLE, "float32", 1, 4.01),
     ("h100", "log_softmax", "value", MIDDLE, "float32", 1, 2.01),
     ("h100", "log_softmax", "HVP", MIDDLE, "float32", 1, 4.01),

@@ -84,6 +84,7 @@ PAIRS = {
     "shift": (lambda z, m: jnp.exp(forms.shift(z, m)), arguments(Z)),
     "leave_top_out": (functools.partial(forms.leave_top_out, axis=1), arguments(Z)),
     "maximum": (functools.partial(forms.maximum, axes=(1,)), [jnp.asarray(Z, jnp.bfloat16)]),
+    "result": (forms.result, [jnp.asarray([*Z[3], np.nan, -0.0], jnp.float32)]),
     "apart": (lambda *a: jnp.clip(forms_of_two.apart(*a)[2], -1e30, 1e30), arguments(Z, X)),
 }
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxsoftmax._core import checks, dtypes, forms
 from jaxsoftmax._core.plumbing import aligned, mesh_axes, sharded_like, split_axes_of
 
-below, on_gpu, settled, shift = forms.below, forms.on_gpu, forms.settled, forms.shift
+below, on_gpu, result, settled, shift = forms.below, forms.on_gpu, forms.result, forms.settled, forms.shift
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,6 +116,14 @@ def total(e: Array, known: Array, axes: tuple[int, ...]) -> Array:
     )
 
 
+def result(x: Array) -> Array:
+    """x, as a result beside what is computed with it: said otherwise than there, or a GPU's kernel ends at it.
+
+    On an H100 the bound of softmax's JVP is 1.6 of jax.nn's with x itself or max(x, -inf), 1.4 behind a barrier.
+    """
+    return on_gpu(lambda x: jnp.where(x == x, x, -x), lambda x: x, x)
+
+
 def settled(*numbers: Array) -> list[Array]:
     """The numbers, one per slice, cut off on a CPU from the sums they are: what is done with them slows those there."""
     return lax.platform_dependent(*numbers, cpu=_settled_on_cpu, default=lambda *numbers: list(numbers))

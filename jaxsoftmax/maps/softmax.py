@@ -240,7 +240,7 @@ def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
 
 def _probabilities_fwd(z, m, total, axis):
     p = probabilities(z, m, total, axis)
-    return p, p
+    return num.result(p), p
 
 
 def _probabilities_bwd(axis, p, g):
@@ -264,7 +264,7 @@ def log_softmax_of(z: Array, axis: num.Axis) -> Array:
 
 def _log_softmax_fwd(z, axis):
     logp = log_softmax_of(z, axis)
-    return logp, logp
+    return num.result(logp), logp
 
 
 def _log_softmax_bwd(axis, logp, g):
