@@ -134,10 +134,6 @@ def logistic(x: Array, y: Array, weight: Array) -> Array:
     return shared + weigh(positive, jnp.maximum(-x, 0)) + weigh(negative, jnp.maximum(x, 0))
 
 
-def _logistic_fwd(x, y, weight):
-    return logistic(x, y, weight), (x, y, weight)
-
-
 def _logistic_bwd(residuals, ct):
     x, y, weight = residuals
     dx = (1 - y) * sigmoid(x) - weight * y * sigmoid(-x)
@@ -145,7 +141,7 @@ def _logistic_bwd(residuals, ct):
     return ct * dx, ct * dy, ct * weigh(y, softplus(-x))
 
 
-logistic.defvjp(_logistic_fwd, _logistic_bwd)
+logistic.defvjp(None, _logistic_bwd)
 
 
 @custom_vjp
@@ -161,7 +157,7 @@ def _focal_weight_bwd(residuals, ct):
     return *pull(weight * gamma), weight * log
 
 
-focal_weight.defvjp(lambda x, y, gamma: (focal_weight(x, y, gamma), (x, y, gamma)), _focal_weight_bwd)
+focal_weight.defvjp(None, _focal_weight_bwd)
 
 
 @custom_vjp
@@ -170,17 +166,13 @@ def log_miss(x: Array, y: Array) -> Array:
     return jnp.log(_miss(x, y))
 
 
-def _log_miss_fwd(x, y):
-    return log_miss(x, y), (x, y)
-
-
 def _log_miss_bwd(residuals, ct):
     x, y = residuals
     dx = _share(x, y) * sigmoid(-x) - _rest(x, y) * sigmoid(x)
     return ct * dx, ct * (sigmoid(-x) - sigmoid(x)) / _miss(x, y)
 
 
-log_miss.defvjp(_log_miss_fwd, _log_miss_bwd)
+log_miss.defvjp(None, _log_miss_bwd)
 
 
 @custom_vjp
@@ -200,9 +192,9 @@ def _share_bwd(residuals, ct):
     return ct * _share(x, y) * _rest(x, y), -ct * sigmoid(x) * sigmoid(-x) / _miss(x, y) ** 2
 
 
-_share.defvjp(lambda x, y: (_share(x, y), (x, y)), _share_bwd)
+_share.defvjp(None, _share_bwd)
 
-_rest.defvjp(lambda x, y: (_rest(x, y), (x, y)), lambda residuals, ct: _share_bwd(residuals, -ct))
+_rest.defvjp(None, lambda residuals, ct: _share_bwd(residuals, -ct))
 
 
 @custom_vjp
@@ -218,7 +210,7 @@ def _miss_bwd(residuals, ct):
     return ct * (1 - 2 * y) * sigmoid(x) * sigmoid(-x), ct * (sigmoid(-x) - sigmoid(x))
 
 
-_miss.defvjp(lambda x, y: (_miss(x, y), (x, y)), _miss_bwd)
+_miss.defvjp(None, _miss_bwd)
 
 
 # Hessians, diagonal along the last axis.

@@ -294,17 +294,13 @@ def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) 
     return less(y, p, s / (1 + s), mass)
 
 
-def _soft_label_gradient_fwd(z, y, m, s, axis):
-    return soft_label_gradient(z, y, m, s, axis), (z, y, m, s)
-
-
 def _soft_label_gradient_bwd(axis, residuals, g):
     z, y, m, s = residuals
     p = probabilities(z, m, 1 + s, axis)
     return num.class_sum(y, axis) * jacobian_product(g, p, axis), num.class_sum(p * g, axis) - g, None, None
 
 
-soft_label_gradient.defvjp(_soft_label_gradient_fwd, _soft_label_gradient_bwd)
+soft_label_gradient.defvjp(None, _soft_label_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(5,))
@@ -316,10 +312,6 @@ def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array
     return ct * soft_label_gradient(z, y, m, s, axis)
 
 
-def _scaled_fwd(ct, z, y, m, s, axis):
-    return scaled_soft_label_gradient(ct, z, y, m, s, axis), (ct, z, y, m, s)
-
-
 def _scaled_bwd(axis, residuals, g):
     ct, z, y, m, s = residuals
     p, scale = probabilities(z, m, 1 + s, axis), ct * num.class_sum(y, axis)
@@ -327,7 +319,7 @@ def _scaled_bwd(axis, residuals, g):
     return by_ct, scale * jacobian_product(g, p, axis), ct * (num.class_sum(p * g, axis) - g), None, None
 
 
-scaled_soft_label_gradient.defvjp(_scaled_fwd, _scaled_bwd)
+scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
 
 
 # Hessian: (Σy + 2ζ lse) J + 2ζ ppᵀ, with the weights y that the loss gives to the classes.

@@ -180,7 +180,7 @@ def _kl_bwd(residuals, ct):
     return -ct * t, ct * (_log_ratio(logq, t) + 1)
 
 
-_kl_term.defvjp(lambda logq, t: (_kl_term(logq, t), (logq, t)), _kl_bwd)
+_kl_term.defvjp(None, _kl_bwd)
 
 
 @custom_vjp
@@ -199,7 +199,7 @@ def _log_kl_bwd(residuals, ct):
     return -ct * t, ct * t * (ratio + 1)
 
 
-_log_kl_term.defvjp(lambda logq, logt: (_log_kl_term(logq, logt), (logq, logt)), _log_kl_bwd)
+_log_kl_term.defvjp(None, _log_kl_bwd)
 
 
 @custom_vjp
@@ -214,7 +214,7 @@ def _generalized_kl_bwd(residuals, ct):
     return ct * _excess(logq, t), ct * _log_ratio(logq, t)
 
 
-_generalized_kl_term.defvjp(lambda logq, t: (_generalized_kl_term(logq, t), (logq, t)), _generalized_kl_bwd)
+_generalized_kl_term.defvjp(None, _generalized_kl_bwd)
 
 
 @custom_vjp

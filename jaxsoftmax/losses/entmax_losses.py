@@ -217,10 +217,6 @@ def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: num.Axis, su
     return num.class_sum(terms, axis)
 
 
-def _fenchel_young_fwd(z, y, alpha, p, axis, sums_to_one):
-    return fenchel_young(z, y, alpha, p, axis, sums_to_one), (z, y, alpha, p)
-
-
 def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
     z, y, alpha, p = residuals
     beta, finfo = alpha - 1, jnp.finfo(z.dtype)
@@ -237,7 +233,7 @@ def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
     return shared * slope, shared * label_slope, ct * alpha_slope, None
 
 
-fenchel_young.defvjp(_fenchel_young_fwd, _fenchel_young_bwd)
+fenchel_young.defvjp(None, _fenchel_young_bwd)
 
 
 def _entropy_slope(p: Array, alpha: Array) -> Array:
@@ -281,16 +277,12 @@ def _binary(z: Array, y: Array) -> Array:
     return jnp.where(gap == 0, 0.0, gap * (gap + jnp.maximum(jnp.abs(z) - 1, 0.0)))
 
 
-def _binary_fwd(z, y):
-    return _binary(z, y), (z, y)
-
-
 def _binary_bwd(residuals, ct):
     z, y = residuals
     return ct * _binary_residual(z, y), ct * ((2 * y - 1) - z)
 
 
-_binary.defvjp(_binary_fwd, _binary_bwd)
+_binary.defvjp(None, _binary_bwd)
 
 
 def _binary_residual(z: Array, y: Array) -> Array:

@@ -165,10 +165,6 @@ def entropy_gradient(ct: Array, z: Array, m: Array, s: Array, axis: num.Axis) ->
     return -ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis)
 
 
-def _entropy_gradient_fwd(ct, z, m, s, axis):
-    return entropy_gradient(ct, z, m, s, axis), (ct, z, m, s)
-
-
 def _entropy_gradient_bwd(axis, residuals, g):
     ct, z, m, s = residuals
     (z,) = dtypes.widen(z)  # used twice, as in Brier's
@@ -177,7 +173,7 @@ def _entropy_gradient_bwd(axis, residuals, g):
     return num.local_sum(g * gradient, axis), ct * _hessian_product(g, p, gradient - p, axis), None, None
 
 
-entropy_gradient.defvjp(_entropy_gradient_fwd, _entropy_gradient_bwd)
+entropy_gradient.defvjp(None, _entropy_gradient_bwd)
 
 
 def _below(z: Array, m: Array) -> Array:
@@ -222,10 +218,6 @@ def brier_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.
     return ct * jacobian_product(error(z, y, m, s, axis), probabilities(z, m, 1 + s, axis), axis)
 
 
-def _brier_gradient_fwd(ct, z, y, m, s, axis):
-    return brier_gradient(ct, z, y, m, s, axis), (ct, z, y, m, s)
-
-
 def _brier_gradient_bwd(axis, residuals, g):
     ct, z, y, m, s = residuals
     p = probabilities(z, m, 1 + s, axis)
@@ -234,7 +226,7 @@ def _brier_gradient_bwd(axis, residuals, g):
     return num.local_sum(g * gradient, axis), by_z, -ct * jacobian_product(g, p, axis), None, None
 
 
-brier_gradient.defvjp(_brier_gradient_fwd, _brier_gradient_bwd)
+brier_gradient.defvjp(None, _brier_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(4,))

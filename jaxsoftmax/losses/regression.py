@@ -192,10 +192,6 @@ def _huber(errors: Array, delta: Array) -> Array:
     return within * within / 2 + delta * (jnp.abs(errors) - within)
 
 
-def _huber_fwd(errors, delta):
-    return _huber(errors, delta), (errors, delta)
-
-
 def _huber_bwd(residuals, ct):
     errors, delta = residuals
     inside = jnp.abs(errors) <= delta
@@ -203,7 +199,7 @@ def _huber_bwd(residuals, ct):
     return ct * slope, ct * jnp.where(inside, 0.0, jnp.abs(errors) - delta)
 
 
-_huber.defvjp(_huber_fwd, _huber_bwd)
+_huber.defvjp(None, _huber_bwd)
 
 
 # Hessians, diagonal along the last axis. A squared error is the likelihood of a normal distribution of this variance.
