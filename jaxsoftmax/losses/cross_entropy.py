@@ -180,24 +180,30 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
     z = num.present(logits, mask, axis)
     labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
     wide = dtypes.widen(z)[0]
-    # Two terms in the logits: their gradients are added before the one rounding.
-    loss = label_loss(z if smooth is None and penalty is None else wide, labels, axis)
+    weights = None
     if class_weights is not None:
         weights = jnp.expand_dims(
-            class_weights.astype(loss.dtype), [i for i in range(z.ndim) if i not in axis.positions]
+            class_weights.astype(wide.dtype), [i for i in range(z.ndim) if i not in axis.positions]
         )
-        loss = loss * num.take_class(sharded_like(z, jnp.broadcast_to(weights, z.shape)), labels, axis)
-    else:
-        weights = jnp.ones([1] * z.ndim, loss.dtype)
+        weights = sharded_like(z, jnp.broadcast_to(weights, z.shape))
     if smooth is not None:
-        exists = lax.stop_gradient(wide) > -jnp.inf
-        count = num.class_sum(exists.astype(loss.dtype), axis)
-        target = jnp.where(exists, weights / jnp.maximum(count, 1), 0.0)
-        smooth = jnp.asarray(smooth, loss.dtype)
-        loss = (1 - smooth) * loss + smooth * soft_label_loss(wide, target, axis)
+        loss = soft_label_loss(wide, _smoothed(wide, labels, weights, smooth, axis), axis)
+    else:
+        # With a term more, the gradients of both are added before the one rounding.
+        loss = label_loss(z if penalty is None else wide, labels, axis)
+        loss = loss if weights is None else loss * num.take_class(weights, labels, axis)
     if penalty is not None:
         loss = loss + jnp.asarray(penalty, loss.dtype) * logsumexp_of(wide, axis) ** 2
     return num.absent_examples(loss, mask, axis)
+
+
+def _smoothed(z: Array, label: Array, weights: Array | None, smooth: ArrayLike, axis: num.ClassAxis) -> Array:
+    """(1 - smooth) e_label + smooth / (number of classes there are), times the class weights: soft labels."""
+    exists, smooth = lax.stop_gradient(z) > -jnp.inf, jnp.asarray(smooth, z.dtype)
+    uniform = smooth / jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)
+    uniform = num.undefined(label < 0, uniform)
+    y = jnp.where(num.class_index(z, axis) == label, 1 - smooth, 0.0) + jnp.where(exists, uniform, 0.0)
+    return y if weights is None else weights * y
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
