@@ -275,7 +275,7 @@ def within(name: str, value: Any, low: float = -np.inf, high: float = np.inf, ab
 
 def is_known_as(constant: float, value: Any) -> bool:
     """Whether an option is this number; of a traced one that is not known."""
-    return not isinstance(value, Tracer) and np.ndim(value) == 0 and bool(value == constant)
+    return not isinstance(value, Tracer) and np.ndim(value) == 0 and bool(np.asarray(value) == constant)
 
 
 def as_real(name: str, x: ArrayLike, dtype: Any) -> Array:

@@ -65,9 +65,9 @@ def checked(reduction: str, chunk_size: int | None, precision) -> None:
         raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}")
 
 
-def split_by(axis_name: MeshAxes) -> Axes:
-    """The axes of the shard_map around that split the classes."""
-    names = checks.mesh_axes(axis_name)
+def split_by(axis_name: MeshAxes, weights: Array, *beside: Array) -> Axes:
+    """The axes of the shard_map around that split the classes, of the weights or what is beside them."""
+    names = checks.mesh_axes(axis_name, "weights", weights, *beside)
     return Axes(classes=names, copies=bool(names))
 
 

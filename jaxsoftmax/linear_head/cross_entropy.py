@@ -249,19 +249,18 @@ def _prepared(
     vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)
     labels = checks.as_labels("labels", labels)
     checks.same_shape("labels", labels, "x without its feature axis", theta["x"].shape[:-1])
-    checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.number("z_loss", z_loss)
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    options = {
+        "label_smoothing": checks.number("label_smoothing", label_smoothing, 0.0, 1.0),
+        "z_loss": checks.number("z_loss", z_loss),
+    }
     theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not checks.is_known_as(0, value)}
     if logit_softcap is not None:
         theta["logit_softcap"] = jnp.asarray(checks.positive("logit_softcap", logit_softcap), wide)
     if temperature is not None and not checks.is_known_as(1, temperature):
         theta["temperature"] = jnp.asarray(checks.positive("temperature", temperature), wide)
     if class_weights is not None:
-        class_weights = checks.as_loss_float("class_weights", class_weights)
-        checks.same_shape("class_weights", class_weights, "the classes", (vocab,))
-        theta["class_weights"] = class_weights.astype(wide)
-    axes = split_by(axis_name)
+        theta["class_weights"] = checks.class_weights(class_weights, vocab).astype(wide)
+    axes = split_by(axis_name, theta["weights"])
     known, valid = num.class_labels(labels, vocab * lax.psum(1, axes.classes)), None
     if ignore_index is not None:
         valid = ~num.labels_equal(labels, checks.integer("ignore_index", ignore_index))

@@ -108,7 +108,8 @@ def linear_softmax_kl_divergence(
     tokens = jax.tree.map(lax.stop_gradient, Tokens(target_x, None, shared))
     checked(reduction, chunk_size, precision)
     rule = _rule(beta)
-    head = Head(rule, 1, axis, chunk_size, precision, token_weights is None, axes=split_by(axis_name))
+    axes = split_by(axis_name, theta["weights"], target_weights)
+    head = Head(rule, 1, axis, chunk_size, precision, token_weights is None, axes=axes)
     return evaluate(head, reduction, theta, tokens, token_axes, class_axes)[0]
 
 

@@ -1,5 +1,7 @@
 """Wrong calls of every map, loss and linear head: refused before anything is traced, and the argument named."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,7 @@ def test_unknown_and_missing_arguments(f):
 # What is known only when the compiled program runs.
 
 J = js.SoftmaxJacobian.from_probs(jnp.array([0.75, 0.25]))
+linear = functools.partial(js.linear_softmax_cross_entropy_loss, Z, LABELS, W)
 TRACED = {
     "softcap": (lambda cap: js.softcap_logits(jnp.asarray(Z), cap), (0.0, -1.0)),
     "entmax": (lambda alpha: js.entmax(jnp.asarray(Z), alpha), (0.5,)),
@@ -182,6 +185,9 @@ TRACED = {
     "temperature": (lambda t: js.logits_hessian(js.softmax_entropy, jnp.asarray(Z), logit_temperature=t).diagonal(),
                     (0.0, -1.0)),
     "cap": (lambda c: js.logits_hessian(js.softmax_entropy, jnp.asarray(Z), logit_softcap=c).diagonal(), (-1.0,)),
+    "linear head, smoothing": (lambda s: linear(label_smoothing=s), (-0.1, 10.0)),
+    "linear head, temperature": (lambda t: js.linear_softmax_kl_divergence(Z, Z, W, 2 * W, temperature=t), (-1.0,)),
+    "linear head, class weight": (lambda w: linear(class_weights=jnp.full(5, w)), (-1.0,)),
 }  # fmt: skip
 
 
@@ -201,12 +207,21 @@ OPTIONS = [(head, name) for head in HEADS for name, option in head.choices.items
 def test_traced_options_out_of_range_give_nan(head, name):
     """Loss and gradient of every example, and nothing else of what is in range."""
     args = tuple(np.asarray(a, np.int32 if a.dtype.kind == "i" else np.float32) for a in head.args)
-    z = jnp.asarray(np.cos(np.arange(args[0].shape[0] * 4)).reshape(-1, 4), jnp.float32)
+    examples = args[0].shape[0] if args else 3
+    z = jnp.asarray(np.cos(np.arange(examples * 4)).reshape(-1, 4), jnp.float32)
     f = jax.jit(jax.value_and_grad(lambda z, value: jnp.sum(head.loss(z, *args, **{name: value}))))
     for value in numbers_of(head.choices[name]):
         assert np.all(np.isnan(f(z, value)[0])) and np.all(np.isnan(f(z, value)[1])), value
     with jax.debug_nans(True):
         f(z, float(head.choices[name].values[-1]))
+
+
+def test_options_may_be_arrays_beside_traced_ones():
+    """A concrete array is known inside jit as well: it switches off what it is 0 for."""
+    option = jnp.zeros(())
+    head = lambda z: js.softmax_cross_entropy_with_integer_labels(z, LABELS, label_smoothing=option, z_loss=option)
+    np.testing.assert_array_equal(jax.jit(head)(Z), js.softmax_cross_entropy_with_integer_labels(Z, LABELS))
+    np.testing.assert_array_equal(jax.jit(lambda: linear(label_smoothing=option))(), linear())
 
 
 def test_class_weights_below_0():

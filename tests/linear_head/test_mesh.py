@@ -196,6 +196,10 @@ def test_errors():
     call = functools.partial(linear_softmax_cross_entropy_loss, args.x, labels, args.weights)
     with pytest.raises(ValueError, match="there is none"):
         call(token_axes="data")
+    whole = functools.partial(linear_softmax_cross_entropy_loss, axis_name="classes")
+    mesh = jax.make_mesh((2, 4), ("data", "classes"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="weights of shape .* is the same on every device along .*classes"):
+        shard_map(whole, mesh=mesh, in_specs=P(), out_specs=P())(args.x, labels, args.weights)
     with pytest.raises(ValueError, match="needs a jax.shard_map"):
         call(axis_name="classes")
     x, labels, weights = Mesh((2, 4), CLASSES).place((args.x, labels, args.weights), (P("data"), P("data"), CLASSES))
