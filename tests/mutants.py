@@ -73,8 +73,9 @@ MUTANTS = [
     Mutant(
         "log_softmax: keeps its logits as well for the backward pass",
         "maps/softmax.py",
-        "return logp, logp\n\n\ndef _log_softmax_bwd(axis, logp, g):\n",
-        "return logp, (logp, z)\n\n\ndef _log_softmax_bwd(axis, both, g):\n    logp, g = both[0], g + 0 * both[1]\n",
+        "return num.result(logp), logp\n\n\ndef _log_softmax_bwd(axis, logp, g):\n",
+        "return num.result(logp), (logp, z)\n\n\n"
+        "def _log_softmax_bwd(axis, both, g):\n    logp, g = both[0], g + 0 * both[1]\n",
         "tests/maps/test_softmax_optimized.py -k residuals",
     ),
     Mutant(
@@ -136,15 +137,22 @@ MUTANTS = [
     Mutant(
         "cross-entropy: class weight dropped",
         "losses/cross_entropy.py",
-        "loss = loss * num.take_class(sharded_like(z, jnp.broadcast_to(weights, z.shape)), labels, axis)",
+        "loss = loss if weights is None else loss * num.take_class(weights, labels, axis)",
         "loss = loss * 1",
+        "tests/losses/test_cross_entropy.py -k class_weights_alone",
+    ),
+    Mutant(
+        "cross-entropy: class weight dropped from smoothed labels",
+        "losses/cross_entropy.py",
+        "return y if weights is None else weights * y",
+        "return y",
         f"{LOSSES} -k 'combination and integer'",
     ),
     Mutant(
         "cross-entropy: smoothing spread over masked classes too",
         "losses/cross_entropy.py",
-        "count = num.class_sum(exists.astype(loss.dtype), axis)",
-        "count = num.class_sum(jnp.ones_like(wide), axis)",
+        "uniform = smooth / jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)",
+        "uniform = smooth / num.class_sum(jnp.ones_like(z), axis)",
         f"{LOSSES} -k 'compressed and integer'",
     ),
     Mutant(

@@ -149,3 +149,14 @@ def test_wrong_soft_calls():
         js.softmax_cross_entropy(np.ones((2, 3)), np.ones(2))
     with pytest.raises(ValueError, match=r"targets must have the shape of predictions, \(2,\), got \(3,\)"):
         js.squared_error(np.ones(2), np.ones(3))
+
+
+def test_class_weights_alone():
+    """Loss and gradient of an example are those without weights, times its label's."""
+    z, labels = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), jnp.float32), jnp.array([0, 2, 1, 2])
+    weights = jnp.array([0.5, 2.0, 3.0])
+    head = js.softmax_cross_entropy_with_integer_labels
+    np.testing.assert_allclose(head(z, labels, class_weights=weights), weights[labels] * head(z, labels), rtol=1e-6)
+    got = jax.grad(lambda z: jnp.sum(head(z, labels, class_weights=weights)))(z)
+    plain = jax.grad(lambda z: jnp.sum(head(z, labels)))(z)
+    np.testing.assert_allclose(got, weights[labels, None] * plain, rtol=1e-6)
