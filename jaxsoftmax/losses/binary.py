@@ -35,10 +35,6 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, pos_we
       Losses, of the shape of `logits`; float32 for half-precision logits, else of the common dtype of logits and
       labels. An infinite logit on the label's side has loss 0.
 
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` or `pos_weight` complex.
-      ValueError: if a shape does not broadcast to that of `logits`.
-
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> logits, labels = jnp.array([20.0, 0.0, jnp.inf]), jnp.array([1, 0, 1])
@@ -64,10 +60,6 @@ def sigmoid_focal_loss(
     Returns:
       Losses, of the shape of `logits`; float32 for half-precision logits, else of the common dtype of logits and
       labels.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels`, `alpha` or `gamma` complex.
-      ValueError: if a shape does not broadcast to that of `logits`, `alpha` lies outside [0, 1] or `gamma` is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax

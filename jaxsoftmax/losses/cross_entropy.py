@@ -58,15 +58,10 @@ def softmax_cross_entropy_with_integer_labels(
       class_weights: weights of shape (K,), as in torch.nn.functional.cross_entropy.
       ignore_index: label of examples to leave out; loss 0, gradient 0.
       z_loss: ζ, a penalty that keeps the logits' normaliser near 0.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Loss per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` not integer, `where` not boolean.
-      ValueError: if `axis` is out of range, shapes do not fit, or `label_smoothing` lies outside [0, 1].
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -98,16 +93,11 @@ def softmax_cross_entropy(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent, its label too).
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
       dtype of logits and labels. Differentiable in both.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` complex, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -130,10 +120,6 @@ def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, axis_nam
 
     Returns:
       Loss per example (...).
-
-    Raises:
-      TypeError: if `logits` is not floating point or `labels` complex.
-      ValueError: if the shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -422,10 +408,6 @@ def natural_gradient_norm(
 
     Returns:
       One number per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` not integer, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax

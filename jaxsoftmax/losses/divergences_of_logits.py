@@ -54,16 +54,11 @@ def softmax_kl_divergence(
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent from both).
       temperature: T > 0, which divides both; one number, or one per example.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Divergence per example, of the shape of `logits` without `axis`; float32 for half precision, else of the common
       dtype of both. +inf where the target has a class that the model excludes. Differentiable in all three.
-
-    Raises:
-      TypeError: if `logits` or `target_logits` is not floating point, `where` not boolean.
-      ValueError: if `axis` is out of range, shapes do not fit, or `temperature` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -97,16 +92,11 @@ def jensen_shannon_divergence(
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent from both).
       temperature: T > 0, which divides both; one number, or one per example.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Divergence per example, of the shape of `logits` without `axis`; float32 for half precision, else of the common
       dtype of both. Differentiable in all three.
-
-    Raises:
-      TypeError: if `logits` or `target_logits` is not floating point, `where` not boolean.
-      ValueError: if `axis` is out of range, shapes do not fit, or `temperature` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -38,16 +38,11 @@ def kl_divergence(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask that broadcasts to `log_predictions` (False: the class is absent), else to the result
         (False: the example is absent).
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
       dtype of both.
-
-    Raises:
-      TypeError: if `log_predictions` is not floating point, `targets` complex, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -76,16 +71,11 @@ def kl_divergence_with_log_targets(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask that broadcasts to `log_predictions` (False: the class is absent), else to the result
         (False: the example is absent).
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
       dtype of both.
-
-    Raises:
-      TypeError: if `log_predictions` is not floating point, `log_targets` complex, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -116,16 +106,11 @@ def generalized_kl_divergence(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask that broadcasts to `log_predictions` (False: the class is absent), else to the result
         (False: the example is absent).
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Divergences, of the shape of `log_predictions` without `axis`; float32 for half precision, else of the common
       dtype of both.
-
-    Raises:
-      TypeError: if `log_predictions` is not floating point, `targets` complex, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -60,16 +60,11 @@ def entmax_loss(
       where: boolean mask of the shape of the result (False: the example is absent), else one that broadcasts to
         `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
         has loss +inf.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits. Differentiable in
       logits, soft labels (the slope at a label of 0 is that at the smallest positive number) and alpha.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` boolean or complex, `where` not boolean.
-      ValueError: if `alpha` is below 1 or not finite, `axis` is out of range, or a shape does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -95,10 +90,6 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike, *, axis_name
 
     Returns:
       Loss per example (...); float32 for half-precision scores.
-
-    Raises:
-      TypeError: if `scores` is not floating point or `labels` not integer.
-      ValueError: if the shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -127,10 +118,6 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     Returns:
       Loss per decision; float32 for half-precision logits.
-
-    Raises:
-      TypeError: if `logits` is not floating point or `labels` complex.
-      ValueError: if the shapes do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax

@@ -45,16 +45,11 @@ def softmax_entropy(
       where: boolean mask of the shape of the result (False: the example is absent, with entropy 0 and gradient 0),
         else one that broadcasts to `logits` (False: the class is absent).
       temperature: T > 0; one number, or one per example.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Entropy per example, of the shape of `logits` without `axis`; float32 for half-precision logits. Differentiable
       in logits and temperature.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `where` not boolean.
-      ValueError: if `axis` is out of range, shapes do not fit, or `temperature` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -84,16 +79,11 @@ def brier_loss(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent, its label too).
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
       dtype of logits and labels. Differentiable in both.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` complex, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax

@@ -50,15 +50,10 @@ def focal_loss_with_integer_labels(
       where: boolean mask of the shape of `labels` (False: the example is absent), else one that broadcasts to
         `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
         has loss +inf.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block, and labels count over all classes.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Loss per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` not integer, `where` not boolean.
-      ValueError: if `axis` is out of range, shapes do not fit, or `gamma` is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -92,16 +87,11 @@ def poly_loss_cross_entropy(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent, its label too).
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Loss per example, of the shape of `logits` without `axis`; float32 for half-precision logits, else of the common
       dtype of logits and labels.
-
-    Raises:
-      TypeError: if `logits` is not floating point, `labels` complex, `where` not boolean.
-      ValueError: if `axis` is out of range or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

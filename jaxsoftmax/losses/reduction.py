@@ -29,10 +29,6 @@ def weighted_mean(losses: ArrayLike, weights: ArrayLike, normalizer: ArrayLike |
     Returns:
       A scalar, of the dtype of `losses`, float32 for half precision.
 
-    Raises:
-      TypeError: if `losses` is not floating point, `weights` or `normalizer` complex.
-      ValueError: if a shape does not broadcast to that of `losses`.
-
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> losses = jnp.array([1.0, 2.0, jnp.nan])

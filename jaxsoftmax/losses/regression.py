@@ -36,10 +36,6 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> A
     Returns:
       Squared errors, of the shape of `predictions`; float32 for half precision.
 
-    Raises:
-      TypeError: if `predictions` is not floating point or `targets` complex.
-      ValueError: if the shapes differ.
-
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> print(jaxsoftmax.squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])))
@@ -60,10 +56,6 @@ def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
     Returns:
       Losses, of the shape of `predictions`; float32 for half precision.
 
-    Raises:
-      TypeError: if `predictions` is not floating point or `targets` complex.
-      ValueError: if the shapes differ.
-
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> print(jaxsoftmax.l2_loss(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])))
@@ -83,15 +75,10 @@ def sum_squared_error(
       predictions: floating-point array z.
       targets: array ŷ of the same shape.
       axis: the axis or axes summed over; None for all.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which they are split in equal
-        consecutive blocks: every argument with that axis is this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Losses, of the shape of `predictions` without `axis`; float32 for half precision.
-
-    Raises:
-      TypeError: if `predictions` is not floating point or `targets` complex.
-      ValueError: if the shapes differ or `axis` is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -118,10 +105,6 @@ def huber_loss(predictions: ArrayLike, targets: ArrayLike | None = None, *, delt
     Returns:
       Losses, of the shape of `predictions`; float32 for half precision.
 
-    Raises:
-      TypeError: if `predictions` is not floating point or `targets` complex.
-      ValueError: if the shapes do not fit or `delta` is negative.
-
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> print(jaxsoftmax.huber_loss(jnp.array([0.5, 3.0]), jnp.array([0.0, 0.0])))
@@ -142,10 +125,6 @@ def log_cosh(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
 
     Returns:
       Losses, of the shape of `predictions`; float32 for half precision. Small errors keep their digits.
-
-    Raises:
-      TypeError: if `predictions` is not floating point or `targets` complex.
-      ValueError: if the shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -21,10 +21,6 @@ def softcap_logits(logits: ArrayLike, cap: ArrayLike) -> Array:
     Returns:
       Capped logits, of the shape and dtype of `logits`.
 
-    Raises:
-      TypeError: if `logits` is not floating point or `cap` is no real number.
-      ValueError: if `cap` is not positive.
-
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> print(jaxsoftmax.softcap_logits(jnp.array([1.0, 100.0, -jnp.inf]), 30.0).round(4))

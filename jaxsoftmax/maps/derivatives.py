@@ -29,16 +29,11 @@ def softmax_jvp(t: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisNa
       p: probabilities, the output of softmax. Floating; that they sum to 1 is taken for granted, not checked: off the
         simplex, and for derivatives in `p` across it, the result is defined up to multiples of p.
       axis: the class axis.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: the arguments and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Tangent of the probabilities, of the shape of `p` and the common dtype, to a few eps of |J||t|. Differentiable
       in both arguments, to any order.
-
-    Raises:
-      TypeError: if `p` is not floating, `t` is complex or `axis` is not an integer.
-      ValueError: if the shapes differ or `axis` is out of range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -58,15 +53,10 @@ def softmax_vjp(g: ArrayLike, p: ArrayLike, axis: int = -1, *, axis_name: AxisNa
       g: cotangent of the probabilities, of the shape of `p`.
       p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: the arguments and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Cotangent of the logits, as in `softmax_jvp`.
-
-    Raises:
-      TypeError: if `p` is not floating, `g` is complex or `axis` is not an integer.
-      ValueError: if the shapes differ or `axis` is out of range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -89,10 +79,6 @@ def softmax_jacobian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
     Returns:
       J (..., K, K), output class before input class (it is symmetric), in the floating dtype of `x`. Its diagonal
       p(1 - p) is accurate also where p is near 1. Differentiable, to any order.
-
-    Raises:
-      TypeError: if `x` is complex, or `axis_name` given.
-      ValueError: if `x` is a scalar.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -121,10 +107,6 @@ def softmax_hessian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
     Returns:
       T (..., K, K, K) in the floating dtype of `x`. Differentiable, to any order.
 
-    Raises:
-      TypeError: if `x` is complex, or `axis_name` given.
-      ValueError: if `x` is a scalar.
-
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> for matrix in jaxsoftmax.softmax_hessian(jnp.array([jnp.log(3.0), 0.0])).tolist():
@@ -148,15 +130,10 @@ def softmax_second_derivative(
       v: another one.
       p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: the arguments and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       The second directional derivative of the probabilities, of the shape of `p` and the common dtype.
-
-    Raises:
-      TypeError: if `p` is not floating, `u` or `v` is complex or `axis` is not an integer.
-      ValueError: if the shapes differ or `axis` is out of range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -180,15 +157,10 @@ def softmax_third_derivative(
       w: and a third.
       p: probabilities, the output of softmax, as in `softmax_jvp`.
       axis: the class axis.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks: the arguments and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       The third directional derivative of the probabilities, of the shape of `p` and the common dtype.
-
-    Raises:
-      TypeError: if `p` is not floating, a tangent is complex or `axis` is not an integer.
-      ValueError: if the shapes differ or `axis` is out of range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -34,16 +34,11 @@ def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, 
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks; `x` and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`; exactly 0 off the support. All zero where every class
       is masked.
-
-    Raises:
-      TypeError: if `x` is complex, `where` is not boolean or `axis` is not made of integers.
-      ValueError: if `axis` is out of range or `where` does not broadcast to `x`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -66,16 +61,11 @@ def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, a
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks; `x` and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`; exactly 0 off the support. All zero where every class
       is masked.
-
-    Raises:
-      TypeError: if `x` is complex, `where` is not boolean or `axis` is not made of integers.
-      ValueError: if `axis` is out of range or `where` does not broadcast to `x`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -105,16 +95,11 @@ def entmax(
         gives NaN.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks; `x` and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`; exactly 0 off the support. All zero where every class
       is masked.
-
-    Raises:
-      TypeError: if `x` or `alpha` is complex, `where` is not boolean or `axis` is not made of integers.
-      ValueError: if `alpha` is below 1 or not finite, `axis` is out of range, or a shape does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax

@@ -35,15 +35,10 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ax
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks; `x` and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Probabilities, of the shape and (floating) dtype of `x`. All zero where every class is masked.
-
-    Raises:
-      TypeError: if `x` is complex, `where` is not boolean or `axis` is not made of integers.
-      ValueError: if `axis` is out of range or `where` does not broadcast to `x`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -66,15 +61,10 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *
       x: real logits of any shape. Integers are promoted to the default float dtype.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: log p = -inf, derivative 0.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the class axis is split in equal
-        consecutive blocks; `x` and the result are this device's block.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       Log-probabilities, of the shape and (floating) dtype of `x`.
-
-    Raises:
-      TypeError: if `x` is complex, `where` is not boolean or `axis` is not made of integers.
-      ValueError: if `axis` is out of range or `where` does not broadcast to `x`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -140,18 +130,12 @@ def logsumexp(
       keepdims: keep the summed axes with length 1.
       return_sign: also return the sign of the sum. Without it, the logarithm of a negative sum is NaN.
       where: boolean mask that broadcasts to `a`; where it is False the term is absent.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the terms are split in equal
-        consecutive blocks; `a`, `b` and `where` are this device's block, and the result
-        is the same on every device.
+      axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
       The logarithm, of the shape of `a` without `axis`, in the common floating dtype of `a` and `b`; -inf over no
       term. With `return_sign`, a pair of it and the sign (-1, 0 or 1) in the same dtype. If `a` or `b` is complex, the
       principal value of log Σ; with `return_sign`, its real part, and the phase of the sum as the sign.
-
-    Raises:
-      TypeError: if `where` is not boolean or `axis` is not made of integers.
-      ValueError: if `axis` is out of range, or `b` or `where` does not broadcast to `a`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

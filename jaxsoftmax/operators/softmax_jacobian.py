@@ -101,8 +101,7 @@ class SoftmaxJacobian(SymmetricOperator):
           where: boolean mask that broadcasts to `x`; False marks an absent class.
           alpha: 1 for softmax, else the α of `entmax`, as it takes it.
           temperature: T > 0, for the Jacobian of x ↦ softmax(x/T), which has the factor 1/T.
-          axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split, in
-            equal consecutive blocks: every vector, those of the methods included, is this device's block.
+          axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
         Raises:
           TypeError: if `x` or `alpha` is complex or `where` is not boolean.
