@@ -28,11 +28,11 @@ def as_array(name: str, x: Any) -> Array:
 
 
 def as_float(name: str, x: ArrayLike) -> Array:
-    """Argument of a map: real; integers and booleans are promoted to the default float, as in jax.nn."""
+    """Argument of a map: real; integers and booleans become the float that `jnp.exp` makes of them, as in jax.nn."""
     x = as_array(name, x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got dtype {x.dtype}; take its real part or magnitude first")
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jax.eval_shape(jnp.exp, x).dtype)
 
 
 def as_inexact(name: str, x: ArrayLike) -> Array:
@@ -142,6 +142,20 @@ def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
     if not _fits(x.shape, shape):
         raise ValueError(f"{name} has shape {x.shape}, which does not broadcast to {tuple(shape)}")
     return x if x.shape == tuple(shape) else jnp.broadcast_to(x, shape)
+
+
+def to_examples(name: str, x: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """`x` broadcast to `shape` without `axes`; a ValueError where NumPy would read it along other axes of `shape`."""
+    axes = tuple(i % len(shape) for i in axes)
+    examples = tuple(n for i, n in enumerate(shape) if i not in axes)
+    in_place = _fits(x.shape, tuple(1 if i in axes else n for i, n in enumerate(shape)))
+    moved = any(i >= len(shape) - x.ndim for i in axes)
+    if x.shape != examples and x.size > 1 and in_place and moved:
+        raise ValueError(
+            f"{name} has shape {x.shape}, which fits the examples {examples} and, beside the classes, {shape}: "
+            f"broadcast it to {examples} first"
+        )
+    return broadcast(name, x, examples)
 
 
 def common_shape(name: str, x: Array, other: str, y: Array) -> tuple[int, ...]:
@@ -294,17 +308,18 @@ def positive(name: str, value: Any) -> Any:
 def option(
     name: str,
     value: ArrayLike,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     dtype: Any,
     low: float = -np.inf,
     high: float = np.inf,
     above_low: bool = False,
 ) -> Array:
-    """Real numbers as in `within`, one or an array of them, broadcast to `shape`; of `dtype` if they have none."""
+    """Real numbers as in `within`, one or an array of them, broadcast to any `shape`; of `dtype` if they have none."""
     if np.ndim(value) == 0:
         number(name, value)
     as_real(name, value, dtype)  # what it is, before how large it is
-    return broadcast(name, as_real(name, within(name, value, low, high, above_low), dtype), shape)
+    value = as_real(name, within(name, value, low, high, above_low), dtype)
+    return value if shape is None else broadcast(name, value, shape)
 
 
 def at_least(name: str, value: Any, low: int) -> int:

@@ -172,6 +172,11 @@ def other_classes(like: Array, index: Array, axis: Axis) -> Array:
     return jnp.minimum(distance, 1).astype(wide)
 
 
+def one_hot(like: Array, label: Array, axis: Axis) -> Array:
+    """e_label (class axis of length 1); NaN throughout for a label below 0."""
+    return undefined(label < 0, jnp.where(class_index(like, axis) == label, 1.0, 0.0).astype(like.dtype))
+
+
 def undefined(at: Array, x: Array) -> Array:
     """x, with NaN at `at`: computed there alone, since a NaN that is only a constant stops jax.debug_nans as well."""
     at = sharded_like(x, at) if at.shape == x.shape else at

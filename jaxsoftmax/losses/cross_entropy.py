@@ -22,6 +22,7 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import jacobian_product, less
 from jaxsoftmax._core.plumbing import sharded_like, traced_once
 from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
@@ -54,7 +55,7 @@ def softmax_cross_entropy_with_integer_labels(
       where: boolean mask of the shape of `labels` (False: the example is absent), else one that broadcasts to
         `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
         has loss +inf.
-      label_smoothing: ε in [0, 1], spread evenly over the classes that are present.
+      label_smoothing: ε in [0, 1], spread evenly over the classes that are present; one number, or one per example.
       class_weights: weights of shape (K,), as in torch.nn.functional.cross_entropy.
       ignore_index: label of examples to leave out; loss 0, gradient 0.
       z_loss: ζ, a penalty that keeps the logits' normaliser near 0.
@@ -73,7 +74,7 @@ def softmax_cross_entropy_with_integer_labels(
     Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
     """
     options = label_smoothing, class_weights, ignore_index, z_loss
-    return _integer_loss(*_integer_arguments(logits, labels, axis, axis_name, where, *options))
+    return _integer_loss(*_integer_arguments(logits, labels, axis, where, *options, axis_name))
 
 
 def softmax_cross_entropy(
@@ -82,9 +83,13 @@ def softmax_cross_entropy(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> Array:
     """Cross-entropy with a distribution as label: L = -Σ_k labels_k log p_k, p = softmax(logits).
+
+    With smoothing ε and class weights w, the label is w_k ((1 - ε) labels_k + ε / K), for K classes.
 
     Args:
       logits: floating-point logits; `axis` counts the classes.
@@ -93,6 +98,7 @@ def softmax_cross_entropy(
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent, its label too).
+      label_smoothing, class_weights: as in `softmax_cross_entropy_with_integer_labels`.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
@@ -107,7 +113,7 @@ def softmax_cross_entropy(
 
     Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy`.
     """
-    return _soft_loss(*_soft_arguments(logits, labels, axis, axis_name, where))
+    return _soft_loss(*_soft_arguments(logits, labels, axis, where, label_smoothing, class_weights, axis_name))
 
 
 def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, axis_name: AxisName = None) -> Array:
@@ -132,31 +138,29 @@ def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, axis_nam
 
 
 def _integer_arguments(
-    logits, labels, axis, axis_name, where, label_smoothing, class_weights, ignore_index, z_loss
+    logits, labels, axis, where, label_smoothing, class_weights, ignore_index, z_loss, axis_name
 ) -> tuple:
-    """The arguments, checked; ignored examples are masked, and options that are off are None."""
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+    """The arguments, checked; options that are off are None."""
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_indices(labels, logits, axes.positions)
-    mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
-    label_smoothing = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.number("z_loss", z_loss)
-    if class_weights is not None:
-        num_classes = math.prod(logits.shape[i] for i in axes.positions)
-        class_weights = checks.class_weights(class_weights, num_classes)
-    if ignore_index is not None:
-        ignored = num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
-        kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
-        mask, labels = kept if mask is None else mask & kept, jnp.where(ignored, 0, labels)
-    smooth, penalty = (None if checks.is_known_as(0, option) else option for option in (label_smoothing, z_loss))
-    return logits, labels, mask, class_weights, smooth, penalty, axes
+    labels, mask = without_ignored(labels, mask, ignore_index, logits, axes)
+    penalty = None if checks.is_known_as(0, checks.number("z_loss", z_loss)) else z_loss
+    return logits, labels, mask, *_of_labels(label_smoothing, class_weights, logits, axes), penalty, axes
 
 
-def _soft_arguments(logits, labels, axis, axis_name, where) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+def _soft_arguments(logits, labels, axis, where, label_smoothing, class_weights, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_probabilities(labels, logits, axes.positions)
-    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
+    return logits, labels, mask, *_of_labels(label_smoothing, class_weights, logits, axes), axes
+
+
+def _of_labels(label_smoothing, class_weights, logits, axes) -> tuple:
+    """Class weights and smoothing, None where they are off."""
+    if class_weights is not None:
+        class_weights = checks.class_weights(class_weights, math.prod(logits.shape[i] for i in axes.positions))
+    if checks.is_known_as(0, label_smoothing):
+        return class_weights, None
+    return class_weights, option_of_examples("label_smoothing", label_smoothing, logits, axes, 0.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
@@ -165,15 +169,9 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
     (logits, mask), axis = num.one_axis(axes, logits, mask)
     z = num.present(logits, mask, axis)
     labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
-    wide = dtypes.widen(z)[0]
-    weights = None
-    if class_weights is not None:
-        weights = jnp.expand_dims(
-            class_weights.astype(wide.dtype), [i for i in range(z.ndim) if i not in axis.positions]
-        )
-        weights = sharded_like(z, jnp.broadcast_to(weights, z.shape))
+    wide, weights = dtypes.widen(z)[0], _weights(z, class_weights, axis)
     if smooth is not None:
-        loss = soft_label_loss(wide, _smoothed(wide, labels, weights, smooth, axis), axis)
+        loss = soft_label_loss(wide, _weighed(wide, num.one_hot(wide, labels, axis), class_weights, smooth, axis), axis)
     else:
         # With a term more, the gradients of both are added before the one rounding.
         loss = label_loss(z if penalty is None else wide, labels, axis)
@@ -183,20 +181,35 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
     return num.absent_examples(loss, mask, axis)
 
 
-def _smoothed(z: Array, label: Array, weights: Array | None, smooth: ArrayLike, axis: num.ClassAxis) -> Array:
-    """(1 - smooth) e_label + smooth / (number of classes there are), times the class weights: soft labels."""
-    exists, smooth = lax.stop_gradient(z) > -jnp.inf, jnp.asarray(smooth, z.dtype)
-    uniform = smooth / jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)
-    uniform = num.undefined(label < 0, uniform)
-    y = jnp.where(num.class_index(z, axis) == label, 1 - smooth, 0.0) + jnp.where(exists, uniform, 0.0)
-    return y if weights is None else weights * y
+def _weights(z: Array, class_weights: Array | None, axis: num.ClassAxis) -> Array | None:
+    """The class weights beside z."""
+    if class_weights is None:
+        return None
+    (position,), weights = axis.positions, class_weights.astype(dtypes.compute_dtype(z.dtype))
+    weights = jnp.expand_dims(weights, [i for i in range(z.ndim) if i != position % z.ndim])
+    return sharded_like(z, jnp.broadcast_to(weights, z.shape))
+
+
+def _smoothed(z: Array, y: Array, smooth: Array, axis: num.ClassAxis) -> Array:
+    """(1 - smooth) y + smooth / (number of classes there are)."""
+    exists = lax.stop_gradient(z) > -jnp.inf
+    count = jnp.maximum(num.class_sum(exists.astype(y.dtype), axis), 1)
+    smooth = sharded_like(count, jnp.expand_dims(smooth.astype(y.dtype), axis.positions))
+    return (1 - smooth) * y + jnp.where(exists, smooth / count, 0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
-def _soft_loss(logits, labels, mask, axes) -> Array:
+def _soft_loss(logits, labels, mask, class_weights, smooth, axes) -> Array:
     (logits, labels, mask), axis = num.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
-    loss = soft_label_loss(num.present(logits, mask, axis), num.zero_absent(labels, mask), axis)
-    return num.absent_examples(loss, mask, axis)
+    z = num.present(logits, mask, axis)
+    y = _weighed(z, num.zero_absent(labels, mask), class_weights, smooth, axis)
+    return num.absent_examples(soft_label_loss(z, y, axis), mask, axis)
+
+
+def _weighed(z: Array, y: Array, class_weights: Array | None, smooth: Array | None, axis: num.ClassAxis) -> Array:
+    """The labels that smoothing and class weights make of y."""
+    y, weights = y if smooth is None else _smoothed(z, y, smooth, axis), _weights(z, class_weights, axis)
+    return y if weights is None else weights * y
 
 
 # Rules. z keeps its dtype, so that the residual of half-precision logits is no larger than they are; the class axis
@@ -318,37 +331,33 @@ scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
 
 
 @curvature_of(softmax_cross_entropy_with_integer_labels)
-def _integer_curvature(
-    logits, labels, axis=-1, where=None, *, label_smoothing=0.0, class_weights=None, ignore_index=None, z_loss=0.0,
-    axis_name=None,
-) -> Curvature:  # fmt: skip
-    options = label_smoothing, class_weights, ignore_index, z_loss
-    return _integer_operators(*on_last_axis(*_integer_arguments(logits, labels, axis, axis_name, where, *options)))
+def _integer_curvature(**arguments) -> Curvature:
+    return _integer_operators(*on_last_axis(*_integer_arguments(**arguments)))
 
 
-@curvature_of(softmax_cross_entropy, safe_softmax_cross_entropy)
-def _soft_curvature(logits, labels, axis=-1, where=None, *, axis_name=None) -> Curvature:
-    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, axis, axis_name, where)))
+@curvature_of(softmax_cross_entropy)
+def _soft_curvature(**arguments) -> Curvature:
+    return _soft_operators(*on_last_axis(*_soft_arguments(**arguments)))
+
+
+@curvature_of(safe_softmax_cross_entropy)
+def _safe_curvature(logits, labels, axis_name) -> Curvature:
+    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, -1, None, 0.0, None, axis_name)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axis) -> Curvature:
     z = num.present(*dtypes.widen(logits), mask, axis)
-    weights = jnp.broadcast_to(1.0 if class_weights is None else class_weights, z.shape).astype(z.dtype)
-    weights = sharded_like(z, weights)
-    weight = num.take_class(weights, num.class_labels(labels, num.num_classes(z, axis))[..., None], axis)
-    if smooth is not None:
-        exists = z > -jnp.inf
-        count = jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)
-        smooth = jnp.asarray(smooth, z.dtype)
-        weight = (1 - smooth) * weight + smooth * num.class_sum(jnp.where(exists, weights / count, 0.0), axis)
+    label = num.class_labels(labels, num.num_classes(z, axis))[..., None]
+    weight = num.class_sum(_weighed(z, num.one_hot(z, label, axis), class_weights, smooth, axis), axis)
     return categorical(z, only_examples(mask, weight, axis), draw_labels, _label_score, axis, penalty, mask)
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
-def _soft_operators(logits, labels, mask, axis) -> Curvature:
+def _soft_operators(logits, labels, mask, class_weights, smooth, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, weight = num.present(logits, mask, axis), num.class_sum(num.zero_absent(y, mask), axis)
+    z = num.present(logits, mask, axis)
+    weight = num.class_sum(_weighed(z, num.zero_absent(y, mask), class_weights, smooth, axis), axis)
     return categorical(z, only_examples(mask, weight, axis), draw_one_hot, soft_label_score, axis)
 
 

@@ -26,6 +26,7 @@ from jaxsoftmax._core.scalar_functions import log_double_sigmoid, missing_bits, 
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
+from jaxsoftmax.losses.head import checked_logits
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
@@ -69,7 +70,7 @@ def softmax_kl_divergence(
 
     Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; docs/mathematics.md, sections 4 and 5.
     """
-    return _between(kl, logits, target_logits, axis, axis_name, where, temperature)
+    return _apply(kl, *_arguments(logits, target_logits, axis, where, temperature, axis_name))
 
 
 def jensen_shannon_divergence(
@@ -106,19 +107,13 @@ def jensen_shannon_divergence(
 
     Reference: Lin 1991, https://doi.org/10.1109/18.61115; `scipy.spatial.distance.jensenshannon` is its square root.
     """
-    return _between(jensen_shannon, logits, target_logits, axis, axis_name, where, temperature)
+    return _apply(jensen_shannon, *_arguments(logits, target_logits, axis, where, temperature, axis_name))
 
 
-def _between(divergence, *arguments) -> Array:
-    return _apply(divergence, *_arguments(*arguments))
-
-
-def _arguments(logits, target_logits, axis, axis_name, where, temperature) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+def _arguments(logits, target_logits, axis, where, temperature, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     targets = checks.as_loss_float("target_logits", target_logits)
     targets = checks.broadcast("target_logits", targets, logits.shape)
-    mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
     return logits, targets, mask, as_temperature(temperature, logits, axes), axes
 
 
@@ -278,8 +273,8 @@ log_ratio.defvjp(_log_ratio_fwd, _log_ratio_bwd)
 
 
 @curvature_of(softmax_kl_divergence)
-def _kl_curvature(logits, target_logits, axis=-1, where=None, temperature=1.0, *, axis_name=None) -> Curvature:
-    return _kl_operators(*on_last_axis(*_arguments(logits, target_logits, axis, axis_name, where, temperature)))
+def _kl_curvature(**arguments) -> Curvature:
+    return _kl_operators(*on_last_axis(*_arguments(**arguments)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
@@ -301,11 +296,8 @@ def _target_score(x: Array, target_logits: Array) -> Array:
 
 
 @curvature_of(jensen_shannon_divergence)
-def _jensen_shannon_curvature(
-    logits, target_logits, axis=-1, where=None, temperature=1.0, *, axis_name=None
-) -> Curvature:
-    arguments = _arguments(logits, target_logits, axis, axis_name, where, temperature)
-    return _jensen_shannon_operators(*on_last_axis(*arguments))
+def _jensen_shannon_curvature(**arguments) -> Curvature:
+    return _jensen_shannon_operators(*on_last_axis(*_arguments(**arguments)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)

@@ -21,6 +21,7 @@ from jaxsoftmax._core import class_axis as num
 from jaxsoftmax._core.centring import below_half
 from jaxsoftmax._core.plumbing import aligned, typed_like
 from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.head import checked_logits, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.entmax import (
     as_order,
@@ -43,6 +44,7 @@ def entmax_loss(
     axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     *,
+    ignore_index: int | None = None,
     axis_name: AxisName = None,
 ) -> Array:
     """Fenchel-Young loss of α-entmax: L = max_p (<p, z> + H_α(p)) - <y, z> - H_α(y), with gradient p - y.
@@ -60,6 +62,7 @@ def entmax_loss(
       where: boolean mask of the shape of the result (False: the example is absent), else one that broadcasts to
         `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
         has loss +inf.
+      ignore_index: class index of examples to leave out; loss 0, gradient 0.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
@@ -75,10 +78,12 @@ def entmax_loss(
 
     Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; docs/mathematics.md, section 3.
     """
-    return _loss(*_arguments(logits, labels, alpha, axis, axis_name, where))
+    return _loss(*_arguments(logits, labels, alpha, axis, where, ignore_index, axis_name))
 
 
-def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike, *, axis_name: AxisName = None) -> Array:
+def multiclass_sparsemax_loss(
+    scores: ArrayLike, labels: ArrayLike, *, ignore_index: int | None = None, axis_name: AxisName = None
+) -> Array:
     """Fenchel-Young loss of sparsemax with class indices, the case α = 2 of `entmax_loss`; gradient p - e_label.
 
     L = ½ Σ_{k≠label} p_k² + ½ (1 - p_label)² where p_label > 0.
@@ -86,6 +91,7 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike, *, axis_name
     Args:
       scores: floating-point logits (..., K).
       labels: integers (...). One outside [0, K) makes loss and gradient of its own example NaN.
+      ignore_index: label of examples to leave out; loss 0, gradient 0.
       axis_name: as in `entmax_loss`.
 
     Returns:
@@ -99,11 +105,7 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike, *, axis_name
 
     Reference: Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068; `optax.multiclass_sparsemax_loss`.
     """
-    scores = checks.as_loss_float("scores", scores)
-    axes = num.class_axis(-1, scores, axis_name, "scores")
-    labels = checks.class_indices(labels, scores, axes.positions)
-    alphas, exact = as_order(2.0, scores.shape, axes)
-    return _loss(scores, labels, alphas, None, exact, axes)
+    return _loss(*_sparsemax_arguments(scores, labels, ignore_index, axis_name))
 
 
 def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -136,18 +138,29 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
     return _binary_loss(*aligned(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape)))
 
 
-def _arguments(logits, labels, alpha, axis, axis_name, where) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+def _arguments(logits, labels, alpha, axis, where, ignore_index, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.as_array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labels = checks.class_indices(labels, logits, axes.positions)
+        labels, mask = without_ignored(labels, mask, ignore_index, logits, axes)
     elif jnp.issubdtype(labels.dtype, jnp.floating):
         labels = checks.class_probabilities(labels, logits, axes.positions)
+        if ignore_index is not None:
+            raise TypeError(f"ignore_index={ignore_index} needs class indices, got labels of {labels.dtype}; use where")
     else:
         raise TypeError(f"labels must have an integer (indices) or floating (distributions) dtype, got {labels.dtype}")
     alphas, exact = as_order(alpha, logits.shape, axes)
-    return logits, labels, alphas, checks.as_loss_mask("where", where, logits.shape, axes.positions), exact, axes
+    return logits, labels, alphas, mask, exact, axes
+
+
+def _sparsemax_arguments(scores, labels, ignore_index, axis_name) -> tuple:
+    scores = checks.as_loss_float("scores", scores)
+    axes = num.class_axis(-1, scores, axis_name, "scores")
+    labels, mask = checks.class_indices(labels, scores, axes.positions), None
+    labels, mask = without_ignored(labels, mask, ignore_index, scores, axes)
+    alphas, exact = as_order(2.0, scores.shape, axes)
+    return scores, labels, alphas, mask, exact, axes
 
 
 @functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
@@ -156,7 +169,7 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
     indices = jnp.issubdtype(labels.dtype, jnp.integer)
     if indices:
         (z, mask), axis = num.one_axis(axes, dtypes.widen(logits)[0], mask)
-        y = one_hot(labels, z, axis)
+        y = one_hot(z, labels, axis)
     else:
         (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
         y = num.undefined(y < 0, y)
@@ -173,11 +186,11 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
     return num.absent_examples(loss, mask, axis)
 
 
-def one_hot(labels: Array, like: Array, axis: num.Axis) -> Array:
+def one_hot(z: Array, labels: Array, axis: num.Axis) -> Array:
     """e_label along the class axis; NaN throughout for a label that is no class."""
-    index = jnp.expand_dims(num.class_labels(labels, num.num_classes(like, axis)), num.positions(axis))
-    y = 1 - num.other_classes(like, index, axis)
-    return num.undefined(index < 0, y)
+    return num.one_hot(
+        z, jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), num.positions(axis)), axis
+    )
 
 
 # Rules. z, y, p and α are floating arrays of at least float32; the class axis of α and of the loss has length 1.
@@ -286,9 +299,8 @@ def _entmax_curvature(**arguments) -> Curvature:
 
 
 @curvature_of(multiclass_sparsemax_loss)
-def _sparsemax_curvature(scores, labels, axis_name) -> Curvature:
-    labels = checks.as_labels("labels", labels)
-    return _entmax_operators(*on_last_axis(*_arguments(scores, labels, 2.0, -1, axis_name, None)))
+def _sparsemax_curvature(**arguments) -> Curvature:
+    return _entmax_operators(*on_last_axis(*_sparsemax_arguments(**arguments)))
 
 
 @functools.partial(jax.jit, static_argnames=("exact", "axis"), inline=True)
@@ -297,7 +309,7 @@ def _entmax_operators(logits, labels, alpha, mask, exact, axis) -> Curvature:
     alpha = order_of(z, alpha, exact, axis)
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        total = total + 0.0 * num.class_sum(one_hot(labels, z, axis), axis)  # NaN for a label that is no class
+        total = total + 0.0 * num.class_sum(one_hot(z, labels, axis), axis)  # NaN for a label that is no class
     hessian = SoftmaxJacobian(pi, only_examples(mask, total, axis), axis=axis)
     return Curvature(hessian, hessian)
 

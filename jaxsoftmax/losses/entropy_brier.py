@@ -21,6 +21,7 @@ from jaxsoftmax._core.centring import about_centred, below_half, centred_transpo
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
+from jaxsoftmax.losses.head import checked_logits
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
 from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
@@ -58,7 +59,7 @@ def softmax_entropy(
 
     Reference: docs/mathematics.md, sections 4 and 5.
     """
-    return _softmax_entropy(*_entropy_arguments(logits, axis, axis_name, where, temperature))
+    return _softmax_entropy(*_entropy_arguments(logits, axis, where, temperature, axis_name))
 
 
 def brier_loss(
@@ -94,21 +95,17 @@ def brier_loss(
 
     Reference: Brier 1950; docs/mathematics.md, section 4. `sklearn.metrics.brier_score_loss` averages Brier's own.
     """
-    return _brier_loss(*_brier_arguments(logits, labels, axis, axis_name, where))
+    return _brier_loss(*_brier_arguments(logits, labels, axis, where, axis_name))
 
 
-def _entropy_arguments(logits, axis, axis_name, where, temperature) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
-    mask = checks.as_loss_mask("where", where, logits.shape, axes.positions)
+def _entropy_arguments(logits, axis, where, temperature, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     return logits, mask, as_temperature(temperature, logits, axes), axes
 
 
-def _brier_arguments(logits, labels, axis, axis_name, where) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
-    labels = checks.class_probabilities(labels, logits, axes.positions)
-    return logits, labels, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
+def _brier_arguments(logits, labels, axis, where, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
+    return logits, checks.class_probabilities(labels, logits, axes.positions), mask, axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
@@ -241,8 +238,8 @@ error.defvjp(_error_fwd, _error_bwd)
 
 
 @curvature_of(softmax_entropy)
-def _entropy_curvature(logits, axis=-1, where=None, temperature=1.0, *, axis_name=None) -> Curvature:
-    return _entropy_operators(*on_last_axis(*_entropy_arguments(logits, axis, axis_name, where, temperature)))
+def _entropy_curvature(**arguments) -> Curvature:
+    return _entropy_operators(*on_last_axis(*_entropy_arguments(**arguments)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
@@ -254,8 +251,8 @@ def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
 
 
 @curvature_of(brier_loss)
-def _brier_curvature(logits, labels, axis=-1, where=None, *, axis_name=None) -> Curvature:
-    return _brier_operators(*on_last_axis(*_brier_arguments(logits, labels, axis, axis_name, where)))
+def _brier_curvature(**arguments) -> Curvature:
+    return _brier_operators(*on_last_axis(*_brier_arguments(**arguments)))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)

@@ -22,6 +22,7 @@ from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
+from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -36,6 +37,7 @@ def focal_loss_with_integer_labels(
     axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     *,
+    ignore_index: int | None = None,
     axis_name: AxisName = None,
 ) -> Array:
     """Focal loss with class indices: (1 - p_label)^γ · (-log p_label), p = softmax(logits).
@@ -50,6 +52,7 @@ def focal_loss_with_integer_labels(
       where: boolean mask of the shape of `labels` (False: the example is absent), else one that broadcasts to
         `logits` (False: the class is absent). An absent example has loss 0 and gradient 0; a label on an absent class
         has loss +inf.
+      ignore_index: label of examples to leave out; loss 0, gradient 0.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
@@ -66,7 +69,7 @@ def focal_loss_with_integer_labels(
 
     Reference: Lin et al. 2017, https://arxiv.org/abs/1708.02002; docs/mathematics.md, section 4.
     """
-    return _focal_loss(*_focal_arguments(logits, labels, gamma, axis, axis_name, where))
+    return _focal_loss(*_focal_arguments(logits, labels, gamma, axis, where, ignore_index, axis_name))
 
 
 def poly_loss_cross_entropy(
@@ -100,23 +103,20 @@ def poly_loss_cross_entropy(
 
     Reference: Leng et al. 2022, https://arxiv.org/abs/2204.12511; `optax.poly_loss_cross_entropy`.
     """
-    return _poly_loss(*_poly_arguments(logits, labels, epsilon, axis, axis_name, where))
+    return _poly_loss(*_poly_arguments(logits, labels, epsilon, axis, where, axis_name))
 
 
-def _focal_arguments(logits, labels, gamma, axis, axis_name, where) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+def _focal_arguments(logits, labels, gamma, axis, where, ignore_index, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_indices(labels, logits, axes.positions)
-    gamma = checks.option("gamma", gamma, axes.without(logits.shape), dtypes.compute_dtype(logits.dtype), 0.0)
-    return logits, labels, gamma, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
+    labels, mask = without_ignored(labels, mask, ignore_index, logits, axes)
+    return logits, labels, option_of_examples("gamma", gamma, logits, axes, 0.0), mask, axes
 
 
-def _poly_arguments(logits, labels, epsilon, axis, axis_name, where) -> tuple:
-    logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+def _poly_arguments(logits, labels, epsilon, axis, where, axis_name) -> tuple:
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_probabilities(labels, logits, axes.positions)
-    checks.number("epsilon", epsilon)
-    return logits, labels, epsilon, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
+    return logits, labels, checks.number("epsilon", epsilon), mask, axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)

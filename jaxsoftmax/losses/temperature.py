@@ -5,16 +5,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core import checks
 from jaxsoftmax._core import class_axis as num
+from jaxsoftmax.losses.head import option_of_examples
 from jaxsoftmax.losses.hessian import Curvature
 
 
 def as_temperature(temperature: ArrayLike, logits: Array, axes: num.ClassAxis) -> ArrayLike | None:
     """The argument, checked; None for 1."""
     if np.ndim(temperature):
-        shape, dtype = axes.without(logits.shape), dtypes.compute_dtype(logits.dtype)
-        return checks.option("temperature", temperature, shape, dtype, low=0.0, above_low=True)
+        return option_of_examples("temperature", temperature, logits, axes, 0.0, above_low=True)
     return None if checks.is_known_as(1, temperature) else checks.positive("temperature", temperature)
 
 

@@ -73,7 +73,7 @@ def softmax_jacobian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
     """The Jacobian of softmax over the last axis as a dense matrix: J = diag(p) - ppᵀ; O(K²), the size of the result.
 
     Args:
-      x: real logits (..., K). Integers are promoted to the default float dtype.
+      x: real logits (..., K). Integers are promoted as in `jax.nn`.
       axis_name: None. Of classes split over a mesh there are products, by `SoftmaxJacobian`, not the matrix.
 
     Returns:
@@ -101,7 +101,7 @@ def softmax_hessian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
     of the one-hot class, symmetric in all indices.
 
     Args:
-      x: real logits (..., K). Integers are promoted to the default float dtype.
+      x: real logits (..., K). Integers are promoted as in `jax.nn`.
       axis_name: None. Of classes split over a mesh there are products, by `softmax_second_derivative`, not the tensor.
 
     Returns:

@@ -31,7 +31,7 @@ def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, 
     """Sparsemax: the point of the simplex nearest to x, p_i = max(x_i - τ, 0) with τ such that Σp = 1.
 
     Args:
-      x: real logits of any shape. Integers are promoted to the default float dtype.
+      x: real logits of any shape. Integers are promoted as in `jax.nn`.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
@@ -58,7 +58,7 @@ def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, a
     """1.5-entmax: p_i = max(x_i/2 - τ, 0)² with τ such that Σp = 1; sparse like sparsemax, smoother.
 
     Args:
-      x: real logits of any shape. Integers are promoted to the default float dtype.
+      x: real logits of any shape. Integers are promoted as in `jax.nn`.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
@@ -90,7 +90,7 @@ def entmax(
     Softmax at α = 1, sparsemax at α = 2. Differentiable in `alpha` too, continuously through both.
 
     Args:
-      x: real logits of any shape. Integers are promoted to the default float dtype.
+      x: real logits of any shape. Integers are promoted as in `jax.nn`.
       alpha: α ≥ 1, a number or an array that broadcasts to the shape of `x` without `axis`. A traced alpha below 1
         gives NaN.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
@@ -124,7 +124,7 @@ def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: Axis, axis_name: AxisName
 
 def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> tuple[Array, Exact]:
     """α as an array of `shape` without the class axis, and what is known of it."""
-    values = checks.broadcast("alpha", checks.as_float("alpha", alpha), axes.without(shape))
+    values = checks.to_examples("alpha", checks.as_float("alpha", alpha), shape, axes.positions)
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(alpha)):
         known = np.asarray(alpha)
         if not np.all((known >= 1) & (known < np.inf)):

@@ -32,7 +32,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ax
     """Softmax: p_i = exp(x_i) / Σ_k exp(x_k), the sum over the class axis.
 
     Args:
-      x: real logits of any shape. Integers are promoted to the default float dtype.
+      x: real logits of any shape. Integers are promoted as in `jax.nn`.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: p = 0, derivative 0.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
@@ -58,7 +58,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *
     """Log-probabilities: log p_i = x_i - logsumexp(x), accurate also where p is near 1.
 
     Args:
-      x: real logits of any shape. Integers are promoted to the default float dtype.
+      x: real logits of any shape. Integers are promoted as in `jax.nn`.
       axis: the class axis; a tuple, or None for all axes, makes one distribution over several.
       where: boolean mask that broadcasts to `x`; where it is False the class is absent: log p = -inf, derivative 0.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
@@ -124,7 +124,7 @@ def logsumexp(
     """log |Σ_k b_k exp(a_k)|, with b = 1 where it is not given.
 
     Args:
-      a: array of any shape, real or complex. Integers are promoted to the default float dtype.
+      a: array of any shape, real or complex. Integers are promoted as in `jax.nn`.
       axis: axis or axes summed over; None for all.
       b: factors that broadcast against `a`, of any sign, real or complex. A factor 0 takes its term out.
       keepdims: keep the summed axes with length 1.

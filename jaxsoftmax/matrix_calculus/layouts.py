@@ -24,7 +24,7 @@ def frobenius(A: ArrayLike, B: ArrayLike) -> Array:
     A:B = B:A = Bᵀ:Aᵀ,    AB:C = A:CBᵀ = B:AᵀC,    a:b = aᵀb.
 
     Args:
-      A: real matrices (..., m, n), a vector (n,), or a scalar. Integers are promoted to the default float dtype.
+      A: real matrices (..., m, n), a vector (n,), or a scalar. Integers are promoted as in `jax.nn`.
       B: the same; a matrix's leading axes broadcast against those of `A`, its last two are equal to them.
 
     Returns:
@@ -118,7 +118,7 @@ def differential(f: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
 
     Returns:
       The function df(X, dX), with dX shaped like X; its value is shaped like f(X). dX is converted to X's dtypes, and
-      integer X to the default float dtype.
+      integer X as `jax.nn` does.
 
     Example:
       >>> import jax.numpy as jnp

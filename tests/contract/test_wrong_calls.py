@@ -83,7 +83,7 @@ KINDS = {
     "logits": (V, (*LOGITS, SHAPELESS)),
 }
 DIFFERENT = {  # where an argument may be more, or less, than its kind says
-    js.entmax_loss: {"labels": (P, (*SOFT, MASK))},
+    js.entmax_loss: {"labels": (LABELS, (*SOFT, MASK))},
     js.multiclass_sparsemax_loss: {"labels": (LABELS, (*NOT_NUMBERS, np.ones(7, int)))},
     js.sparsemax_loss: {"labels": (P, (*NOT_NUMBERS, COMPLEX, SHAPELESS))},
     js.sum_squared_error: {"targets": (V, TARGETS)},

@@ -160,3 +160,29 @@ def test_class_weights_alone():
     got = jax.grad(lambda z: jnp.sum(head(z, labels, class_weights=weights)))(z)
     plain = jax.grad(lambda z: jnp.sum(head(z, labels)))(z)
     np.testing.assert_allclose(got, weights[labels, None] * plain, rtol=1e-6)
+
+
+def test_label_smoothing_may_be_one_per_example(x64):
+    rng = np.random.default_rng(6)
+    z, labels, smooth = rng.normal(size=(3, 4)), np.array([0, 2, 3]), np.array([0.0, 0.25, 1.0])
+    want = [plain(z[i : i + 1], labels[i : i + 1], label_smoothing=smooth[i])[0] for i in range(3)]
+    loss = lambda z, smooth: ce(z, labels, label_smoothing=smooth)
+    np.testing.assert_allclose(loss(z, smooth), want, rtol=1e-13)
+    soft = lambda z, smooth: js.softmax_cross_entropy(z, np.eye(4)[labels], label_smoothing=smooth)
+    np.testing.assert_allclose(jax.jit(soft)(z, smooth), want, rtol=1e-13)
+    for head in (loss, soft):  # linear in it
+        by_smoothing = jax.jacrev(head, 1)(z, smooth)
+        np.testing.assert_allclose(by_smoothing, np.diag(head(z, np.ones(3)) - head(z, np.zeros(3))), rtol=1e-12)
+    H = js.logits_hessian(ce, jnp.asarray(z), labels, label_smoothing=smooth)
+    np.testing.assert_allclose(H.as_matrix(), jax.vmap(jax.hessian(ce))(z, labels), rtol=1e-12, atol=1e-14)
+
+
+def test_soft_labels_are_smoothed_as_in_torch(x64):
+    """Over the classes that are there, and weighted afterwards."""
+    rng = np.random.default_rng(7)
+    z, y, w = rng.normal(size=(2, 4)), rng.uniform(size=(2, 4)), rng.uniform(size=4)
+    here = np.array([[True, False, True, True], [True, True, True, True]])
+    got = js.softmax_cross_entropy(z, y, where=here, label_smoothing=0.25, class_weights=w)
+    for i, kept in enumerate(here):
+        smooth = w[kept] * (0.75 * y[i, kept] + 0.25 / kept.sum())
+        np.testing.assert_allclose(got[i], -smooth @ jax.nn.log_softmax(z[i, kept]), rtol=1e-13)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsoftmax import softmax_entropy
 from jaxsoftmax._core.class_axis import ClassAxis
 from jaxsoftmax.maps import entmax_solver
 from jaxsoftmax.maps.entmax import entmax, entmax15, entmax_jacobian_product, sparsemax
@@ -134,6 +135,16 @@ def test_alpha_broadcasts_over_the_batch(x64):
     for i in range(2):
         slope = slopes(lambda t, i=i: sum(w[i, j] @ reference(z[i, j], alpha[i, 0] + t) for j in range(3)))[0]
         np.testing.assert_allclose(gradient[i], [slope], rtol=1e-11)
+
+
+def test_alpha_that_could_be_read_in_two_ways_is_refused():
+    """(4, 1) is a row of the examples (4, 4), and in NumPy a number for each place of the second of (4, 4, 5)."""
+    z, alpha = jnp.zeros((4, 4, 5)), jnp.full((4, 1), 1.5)
+    with pytest.raises(ValueError, match=r"alpha has shape \(4, 1\).*broadcast it to \(4, 4\)"):
+        entmax(z, alpha)
+    with pytest.raises(ValueError, match="temperature has shape"):
+        softmax_entropy(z, temperature=alpha)
+    assert entmax(z, jnp.broadcast_to(alpha, (4, 4))).shape == entmax(z, alpha[0]).shape == z.shape
 
 
 def test_axes():

@@ -147,3 +147,11 @@ def test_wrong_calls(f, args, kwargs, error, words):
 def test_complex_is_refused(f):
     with pytest.raises(TypeError, match="x must be real"):
         f(1j * np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int32", "int64"])
+def test_integers_become_the_float_that_jnp_exp_makes_of_them(dtype, x64):
+    x = np.array([1, 2, 3], dtype)
+    for f in (js.softmax, js.log_softmax, js.logsumexp, js.sparsemax, js.entmax):
+        np.testing.assert_allclose(f(x), f(x.astype(float)), rtol=1e-6)
+        assert f(x).dtype == jnp.exp(x).dtype

@@ -221,12 +221,15 @@ def label_loss(z, n, c, label_smoothing=0, class_weights=None, ignore_index=None
     return (1 - label_smoothing) * weights[c] * (lse - z[c]) + label_smoothing * smooth + z_loss * lse**2
 
 
-def soft_label_loss(z, n, y):
-    lse = logsumexp(z, n)
+def soft_label_loss(z, n, y, label_smoothing=0, class_weights=None):
+    lse, weights = logsumexp(z, n), [1] * len(z) if class_weights is None else class_weights
+    y = [a * ((1 - label_smoothing) * b + mpf(label_smoothing) / sum(n)) for a, b in zip(weights, y)]
     return total(k * w * (lse - x) for k, w, x in zip(n, y, z) if w)
 
 
-def focal(z, n, c, gamma=2):
+def focal(z, n, c, gamma=2, ignore_index=None):
+    if c == ignore_index:
+        return mpf(0)
     return (1 - softmax(z, n)[c]) ** gamma * label_loss(z, n, c)
 
 
@@ -269,15 +272,17 @@ def brier(z, n, y):
     return total(k * (p - t) ** 2 for k, p, t in zip(n, softmax(z, n), y)) / 2
 
 
-def entmax_loss(z, n, c, alpha=1.5):
+def entmax_loss(z, n, c, alpha=1.5, ignore_index=None):
+    if c == ignore_index:
+        return mpf(0)
     power = round(1 / (alpha - 1))
     root = entmax_root(z, n, power)
     tsallis = total(k * (u**power - u ** (power + 1)) for k, u in zip(n, root)) / (alpha * (alpha - 1))
     return total(k * u**power * (x - z[c]) for k, u, x in zip(n, root, z)) + tsallis
 
 
-def multiclass_sparsemax(z, n, c):
-    return entmax_loss(z, n, c, 2)
+def multiclass_sparsemax(z, n, c, ignore_index=None):
+    return entmax_loss(z, n, c, 2, ignore_index)
 
 
 def xlogx(t):

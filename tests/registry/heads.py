@@ -185,19 +185,31 @@ def entmax15(z):
 # Options with values to test beside the default, and wrong ones.
 CLASS_WEIGHTS = (*NOT_NUMBERS[:3], np.ones(2), np.ones((N, FEW)), 1j * np.ones(FEW))
 TEMPERATURE = {"temperature": Option((2.5,), POSITIVE)}
+IGNORED, SMOOTHING = Option((3,), (1.5, "x", 1j)), (*NUMBER[:2], -0.1, 1.5, float("nan"), np.ones(7))
 OPTIONS = {
     losses.softmax_cross_entropy_with_integer_labels: {
-        "ignore_index": Option((3,), (1.5, "x", 1j)),
+        "ignore_index": IGNORED,
         "class_weights": Option((WEIGHTS,), CLASS_WEIGHTS),
         "z_loss": Option((0.0625,), NUMBER),
-        "label_smoothing": Option((0.125,), (*NUMBER, -0.1, 1.5, float("nan"))),
+        "label_smoothing": Option((0.125,), SMOOTHING),
     },
-    losses.focal_loss_with_integer_labels: {"gamma": Option((0.0, 0.5, 1.0), (*NUMBER, -1.0, float("nan")))},
+    losses.softmax_cross_entropy: {
+        "class_weights": Option((WEIGHTS,), CLASS_WEIGHTS),
+        "label_smoothing": Option((0.125,), SMOOTHING),
+    },
+    losses.focal_loss_with_integer_labels: {
+        "gamma": Option((0.0, 0.5, 1.0), (*NUMBER, -1.0, float("nan"))),
+        "ignore_index": IGNORED,
+    },
     losses.poly_loss_cross_entropy: {"epsilon": Option((0.0, -0.75), NUMBER)},
     losses.softmax_kl_divergence: TEMPERATURE,
     losses.jensen_shannon_divergence: TEMPERATURE,
     losses.softmax_entropy: TEMPERATURE,
-    losses.entmax_loss: {"alpha": Option((1.25, 2.0), ("x", 1j, 0.5, float("nan"), np.ones(7)))},
+    losses.entmax_loss: {
+        "alpha": Option((1.25, 2.0), ("x", 1j, 0.5, float("nan"), np.ones(7))),
+        "ignore_index": IGNORED,
+    },
+    losses.multiclass_sparsemax_loss: {"ignore_index": IGNORED},
     losses.sigmoid_binary_cross_entropy: {"pos_weight": Option((2.5,), ("x", 1j, np.ones(7)))},
     losses.sigmoid_focal_loss: {
         "alpha": Option((0.25,), ("x", 1j, 1.5, -0.1, np.ones(7))),
