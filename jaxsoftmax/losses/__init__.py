@@ -2,19 +2,19 @@
 
 z are the logits, p = softmax(z), J = diag(p) - ppᵀ, P = I - 1pᵀ, c the label, e its one-hot vector, y a soft label, σ
 the logistic function, u = 1 - p_c. `logits_hessian` returns the Hessian (element by element where a single number
-stands) as an operator. Options: A is `axis`, W is `where`, T is `temperature`.
+stands) as an operator. Options: A is `axis`, W is `where`, T is `temperature`, I is `ignore_index`.
 
 | head | loss | gradient | Hessian | options | elsewhere |
 |---|---|---|---|---|---|
-| softmax_cross_entropy_with_integer_labels | L = lse(z) - z_c | p - e | J | A W, see below | optax, torch |
-| softmax_cross_entropy, safe_softmax_cross_entropy | Σ y (lse(z) - z) | (Σy) p - y | (Σy) J | A W | optax, torch |
-| focal_loss_with_integer_labels | f(L) = u^γ L | f′ (p - e) | f′ J + f″ (p - e)(p - e)ᵀ | gamma A W | Lin et al. |
+| softmax_cross_entropy_with_integer_labels | L = lse(z) - z_c | p - e | J | A W I B | optax, torch |
+| softmax_cross_entropy, safe_softmax_cross_entropy | Σ y (lse(z) - z) | (Σy) p - y | (Σy) J | A W B | optax, torch |
+| focal_loss_with_integer_labels | f(L) = u^γ L | f′ (p - e) | f′ J + f″ (p - e)(p - e)ᵀ | gamma A W I | Lin et al. |
 | poly_loss_cross_entropy | Σ y (lse(z) - z + ε (1-p)) | h - y | Pᵀ diag(h) P, h = (Σy) p - εJy | epsilon A W | optax |
 | softmax_kl_divergence | KL(q‖p), q the target | (p - q)/T | J/T² | A W T | torch.nn.KLDivLoss |
 | jensen_shannon_divergence | ½KL(p‖m) + ½KL(q‖m) | g = ½ J log(p/m) | Pᵀ diag(¼pq/m + g) P | A W T | scipy |
 | softmax_entropy | -Σ p log p | g = -Jz | Pᵀ diag(g - p) P | A W | distrax |
 | brier_loss | ½ Σ (p - y)² | g = J(p - y) | Pᵀ diag(p² + g) P | A W | scikit-learn (twice it) |
-| entmax_loss, multiclass_sparsemax_loss | Fenchel-Young of α-entmax p | p - y | J of α-entmax | alpha A W | optax |
+| entmax_loss, multiclass_sparsemax_loss | Fenchel-Young of α-entmax p | p - y | J of α-entmax | alpha A W I | optax |
 | sigmoid_binary_cross_entropy | L = ωy sp(-z) + (1-y) sp(z) | L′ | (ωy+1-y) σ(z)σ(-z) | pos_weight | optax, torch |
 | sigmoid_focal_loss | α_t (1 - p_t)^γ L | chain rule | chain rule | alpha gamma | optax |
 | sparsemax_loss | Fenchel-Young of s = clip((z + 1)/2, 0, 1) | s - y | ½ where 0 < s < 1 | | optax |
@@ -25,9 +25,9 @@ stands) as an operator. Options: A is `axis`, W is `where`, T is `temperature`.
 | huber_loss | (z - y)²/2, linear beyond δ | clip(z - y, -δ, δ) | 1 within δ | delta | optax |
 | log_cosh | log cosh(z - y) | tanh(z - y) | sech²(z - y) | | optax |
 
-Here sp is softplus, L′ = (1-y)σ(z) - ωyσ(-z). Integer labels take `label_smoothing`, `class_weights`, `ignore_index`
-and `z_loss`, in any combination: with the weights y that smoothing and class weights give to the classes, s = Σy and
-z-loss ζ,
+Here sp is softplus, L′ = (1-y)σ(z) - ωyσ(-z). B: `softmax_cross_entropy` takes `label_smoothing` and `class_weights`,
+with integer labels `ignore_index` and `z_loss` as well, in any combination: with the weights y that smoothing and
+class weights give to the classes, s = Σy and z-loss ζ,
 
     s lse(z) - <y,z> + ζ lse(z)²,    gradient (s + 2ζ lse(z)) p - y,    Hessian (s + 2ζ lse(z)) J + 2ζ ppᵀ.
 
@@ -89,14 +89,16 @@ from jaxsoftmax.losses.divergences_of_probabilities import (
 from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
 from jaxsoftmax.losses.entropy_brier import brier_loss, softmax_entropy
 from jaxsoftmax.losses.focal import focal_loss_with_integer_labels, poly_loss_cross_entropy
-from jaxsoftmax.losses.hessian import logits_fisher, logits_ggn, logits_hessian
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, logits_fisher, logits_ggn, logits_hessian
 from jaxsoftmax.losses.reduction import weighted_mean
 from jaxsoftmax.losses.regression import huber_loss, l2_loss, log_cosh, squared_error, sum_squared_error
 from jaxsoftmax.losses.softcap import softcap_logits
 
 __all__ = [
+    "Curvature",
     "brier_loss",
     "convex_kl_divergence",
+    "curvature_of",
     "entmax_loss",
     "focal_loss_with_integer_labels",
     "generalized_kl_divergence",

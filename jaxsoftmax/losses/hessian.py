@@ -29,6 +29,11 @@ class Curvature(NamedTuple):
       hessian: of the loss of each example; for a head that works element by element, of its sum over the last axis.
       gauss_newton: the part of it that is positive semidefinite by construction.
       fisher: None where the head is no likelihood.
+
+    Example:
+      >>> from jaxsoftmax.losses import Curvature
+      >>> Curvature._fields
+      ('hessian', 'gauss_newton', 'fisher')
     """
 
     hessian: SymmetricOperator
@@ -41,7 +46,32 @@ _JITTED = type(jax.jit(lambda x: x))
 
 
 def curvature_of(*losses: Callable) -> Callable:
-    """Enter a function that returns the `Curvature` of `losses`: it gets all their arguments by name, defaults too."""
+    """Make `logits_hessian`, `logits_ggn`, `logits_fisher` and what stands on them know a head: a decorator.
+
+    Args:
+      *losses: the heads, (logits, …) -> one value per example, logits (..., K); they are known as these functions.
+
+    Returns:
+      A decorator of the function that returns their `Curvature`. It gets all arguments of the head by name, defaults
+      too.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> from jaxsoftmax import logits_hessian, softmax_cross_entropy, softmax_entropy
+      >>> from jaxsoftmax.losses import Curvature, curvature_of
+      >>> def penalized(logits, labels, beta=0.1):
+      ...     return softmax_cross_entropy(logits, labels) - beta * softmax_entropy(logits)
+      >>> @curvature_of(penalized)
+      ... def curvature(logits, labels, beta):
+      ...     J = logits_hessian(softmax_cross_entropy, logits, labels)
+      ...     return Curvature(J - beta * logits_hessian(softmax_entropy, logits), J)
+      >>> logits, labels = jnp.array([2.0, 1.0, 0.5]), jnp.array([0.0, 0.5, 0.5])
+      >>> H = logits_hessian(penalized, logits, labels, beta=0.5)
+      >>> print(abs(H.as_matrix() - jax.hessian(penalized)(logits, labels, 0.5)).max() < 1e-7)
+      True
+
+    Reference: docs/mathematics.md, section 4.
+    """
 
     def enter(rule: Callable[..., Curvature]) -> Callable[..., Curvature]:
         _CURVATURE.update({loss: _bound(rule, inspect.signature(loss)) for loss in losses})
