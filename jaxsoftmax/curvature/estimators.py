@@ -283,10 +283,10 @@ class _Flat(NamedTuple):
 
         generic = unit(jax.random.normal(jax.random.key(0), flat.shape, dtype))
         exponent = scale_of(flat_product, generic) + jnp.frexp(jnp.sqrt(flat.size))[1]  # of A, not of its mean entry
-        return cls(flat_product, exponent, narrow, flat.size, dtype)
+        return cls(scaled(flat_product, exponent, flat), exponent, narrow, flat.size, dtype)
 
     def __call__(self, v: Array) -> Array:
-        return scaled(self.product, self.exponent)(v)
+        return self.product(v)
 
     def signs(self, key: Array) -> Array:
         return jax.random.rademacher(key, (self.size,), self.dtype)

@@ -76,7 +76,7 @@ def extreme_singular_values(
     start_key, key = jax.random.split(key)
     start = unit(jax.random.normal(start_key, (n,), x.dtype))
     e = scale_of(A, start)
-    A, At = scaled(A, e), scaled(At, e)
+    A, At = scaled(A, e, x), scaled(At, e, x)
     state = jnp.zeros((steps, m), x.dtype), jnp.zeros((steps, n), x.dtype), start
     _, (diagonal, above) = lax.scan(step, state, (jnp.arange(steps), jax.random.split(key, (steps, 2))))
     values = jnp.linalg.svd(jnp.diag(diagonal) + jnp.diag(above[:-1], 1), compute_uv=False)

@@ -18,8 +18,8 @@ from jax import Array
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax.curvature.products import ggn_vp, linearized
-from jaxsoftmax.curvature.solve import damped_solve
-from jaxsoftmax.curvature.vectors import dot, exponent, ldexp, scale
+from jaxsoftmax.curvature.solve import solved_and_applied
+from jaxsoftmax.curvature.vectors import axpy, dot, exponent, ldexp, scale
 
 __all__ = ["GaussNewtonState", "gauss_newton"]
 
@@ -121,19 +121,22 @@ def gauss_newton(
         if missing:
             raise ValueError(f"gauss_newton's update needs the arguments {', '.join(missing)}: see make_train_step")
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"batch must be the pair (x, labels), got {type(batch).__name__}")
+            raise TypeError(f"batch must be the pair (x, labels), got {jax.tree.map(jnp.shape, batch)}")
         if adapt != 1:
             checks.function("value_fn", value_fn)
         product = functools.partial(ggn_vp, f, loss, params, *batch, batch_size=batch_size)
         product = product if batch_size is not None else linearized(product, params)  # which keeps all activations
         start, target = scale(warm_start, state.direction), scale(-1.0, updates)
-        solution = damped_solve(product, target, state.damping, start=start, tol=tol, max_steps=max_steps)
+        solution, applied = solved_and_applied(
+            product, target, state.damping, start=start, tol=tol, max_steps=max_steps
+        )
         step = scale(learning_rate, solution.x)
         if adapt == 1:
             return step, state._replace(direction=solution.x, cg_steps=solution.steps)
         # Changes of the loss, in units of 2^e: the square of a tiny gradient is 0.
         e = exponent(updates)
-        predicted = dot(ldexp(updates, -e), step) + dot(step, ldexp(product(step), -e)) / 2
+        product_of_step = scale(learning_rate, axpy(-state.damping, solution.x, applied))
+        predicted = dot(ldexp(updates, -e), step) + dot(step, ldexp(product_of_step, -e)) / 2
         change = ldexp(value_fn(jax.tree.map(jnp.add, params, step)) - value, -e)
         ratio = jnp.where(predicted < 0, change / jnp.where(predicted < 0, predicted, 1.0), -jnp.inf)
         taken = change <= 0  # False for NaN

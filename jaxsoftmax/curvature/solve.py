@@ -77,6 +77,13 @@ def damped_solve(
 
     Reference: Hestenes and Stiefel (1952); Martens, Deep learning via Hessian-free optimization (2010).
     """
+    return solved_and_applied(
+        product, b, damping, preconditioner=preconditioner, start=start, tol=tol, max_steps=max_steps
+    )[0]
+
+
+def solved_and_applied(product, b, damping, *, preconditioner=None, start, tol, max_steps) -> tuple[Solution, Any]:
+    """The solution x of `damped_solve`, and (A + λI) x, which is known from its residual."""
     checks.function("product", product)
     checks.float_tree("b", b)
     damping = checks.number("damping", damping, 0.0)
@@ -99,40 +106,45 @@ def damped_solve(
     extended = lambda xs: joined((A(xs[0]), xs[1]))
     xs, found = lax.custom_linear_solve(extended, joined((b, jnp.ones(()))), solve, symmetric=True, has_aux=True)
     x = jax.tree.map(lambda leaf: jnp.where(jnp.isnan(damping), jnp.nan, leaf), joined(xs)[0])
-    return Solution(x, *found)
+    *found, applied = found
+    return Solution(x, *found), applied
 
 
 def _solve(A, M, b, x, tol, max_steps):
-    """(x, (steps, residual, converged)): conjugate gradients, in units in which A, M and b are about 1."""
-    A, M, b, unit = _in_units(A, M, b)
+    """(x, (steps, residual, converged, Ax)): conjugate gradients, in units in which A, M and b are about 1."""
+    A, M, b, unit, of_b = _in_units(A, M, b)
     size = norm(b)
     unfinished = lambda at: (at.size > tol * size) & (at.steps < max_steps) & ~at.indefinite
-    begin = lambda x, *seen: _iterate(M, x, axpy(-1.0, A(x), b), *seen)
 
     # The recurrence for r drifts away from b - Ax. Where that is beyond the goal, and has halved, it starts once more.
     def run(state):
-        before, _ = state
-        end = lax.while_loop(unfinished, lambda at: _step(A, M, at), before)
+        end, before, _ = state
         x = ldexp(ldexp(end.x, unit), -unit)  # what of x is in the range
-        after = begin(x, end.steps, end.indefinite)
-        return after, after.size <= before.size / 2
+        residual = lambda: axpy(-1.0, A(x), b)
+        r = residual() if started else lax.cond(end.steps == 0, lambda: b, residual)
+        begin = _iterate(M, x, r, end.steps, end.indefinite)
+        again = unfinished(begin) & ~(begin.size > before / 2)
+        end = lax.while_loop(lambda at: again & unfinished(at), lambda at: _step(A, M, at), begin)
+        return end, begin.size, again
 
-    none = jnp.int32(0), jnp.array(False)
-    at = _iterate(M, jax.tree.map(zeros_like, b), b, *none) if x is None else begin(ldexp(x, -unit), *none)
-    at, _ = lax.while_loop(lambda state: unfinished(state[0]) & state[1], run, (at, jnp.array(True)))
-    residual = at.size / jnp.where(size == 0, 1.0, size)
-    return ldexp(at.x, unit), (at.steps, residual, residual <= tol)
+    started, start = x is not None, jax.tree.map(zeros_like, b) if x is None else ldexp(x, -unit)
+    begin = _Iterate(start, b, b, size, size, jnp.int32(0), jnp.array(False))
+    end, true_size, _ = lax.while_loop(
+        lambda state: state[-1], run, (begin, jnp.full_like(size, jnp.inf), jnp.array(True))
+    )
+    residual = true_size / jnp.where(size == 0, 1.0, size)
+    return ldexp(end.x, unit), (end.steps, residual, residual <= tol, ldexp(axpy(-1.0, end.r, b), of_b))
 
 
 def _in_units(A, M, b):
-    """The system for y, x = 2^e y, with numbers about 1: (2^-a A, 2^-m M, 2^-c b, e = c - a)."""
+    """The system for y, x = 2^e y, with numbers about 1: (2^-a A, 2^-m M, 2^-c b, e = c - a, c)."""
     of_b = exponent(b)
     b = z = ldexp(b, -of_b)
     if M is not None:
-        M = scaled(M, scale_of(M, b))
+        M = scaled(M, scale_of(M, b), b)
         z = M(b)
     of_A = scale_of(A, z)
-    return scaled(A, of_A), M, b, of_b - of_A
+    return scaled(A, of_A, b), M, b, of_b - of_A, of_b
 
 
 class _Iterate(NamedTuple):

@@ -42,10 +42,16 @@ def scale(a: Any, x: Any) -> Any:
 
 
 def ldexp(v: Any, e: Any) -> Any:
-    """2^e v, in two steps: the power itself may leave the range where the result does not."""
-    half = e // 2
-    power = lambda leaf, n: jnp.ldexp(jnp.ones((), dtypes.compute_dtype(leaf.dtype)), n).astype(leaf.dtype)
-    return jax.tree.map(lambda leaf: leaf * power(leaf, half) * power(leaf, e - half), v)
+    """2^e v."""
+    return powers_of_two(e, v)(v)
+
+
+def powers_of_two(e: Any, like: Any) -> Callable[[Any], Any]:
+    """v -> 2^e v for trees as `like`, in two steps: the power itself may leave the range where the result does not."""
+    steps, leaves = (e >> 1, e - (e >> 1)), jax.tree.leaves(like)
+    wide = {leaf.dtype: dtypes.compute_dtype(leaf.dtype) for leaf in leaves}
+    powers = {of: [jnp.ldexp(jnp.ones((), dtype), n).astype(of) for n in steps] for of, dtype in wide.items()}
+    return lambda v: jax.tree.map(lambda leaf: leaf * powers[leaf.dtype][0] * powers[leaf.dtype][1], v)
 
 
 def exponent(v: Any) -> Array:
@@ -75,9 +81,11 @@ def scale_of(product: Product, probe: Any) -> Array:
     return jnp.frexp(size)[1] - shift
 
 
-def scaled(product: Product, e: Any) -> Product:
+def scaled(product: Product, e: Any, like: Any) -> Product:
     """2^-e A: half of the power before A, half after it, so that what A computes inside keeps to the range as well."""
-    return lambda v: ldexp(product(ldexp(v, -(e // 2))), -(e - e // 2))
+    half = -(e >> 1)
+    before, after = powers_of_two(half, like), powers_of_two(-e - half, like)
+    return lambda v: after(product(before(v)))
 
 
 def _largest(v: Any) -> Array:
