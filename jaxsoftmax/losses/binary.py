@@ -115,7 +115,13 @@ def _balance(alpha: Array, y: Array) -> Array:
     return alpha * y + (1 - alpha) * (1 - y)
 
 
-# Rules.
+# Rules. 1 - p_t is a sum of two parts, u = (1 - y) σ(x) + y σ(-x), with the shares s = (1 - y) σ(x)/u and r = y σ(-x)/u
+# = 1 - s. With σ′(x) = σ(x) σ(-x),
+#
+#     ∂u/∂x = (1 - 2y) σ(x) σ(-x),    ∂ log u/∂x = s σ(-x) - r σ(x),    ∂s/∂x = s r,
+#     ∂u/∂y = σ(-x) - σ(x),           ∂s/∂y = -σ(x) σ(-x)/u²,
+#
+# and the same of r with the other sign: products, in which nothing of size 1 is subtracted.
 
 
 @custom_vjp
@@ -238,7 +244,7 @@ def _focal_curvature(**arguments) -> Curvature:
 
 @functools.partial(jax.jit, inline=True)
 def _focal_operators(logits, labels, alpha, gamma) -> Curvature:
-    # F = α_t W L with W = exp(γℓ), ℓ = log u, ℓ′ = r - σ(x), ℓ″ = r (1 - r) - σ(x) σ(-x), r = (1 - y) σ(x) / u.
+    # F = α_t W L with W = exp(γℓ), ℓ = log u, ℓ′ = s σ(-x) - r σ(x) = s - σ(x), ℓ″ = s r - σ(x) σ(-x).
     x, y = dtypes.widen(logits, labels)
     x, gamma = finite(x), gamma.astype(x.dtype)
     miss, loss, slope = log_miss(x, y), logistic(x, y, jnp.ones_like(x)), (1 - y) * sigmoid(x) - y * sigmoid(-x)
