@@ -20,27 +20,18 @@ try:
 except ImportError:  # JAX 0.6.0
     from jax.core import unmapped_aval  # pyright: ignore[reportAttributeAccessIssue]  (newer JAX has no such name)
 
-__all__ = ["linear_map", "symmetric_map"]
+__all__ = ["linear_map"]
 
 
 def linear_map(forth: Callable, back: Callable, residuals: Any, x: Any, out_types: Any) -> Any:
-    """M x for a linear map M with a transpose of its own.
+    """M x for a linear map M with a transpose of its own, a pytree like `out_types` (`jax.typeof` of its arrays).
 
-    forth: x ↦ M x,    back: c ↦ Mᵀc,    where M depends on the residuals.
+    forth: (residuals, x) ↦ M x,    back: (residuals, c) ↦ Mᵀc,    where M depends on the residuals alone.
 
-    Neither is traced before it is needed: `forth` when M x is evaluated, compiled, or differentiated in the residuals,
-    `back` when reverse mode arrives. What reverse mode finds then is the operations of `back` themselves, so that they
-    need no transpose for a first derivative, and differentiate as they stand for the next.
-
-    Args:
-      forth: `forth(residuals, x)` -> pytree of arrays; linear in x.
-      back: `back(residuals, c)` -> pytree of arrays like x; linear in c. None stands for an array of zeros in c.
-      residuals: pytree of arrays, all that is kept between the passes of reverse mode.
-      x: pytree of inexact arrays.
-      out_types: pytree like the output, of `jax.typeof` of its arrays.
-
-    Returns:
-      M x, a pytree like `out_types`.
+    x is a pytree of inexact arrays, and so is c, with None for an array of zeros. Neither direction is traced before it
+    is needed: `forth` when M x is evaluated, compiled, or differentiated in the residuals, `back` when reverse mode
+    arrives. What reverse mode finds then is the operations of `back` themselves, so that they need no transpose for a
+    first derivative, and differentiate as they stand for the next.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,29 +41,20 @@ def linear_map(forth: Callable, back: Callable, residuals: Any, x: Any, out_type
       >>> print(scaled(jnp.ones(2)), jax.grad(lambda x: scaled(x).sum())(jnp.ones(2)))
       [2. 3.] [2. 3.]
     """
-    residual_leaves, residual_tree = jax.tree.flatten(residuals)
-    x_leaves, x_tree = jax.tree.flatten(x)
-    types, out_tree = jax.tree.flatten(out_types)
-
-    def flat_forth(residuals, x):
-        return jax.tree.leaves(forth(residual_tree.unflatten(residuals), x_tree.unflatten(x)))
-
-    def flat_back(residuals, c):
-        return jax.tree.leaves(back(residual_tree.unflatten(residuals), out_tree.unflatten(c)))
-
+    (residuals, residual_tree), (x, x_tree), (types, out_tree) = map(jax.tree.flatten, (residuals, x, out_types))
+    params = {
+        "forth": lambda r, x: jax.tree.leaves(forth(residual_tree.unflatten(r), x_tree.unflatten(x))),
+        "back": lambda r, c: jax.tree.leaves(back(residual_tree.unflatten(r), out_tree.unflatten(c))),
+        "types": tuple(types),
+    }
     try:
-        out = _bind(residual_leaves, x_leaves, forth=flat_forth, back=flat_back, types=tuple(types))
+        out = _bind(residuals, x, **params)
     except NotImplementedError:
         if hasattr(jax, "shard_map"):
             raise
         # JAX 0.6.0: shard_map follows only JAX's own operations. Reverse mode transposes those of `forth` there.
-        out = jax.checkpoint(flat_forth, prevent_cse=False)(residual_leaves, x_leaves)
+        out = jax.checkpoint(params["forth"], prevent_cse=False)(residuals, x)
     return out_tree.unflatten(out)
-
-
-def symmetric_map(product: Callable, residuals: Any, x: Any) -> Any:
-    """M x for a linear map M that is its own transpose: `product(residuals, x)` is both directions."""
-    return linear_map(product, product, residuals, x, jax.tree.map(jax.typeof, x))
 
 
 _linear_map_p = Primitive("linear_map")
@@ -99,10 +81,7 @@ def _jvp(primals, tangents, *, count, **params):
         terms.append(_bind(residuals, map(ad.instantiate_zeros, tangents[count:]), **params))
     moving = {i: t for i, t in enumerate(tangents[:count]) if not _is_zero(t)}
     if moving:
-
-        def of_moving(moved):
-            return params["forth"]([moved.get(i, residual) for i, residual in enumerate(residuals)], x)
-
+        of_moving = lambda moved: params["forth"]([moved.get(i, r) for i, r in enumerate(residuals)], x)
         terms.append(jax.jvp(of_moving, ({i: residuals[i] for i in moving},), (moving,))[1])
     return _bind(residuals, x, **params), [functools.reduce(operator.add, term) for term in zip(*terms)]
 
@@ -113,22 +92,23 @@ def _batch(axis, args, dims, *, forth, back, count, types):
         return outs, [None] * len(outs)
 
     def mapped(f, in_axes):
-        return jax.vmap(f, in_axes, axis_name=axis.name, axis_size=axis.size, spmd_axis_name=axis.spmd_name)
+        over = jax.vmap(f, in_axes, axis_name=axis.name, axis_size=axis.size, spmd_axis_name=axis.spmd_name)
+        return lambda *args: over(*map(list, args))
 
-    x = mapped(lambda *x: x, tuple(dims[count:]))(*args[count:])  # a broadcast, where x has no batch axis
+    x = mapped(lambda x: x, (list(dims[count:]),))(args[count:])  # a broadcast, where x has no batch axis
     over_residuals = (list(dims[:count]), 0)
-    batched = {
-        "forth": lambda residuals, x: mapped(forth, over_residuals)(list(residuals), list(x)),
-        "back": lambda residuals, c: mapped(back, over_residuals)(list(residuals), list(c)),
-        "types": tuple(unmapped_aval(axis.size, 0, kind, axis.explicit_mesh_axis) for kind in types),
-    }
-    outs = _bind(args[:count], x, **batched)
+    outs = _bind(
+        args[:count],
+        x,
+        forth=mapped(forth, over_residuals),
+        back=mapped(back, over_residuals),
+        types=tuple(unmapped_aval(axis.size, 0, kind, axis.explicit_mesh_axis) for kind in types),
+    )
     return outs, [0] * len(outs)
 
 
 def _roofline(ctx, *args, **params):
-    run = lambda *args: _evaluate(*args, **params)
-    return roofline(run)(*ctx.avals_in)[1]
+    return roofline(functools.partial(_evaluate, **params))(*ctx.avals_in)[1]
 
 
 def _is_zero(tangent) -> bool:

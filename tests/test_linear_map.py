@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxsoftmax._linear_map import linear_map, symmetric_map
+from jaxsoftmax._linear_map import linear_map
 from tests.helpers import shard_map
 
 A = np.arange(6.0).reshape(2, 3) - 2.0
@@ -159,15 +159,6 @@ def test_under_shard_map():
     np.testing.assert_allclose(
         jax.jit(lambda x: jax.jvp(lambda x: sharded(a, x), (x,), (x,))[1])(x), whole @ v, rtol=1e-5
     )
-
-
-def test_a_map_that_is_its_own_transpose(x64):
-    """One that is not, said to be: reverse mode returns the product too."""
-    f = lambda a, x: symmetric_map(lambda a, x: {"y": a @ x["y"]}, a, {"y": x})["y"]
-    a, x = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), jnp.asarray([1.0, -2.0])
-    close(f(a, x), a @ x)
-    close(jax.vjp(lambda x: f(a, x), x)[1](x)[0], a @ x)
-    close(jax.jacfwd(f)(a, x), jax.jacfwd(jnp.matmul)(a, x))
 
 
 def test_roofline_counts_the_map():
