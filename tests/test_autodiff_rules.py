@@ -2,9 +2,11 @@
 
 import copy
 import functools
+from typing import Any
 
 import cloudpickle
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ X = np.float32(2.0)
 needs_refs = pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no refs")
 
 
-def tripled(bwd, decorator=custom_vjp):
+def tripled(bwd, decorator: Any = custom_vjp):
     f = decorator(lambda x: 3.0 * x)
     f.defvjp(lambda x: (f(x), x), bwd)
     return f
@@ -57,7 +59,8 @@ def test_forward_mode_of_a_bwd_that_is_not_linear(kind):
             forward(X)
 
 
-# Linear, 3 ct each, though sums, selections and updates of constants are in it.
+# Linear, 3 ct each, though sums, selections and updates of constants are in it. (JAX 0.6.0 transposes no loop that
+# begins with a constant.)
 LINEAR = {
     "zeros": lambda x, ct: (jnp.zeros_like(x) + 3 * ct,),
     "where": lambda x, ct: (jnp.where(x > 0, 3 * ct, 0.0),),
@@ -74,7 +77,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", LINEAR if hasattr(jax, "shard_map") else [k for k in LINEAR if k != "scan"])
 def test_forward_mode_of_a_bwd_that_is_linear(kind):
     f = tripled(LINEAR[kind])
     for derivative in (jax.grad(f), jax.jacfwd(f), jax.jit(jax.jacfwd(f))):
@@ -240,7 +243,8 @@ def test_a_wide_cotangent_is_rounded():
 def test_logs():
     f = custom_vjp(lambda x: 2 * x)
     f.defvjp_with_logs(lambda x: (f(x), None), lambda _, ct: ((2 * ct,), {"ct": ct}))
-    assert jax.vjp(f, X)[1].with_logs(X) == ((4.0,), {"ct": 2.0})
+    pullback: Any = jax.vjp(f, X)[1]
+    assert pullback.with_logs(X) == ((4.0,), {"ct": 2.0})
 
 
 @pytest.mark.parametrize(
