@@ -1,9 +1,9 @@
 """What the forward direction of a rule needs: the transpose of its backward direction, and no tracer left in it."""
 
-import contextlib
 import functools
+import gc
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import CellType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import jax
@@ -55,17 +55,15 @@ def _jaxpr_of(fun: Callable, residuals: Any, types: Sequence) -> ClosedJaxpr:
 
 def holds_a_tracer(item: Any, seen: set[int]) -> bool:
     """Whether there is a traced array in a tree, or in what a function closes over, or an object has."""
-    if id(item) in seen or isinstance(item, (type, ModuleType, jax.Array, np.ndarray)):
+    if id(item) in seen or isinstance(item, (NoneType, int, str, type, ModuleType, np.ndarray, jax.Array)):
         return isinstance(item, Tracer)
     seen.add(id(item))
-    held = [*item.values()] if isinstance(item, dict) else [*item] if isinstance(item, (tuple, list, set)) else []
-    held += [item.func, item.args, item.keywords] if isinstance(item, functools.partial) else []
-    held += [
-        getattr(item, name, None) for name in ("__self__", "__func__", "__defaults__", "__kwdefaults__", "__dict__")
-    ]
-    for cell in getattr(item, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # of an empty cell
-            held.append(cell.cell_contents)
+    if isinstance(item, dict):
+        held = [*item.values()]
+    elif isinstance(item, (tuple, list, set, functools.partial, MethodType, CellType)):
+        held = gc.get_referents(item)
+    else:
+        held = [getattr(item, name, None) for name in ("__closure__", "__defaults__", "__kwdefaults__", "__dict__")]
     return any(holds_a_tracer(each, seen) for each in held)
 
 

@@ -1,13 +1,13 @@
 """One rule, both autodiff modes, every order.
 
-A function with a `jax.custom_vjp` refuses forward mode. The decorator here has the same interface and keeps both modes,
-because a pullback already holds the whole derivative: it is linear, and its transpose is the pushforward,
+`jax.custom_vjp` refuses forward mode, though a pullback holds the whole derivative: it is linear, and its transpose is
+the pushforward,
 
     <ct, J t> = <Jᵀ ct, t>   for all ct   =>   J = (ct ↦ Jᵀ ct)ᵀ.
 
-So a call is a `jax.custom_jvp`, whose rule runs `fwd` and makes the tangent a `linear_map`: back it is `bwd` as it
-stands, and forth the transpose of `bwd`, which JAX derives only where a tangent is really evaluated. Reverse mode never
-meets it.
+So a call here is a `jax.custom_jvp`, whose rule runs `fwd` and says that the tangent is a `linear_map` of the
+arguments' tangents. Back, that map is `bwd` as it stands, which is all that reverse mode runs. Forth, it is the
+transpose of `bwd`, which JAX derives where a tangent is really evaluated, and nowhere else.
 """
 
 import functools
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, custom_vjp_primal_tree_values, zero_from_primal
-from jax.extend.core import jaxpr_as_fun
 from jax.interpreters import ad
 
 from jaxsoftmax._linear_map import linear_map
@@ -31,9 +30,11 @@ P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
+_ANY_ARGUMENTS = inspect.signature(lambda *args: args)
+_INTO_THE_JAXPR: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)  # True before JAX 0.12
 
 
-class custom_vjp(Generic[P, R]):
+class custom_vjp(jax.custom_vjp, Generic[P, R]):
     """`jax.custom_vjp` whose functions can also be differentiated in forward mode, and to any order.
 
     Reverse mode runs `bwd`, whatever `bwd` is made of. Forward mode applies its transpose to the tangents, and needs a
@@ -62,16 +63,17 @@ class custom_vjp(Generic[P, R]):
       >>> @custom_vjp
       ... def log1pexp(x):
       ...     return jnp.logaddexp(x, 0.0)
-      >>> def fwd(x):
-      ...     return log1pexp(x), x
-      >>> def bwd(x, ct):
-      ...     return (ct * jax.nn.sigmoid(x),)
-      >>> log1pexp.defvjp(fwd, bwd)
+      >>> log1pexp.defvjp(None, lambda residuals, ct: (ct * jax.nn.sigmoid(*residuals),))
       >>> print(jax.grad(log1pexp)(0.0), jax.jacfwd(log1pexp)(0.0), jax.hessian(log1pexp)(0.0))
       0.5 0.5 0.25
 
     Reference: https://github.com/jax-ml/jax/issues/3996 (jax.custom_vjp and forward mode).
     """
+
+    fwd: Any
+    bwd: Any
+    jvp: Any
+    with_logs = with_accums = False  # whether bwd does more than return cotangents: set by JAX, where it has that
 
     @overload
     def __new__(
@@ -82,35 +84,23 @@ class custom_vjp(Generic[P, R]):
         cls, *, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
     ) -> "Callable[[Callable[Q, S]], custom_vjp[Q, S]]": ...
     def __new__(cls, fun: Any = None, nondiff_argnums=(), nondiff_argnames=()) -> Any:
-        if fun is None:
+        if fun is None and (nondiff_argnums or nondiff_argnames):
             return functools.partial(cls, nondiff_argnums=nondiff_argnums, nondiff_argnames=nondiff_argnames)
-        return super().__new__(cls)
-
-    def __getnewargs__(self):  # of copies and pickles
-        return (self.fun,)
+        return object.__new__(cls)
 
     def __init__(
         self, fun: Callable[P, R], nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
     ) -> None:
-        functools.update_wrapper(self, fun)
-        known = list(inspect.signature(fun).parameters) if nondiff_argnames else []
+        self._signature = inspect.signature(fun)
+        known = list(self._signature.parameters)
         if unknown := [name for name in nondiff_argnames if name not in known]:
             raise ValueError(f"nondiff_argnames has {unknown}, but the arguments are {known}")
-        self.fun = fun
-        self.fwd: Any = None
-        self.bwd: Any = None
-        self.jvp: Any = None
-        self.nondiff_argnums = tuple(sorted({*nondiff_argnums, *map(known.index, nondiff_argnames)}))
-        self.symbolic_zeros = self.optimize_remat = self.with_logs = False
+        super().__init__(fun, tuple(sorted({*nondiff_argnums, *map(known.index, nondiff_argnames)})))
+        self._static_names = [name for i, name in enumerate(known) if i in self.nondiff_argnums]
         self._without_refs: set[str] = set()  # for which values of nondiff_argnums that is known
 
     def defvjp(
-        self,
-        fwd: Callable | None,
-        bwd: Callable,
-        symbolic_zeros: bool = False,
-        optimize_remat: bool = False,
-        jvp: Callable | None = None,
+        self, fwd: Callable | None, bwd: Callable, *options, jvp: Callable | None = None, **more_options
     ) -> None:
         """Attach the rule.
 
@@ -120,7 +110,7 @@ class custom_vjp(Generic[P, R]):
           bwd: takes the `nondiff_argnums` values, the residuals and the output's cotangent; returns a tuple with one
             cotangent (or None) per differentiable argument, which is rounded where its argument is of a narrower
             dtype. Must be linear in the cotangent.
-          symbolic_zeros, optimize_remat: as in `jax.custom_vjp.defvjp`.
+          options: `symbolic_zeros` and `optimize_remat`, as in `jax.custom_vjp.defvjp`.
           jvp: forward mode for a `bwd` that has no transpose, as `jax.custom_jvp.defjvp` takes it: gets the
             `nondiff_argnums` values, the primals and the tangents, returns the output and its tangent. It needs the
             primals, which are then kept between the passes of reverse mode too.
@@ -128,147 +118,131 @@ class custom_vjp(Generic[P, R]):
         for name, rule in (("fwd", fwd), ("bwd", bwd), ("jvp", jvp)):
             if not (callable(rule) or rule is None and name != "bwd"):
                 raise TypeError(f"defvjp: {name} must be a function, got {type(rule).__name__}")
-        self.fwd, self.bwd, self.jvp = fwd or self._keep_arguments, bwd, jvp
-        self.symbolic_zeros, self.optimize_remat, self.with_logs = symbolic_zeros, optimize_remat, False
-
-    def defvjp_with_logs(self, fwd: Callable, bwd: Callable, **options) -> None:
-        """`jax.custom_vjp.defvjp_with_logs`, where JAX has it: reverse mode alone."""
-        self.defvjp(fwd, bwd, **options)
-        self.with_logs = True
+        super().defvjp(fwd or self._keep_arguments, bwd, *options, **more_options)
+        primal: Any = functools.wraps(self.fun)(lambda *args: self._primal(args))
+        rule: Any = lambda *args: self._rule(*args)
+        primal.__signature__, rule.__signature__ = self._signature, _ANY_ARGUMENTS  # which JAX asks for at every call
+        rule.__name__ = _name(self.fwd)  # in JAX's messages
+        self.jvp, self._call = jvp, jax.custom_jvp(primal, nondiff_argnums=self.nondiff_argnums)
+        self._call.defjvp(rule, symbolic_zeros=True)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.fwd is None:
-            raise AttributeError(f"No VJP defined for custom_vjp function {_name(self.fun)} using defvjp.")
-        every = self._positional(args, kwargs)
-        static = {i: every[i] for i in self.nondiff_argnums}
-        leaves, tree = jax.tree.flatten(tuple(x for i, x in enumerate(every) if i not in static))
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves(static)):
-            raise jax.errors.UnexpectedTracerError(
-                f"custom_vjp function {_name(self.fun)}: there is a traced array among its nondiff_argnums "
-                f"{self.nondiff_argnums}, which are for functions and other Python values. Make it an argument of its "
-                "own, for which bwd may return None."
-            )
-        if self.with_logs or any(isinstance(x, getattr(jax, "Ref", ())) for x in leaves):
-            return self._of_jax()(*every)
+        static = [x for i, x in enumerate(args) if i in self.nondiff_argnums]
+        static += [kwargs[name] for name in self._static_names if name in kwargs]
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(static))
+        refs = any(isinstance(x, getattr(jax, "Ref", ())) for x in jax.tree.leaves((args, kwargs)))
+        if not self.fwd or traced or refs or self.with_logs or self.with_accums:
+            return super().__call__(*args, **kwargs)  # JAX says what is wrong, or has reverse mode alone
+        return self._call(*args, **kwargs)
 
-        def run(*leaves):
-            return self.fun(*_merged(static, tree.unflatten(leaves)))
+    def _primal(self, args):
+        static = {i: args[i] for i in self.nondiff_argnums}
+        leaves, tree = jax.tree.flatten(tuple(x for i, x in enumerate(args) if i not in static))
+        if str(static) in self._without_refs or not all(isinstance(x, Tracer) for x in leaves):
+            return self.fun(*args)
+        run = jax.jit(lambda *leaves: self.fun(*_merged(static, tree.unflatten(leaves))), inline=_INTO_THE_JAXPR)
+        traced = run.trace(*leaves)
+        if traced.jaxpr.effects.isdisjoint(_effects_of_refs()):
+            self._without_refs.add(str(static))
+            return run(*leaves)
+        # A custom_jvp whose jaxpr has refs inside cannot be compiled; a primitive that hides them can.
+        types = jax.tree.structure(traced.out_info).unflatten(traced.jaxpr.out_avals)
+        return linear_map(lambda given, _: run(*given), lambda *_: (), leaves, (), types)
 
-        def primal(*leaves):
-            if str(static) in self._without_refs or not all(isinstance(x, Tracer) for x in leaves):
-                return run(*leaves)
-            jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
-            flat, tree = jaxpr_as_fun(jaxpr), jax.tree.structure(out)
-            if jaxpr.effects.isdisjoint(_effects_of_refs()):
-                self._without_refs.add(str(static))
-                return tree.unflatten(flat(*leaves))
-            # A custom_jvp whose jaxpr has refs inside cannot be compiled; a primitive that hides them can.
-            hidden = linear_map(lambda leaves, _: flat(*leaves), lambda *_: (), leaves, (), jaxpr.out_avals)
-            return tree.unflatten(hidden)
-
-        def rule(primals, tangents):
-            return self._rule(static, tree, primals, tangents)
-
-        primal.__name__, rule.__name__ = _name(self.fun), _name(self.fwd)  # what JAX's messages say
-        call = jax.custom_jvp(primal)
-        call.defjvp(rule, symbolic_zeros=True)
-        return call(*leaves)
-
-    def _rule(self, static: dict[int, Any], tree, primals, tangents):
-        moving = [i for i, t in enumerate(tangents) if not (isinstance(t, SymbolicZero) or _is_float0(t))]
-        out, residuals = self._run_fwd(static, tree, primals, moving)
+    def _rule(self, *args):
+        *values, primals, tangents = args
+        static, tangents = dict(zip(self.nondiff_argnums, values)), jax.tree.leaves(tangents)
+        leaves, tree = jax.tree.flatten(primals)
+        still = [t if isinstance(t, SymbolicZero) else None for t in tangents]
+        moving = [i for i, zero in enumerate(still) if zero is None]
+        out, residuals, bwd = self._run_fwd(static, tree, leaves, moving)
         out_leaves, out_tree = jax.tree.flatten(out)
-        no_tangents = zero_from_primal(out_leaves, symbolic_zeros=True)
-        inexact = [i for i, zero in enumerate(no_tangents) if not _is_float0(zero)]
-        in_types = [jax.typeof(tangents[i]) for i in moving]
-        out_types = [no_tangents[i].aval for i in inexact]
+        zeros = zero_from_primal(out_leaves, symbolic_zeros=True)
+        inexact = [i for i, zero in enumerate(zeros) if zero.aval.dtype != jax.dtypes.float0]
+        in_types, out_types = [jax.typeof(tangents[i]) for i in moving], [zeros[i].aval for i in inexact]
 
         def pull(residuals, cotangents):
-            cotangents = _replaced(no_tangents, inexact, cotangents)
+            cotangents = _replaced(zeros, inexact, cotangents)
             if not self.symbolic_zeros:
                 cotangents = map(_instantiated, cotangents)
-            found = self._run_bwd(static, tree, residuals, out_tree.unflatten(cotangents))
-            return [_typed(kind, *found[i]) for kind, i in zip(in_types, moving)]
+            found = self._spread(bwd(residuals, out_tree.unflatten(cotangents)), tree)
+            return [self._typed(kind, found[i], tree, i) for kind, i in zip(in_types, moving)]
 
-        def push(primals, tangents):
-            along = map(_instantiated, _replaced(zero_from_primal(primals, symbolic_zeros=True), moving, tangents))
-            pushed = self.jvp(*static.values(), tree.unflatten(primals), tree.unflatten(along))[1]
+        def push(leaves, moved):
+            along = tree.unflatten(map(_instantiated, _replaced(still, moving, moved)))
+            pushed = self.jvp(*values, tree.unflatten(leaves), along)[1]
             return [jax.tree.leaves(pushed)[i] for i in inexact]
 
-        one_way, given, types = (push, list(primals), in_types) if self.jvp else (pull, residuals, out_types)
+        one_way, given, types = (push, leaves, in_types) if self.jvp else (pull, residuals, out_types)
         if holds_a_tracer([self.bwd, self.jvp, static], set()):
             one_way, given = closed(one_way, given, types)
         kept = [residuals] if given is residuals else [residuals, given]
 
-        def forth(kept, tangents):
+        def forth(kept, moved):
             if self.jvp:
-                return one_way(kept[-1], tangents)
-            return transposed(one_way, kept[-1], out_types, tangents, _name(self.fun))
+                return one_way(kept[-1], moved)
+            return transposed(one_way, kept[-1], out_types, moved, _name(self.fun))
 
-        def back(kept, cotangents):
-            return pull(kept[0], cotangents)
-
+        back = lambda kept, cotangents: pull(kept[0], cotangents)
         mapped = linear_map(forth, back, kept, [tangents[i] for i in moving], out_types) if moving else []
-        return out, out_tree.unflatten(_replaced(no_tangents, inexact, mapped))
+        return out, out_tree.unflatten(_replaced(zeros, inexact, mapped))
 
-    def _run_fwd(self, static, tree, primals, moving):
-        given = [CustomVJPPrimal(x, i in moving) for i, x in enumerate(primals)]
-        arguments = tree.unflatten(given if self.symbolic_zeros else primals)
+    def _run_fwd(self, static, tree, leaves, moving):
+        """The output, the residuals, and `bwd` as a function of them and the cotangents."""
         if self.optimize_remat:
-            return jax.vjp(lambda *arguments: self._of_jax()(*_merged(static, arguments)), *arguments)
-        pair = self.fwd(*_merged(static, arguments))
+            function = lambda *arguments: super(custom_vjp, self).__call__(*_merged(static, arguments))
+            return *jax.vjp(function, *tree.unflatten(leaves)), lambda pullback, cotangents: pullback(cotangents)
+        if self.symbolic_zeros:
+            leaves = [CustomVJPPrimal(x, i in moving) for i, x in enumerate(leaves)]
+        pair = self.fwd(*_merged(static, tree.unflatten(leaves)))
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise TypeError(
                 f"Custom VJP fwd rule {_name(self.fwd)} for function {_name(self.fun)} must produce a pair "
                 f"(output, residuals), got {type(pair).__name__}"
             )
-        return pair
+        return *pair, functools.partial(self.bwd, *static.values())
 
-    def _run_bwd(self, static, tree, residuals, cotangents) -> list[tuple]:
-        """For each array among the arguments a cotangent, or None, and where it stands in what `bwd` returns."""
-        pullback = residuals if self.optimize_remat else functools.partial(self.bwd, *static.values(), residuals)
-        found = pullback(cotangents)
-        flat, arguments = [], tree.unflatten(range(tree.num_leaves))
-
-        def spread(cotangent, argument):
-            flat.extend([cotangent] * len(jax.tree.leaves(argument)))
-            return cotangent
-
+    def _spread(self, found, tree) -> list:
+        """What `bwd` returned, for each array among the arguments: a cotangent or None."""
+        flat, none = [], lambda x: x is None
         try:
             if not isinstance(found, (tuple, list)):
                 raise ValueError
-            jax.tree.map(spread, tuple(found), arguments, is_leaf=lambda x: x is None)
+            each = lambda cotangent, argument: flat.extend([cotangent] * len(jax.tree.leaves(argument))) or 0
+            jax.tree.map(each, tuple(found), tree.unflatten(range(tree.num_leaves)), is_leaf=none)
         except ValueError:
             raise TypeError(
                 f"Custom VJP bwd rule {_name(self.bwd)} for function {_name(self.fun)} must produce a tuple with the "
                 f"cotangent of each argument, None or of its structure, got {jax.tree.structure(found)} for {tree}"
             ) from None
-        paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(arguments))
-        return list(zip(flat, map(jax.tree_util.keystr, paths)))
+        return flat
 
-    def _of_jax(self) -> Callable:
-        """The same rule for reverse mode alone."""
-        function: Any = jax.custom_vjp(self.fun, nondiff_argnums=self.nondiff_argnums)
-        define = function.defvjp_with_logs if self.with_logs else function.defvjp
-        define(self.fwd, self.bwd, symbolic_zeros=self.symbolic_zeros, optimize_remat=self.optimize_remat)
-        return function
+    def _typed(self, kind, cotangent, tree, i: int):
+        """The cotangent in the type of its argument: its dtype, its axes on a mesh (a sum, if all devices share it)."""
+        zero = type(cotangent) in (SymbolicZero, type(None))
+        own: Any = getattr(cotangent, "aval", kind) if zero else jax.typeof(cotangent)
+        if own.shape != kind.shape:
+            path = jax.tree_util.tree_leaves_with_path(tree.unflatten(range(tree.num_leaves)))[i][0]
+            raise ValueError(
+                f"Custom VJP bwd rule {_name(self.bwd)} for function {_name(self.fun)} must produce cotangents of the "
+                f"arguments' shapes, but at output{jax.tree_util.keystr(path)} the bwd rule produced an output of type "
+                f"{own.str_short()} for an argument of type {kind.str_short()}. Consider just returning a None here if "
+                "it is zero."
+            )
+        if zero or own.dtype == jax.dtypes.float0:
+            return ad.instantiate_zeros(ad.Zero(kind))
+        if extra := tuple(varying_axes(own) - varying_axes(kind)):
+            cotangent = jax.lax.psum(cotangent, extra)
+        if own.sharding.spec != kind.sharding.spec:
+            cotangent = jax.sharding.reshard(cotangent, kind.sharding)
+        rounds = own.dtype != kind.dtype and jnp.issubdtype(kind.dtype, jnp.floating)
+        return jax.lax.convert_element_type(cotangent, kind.dtype) if rounds else cotangent
 
     def _keep_arguments(self, *args):
         """`fwd` of a rule whose residuals are the arguments."""
         values = custom_vjp_primal_tree_values if self.symbolic_zeros else lambda x: x
         args = [x if i in self.nondiff_argnums else values(x) for i, x in enumerate(args)]
         return self(*args), tuple(x for i, x in enumerate(args) if i not in self.nondiff_argnums)
-
-    def _positional(self, args, kwargs) -> tuple:
-        try:
-            bound = inspect.signature(self.fun).bind(*args, **kwargs)
-            bound.apply_defaults()
-            if bound.kwargs:
-                names = ", ".join(bound.kwargs)
-                raise TypeError(f"The following keyword arguments could not be resolved to positions: {names}")
-        except TypeError as error:
-            raise TypeError(f"custom_vjp function {_name(self.fun)}: {error}") from error
-        return bound.args
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
@@ -278,35 +252,9 @@ class custom_vjp(Generic[P, R]):
         return self if instance is None else functools.partial(self, instance)
 
 
-def _typed(kind, cotangent, name: str):
-    """A cotangent of the type of its argument: its dtype, its axes on a mesh (a sum, where it is the same on all)."""
-    zero = ad.Zero(kind)
-    if cotangent is None:
-        return ad.instantiate_zeros(zero)
-    own: Any = cotangent.aval if isinstance(cotangent, SymbolicZero) else jax.typeof(cotangent)
-    if own.shape != kind.shape:
-        raise ValueError(
-            f"Custom VJP bwd rule must produce cotangents of the arguments' shapes, but at output{name} the bwd rule "
-            f"produced an output of type {own.str_short()} for an argument of type {kind.str_short()}. Consider just "
-            "returning a None here if it is zero."
-        )
-    if isinstance(cotangent, SymbolicZero) or _is_float0(cotangent):
-        return ad.instantiate_zeros(zero)
-    if extra := tuple(varying_axes(own) - varying_axes(kind)):
-        cotangent = jax.lax.psum(cotangent, extra)
-    if _spec(own) != _spec(kind):
-        cotangent = jax.sharding.reshard(cotangent, kind.sharding)
-    rounds = own.dtype != kind.dtype and jnp.issubdtype(kind.dtype, jnp.floating)
-    return jax.lax.convert_element_type(cotangent, kind.dtype) if rounds else cotangent
-
-
 @functools.cache
 def _effects_of_refs():
     return jax.make_jaxpr(lambda: jax.new_ref(0.0)[...])().effects if hasattr(jax, "new_ref") else frozenset()
-
-
-def _is_float0(x) -> bool:
-    return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
 def _name(function) -> str:
@@ -321,11 +269,6 @@ def varying_axes(kind) -> frozenset[str]:
     """The axes of a `shard_map` that arrays of this type vary over."""
     kind = getattr(kind, "manual_axis_type", kind)  # where it is kept since JAX 0.10
     return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
-
-
-def _spec(kind) -> tuple:
-    """The axes of type Explicit that split arrays of this type."""
-    return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
 
 
 def _replaced(items: Iterable, places: Iterable[int], values: Iterable) -> list:
