@@ -51,6 +51,13 @@ def compile_time(fn: Callable, args: Sequence) -> float:
     return time.perf_counter() - start
 
 
+def trace_time(fn: Callable, args: Sequence) -> float:
+    """Seconds of this thread to trace `fn` for `args`, with the caches of whatever it calls."""
+    start = time.thread_time()
+    jax.jit(lambda *args: fn(*args)).trace(*args)
+    return time.thread_time() - start
+
+
 def temp_bytes(fn: Callable, *args: Any) -> int:
     """Bytes of temporary memory that the compiled `fn(*args)` asks for, beside its arguments and results."""
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
@@ -97,7 +104,7 @@ def compare(
       args: the arguments that all of them get.
       rounds: number of rounds that count; one more comes first, to compile and warm up.
       baseline: the contestant that the ratios are taken to.
-      measure: seconds that one contestant takes, `run_time` or `compile_time`.
+      measure: seconds that one contestant takes: `run_time`, `compile_time` or `trace_time`.
     """
     if baseline not in contestants:
         raise ValueError(f"baseline={baseline!r} is not among the contestants {sorted(contestants)}")
