@@ -38,313 +38,177 @@ class Mutant:
         return text.replace(self.old, self.new)
 
 
-LOSSES, TRANSFORMS = "tests/contract/test_losses.py", "tests/contract/test_transformations.py"
-SPECIAL, LINEAR = "tests/contract/test_special_values.py", "tests/linear_head/test_cross_entropy.py"
+# The package's files in brackets; beneath each the mutants, with pytest's arguments from tests/ on, and what changes.
+TABLE = r"""
+[maps/softmax.py]
+softmax: sign of the Jacobian | contract/test_three_way.py -k softmax
+  - return jacobian_product(g, p, axis), None, None
+  + return -jacobian_product(g, p, axis), None, None
+log_softmax: wrong axis | contract/test_transformations.py -k log_softmax
+  - return centred_transpose(g, jnp.exp(logp), axis, above=0.75)
+  + return centred_transpose(g, jnp.exp(logp), 0, above=0.75)
+log_softmax: log1p becomes log | maps/test_softmax_optimized.py
+  - return num.below(z, m) - jnp.log1p(s)
+  + return num.below(z, m) - jnp.log(1 + s)
+softmax: mask forgotten in the result | maps/test_softmax.py -k masked
+  - return out if mask is None else jnp.where(mask, out, absent)
+  + return out
+log_softmax: keeps its logits as well for the backward pass | maps/test_softmax_optimized.py -k residuals
+  - log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+  + log_softmax_of.defvjp(
+  +     lambda z, axis: (log_softmax_of(z, axis), (log_softmax_of(z, axis), z)),
+  +     lambda axis, kept, g: _log_softmax_bwd(axis, kept[0], g + 0 * kept[1]),
+  + )
+[_core/centring.py]
+products: mean with the top class counted twice | contract/test_three_way.py
+  - return r, num.class_sum(below_half(p, above) * (v - r), axis)
+  + return r, num.class_sum(below_half(p, above) * (v - r) + 1e-6 * is_top(p) * v, axis)
+products with J: one threshold for both directions | contract/test_losses.py -m 'optimized and not slow' -k memory
+  - for above in (0.5, 0.5625)
+  + for above in (0.5, 0.5)
+products with J: p may leave the simplex | contract/test_transformations.py -k 'quotients and softmax_vjp'
+  - along = -num.class_sum(dp * out, axis) / total
+  + along = -num.class_sum(dp * v, axis) / total
+[_core/forms.py]
+sums over the classes: top class not left out | maps/test_softmax_optimized.py
+  - return jnp.where(total < 2, rest, total - 1)
+  + return total - 1
+half precision: a wide copy for the maximum | maps/test_softmax_optimized.py -k half_precision
+  - lax.platform_dependent(z, cpu=narrow, default=plain)
+  + plain(z)
+[losses/cross_entropy.py]
+labels: off by one | contract/test_losses.py -k 'combination and integer'
+  - return jnp.where(num.class_index(z, axis) == label, -rest,
+  + return jnp.where(num.class_index(z, axis) == label + 1, -rest,
+cross-entropy: class weight dropped | losses/test_cross_entropy.py -k class_weights_alone
+  - loss = loss if weights is None else loss * num.take_class(weights, labels, axis)
+  + loss = loss * 1
+cross-entropy: class weight dropped from smoothed labels | contract/test_losses.py -k 'combination and integer'
+  - return y if weights is None else weights * y
+  + return y
+cross-entropy: smoothing spread over masked classes too | contract/test_losses.py -k 'compressed and integer'
+  - uniform = smooth / jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)
+  + uniform = smooth / num.class_sum(jnp.ones_like(z), axis)
+cross-entropy: z-loss without its square | contract/test_losses.py -k 'combination and integer'
+  - * logsumexp_of(wide, axis) ** 2
+  + * logsumexp_of(wide, axis)
+cross-entropy: lse - z_label | losses/test_cross_entropy_optimized.py
+  - return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
+  + return jnp.log(total) - gap
+cross-entropy: half of the second derivative | contract/test_accuracy_optimized.py -k 'float32 and integer'
+  - return jacobian_product(g, probabilities(*residuals, axis), axis), None, None, None, None
+  + return 0.5 * jacobian_product(g, probabilities(*residuals, axis), axis), None, None, None, None
+soft labels: mass of 1 assumed | contract/test_three_way.py -k soft
+  - mass = num.class_sum(y, axis)
+  + mass = jnp.ones_like(num.class_sum(y, axis))
+soft labels: p - y where p is near 1 | contract/test_accuracy_optimized.py -k 'float32 and softmax_cross_entropy'
+  - return less(y, p, s / (1 + s), mass)
+  + return mass * p - y
+[_core/class_axis.py]
+labels: outside the range they count as class 0 | contract/test_special_values.py -k integer_labels
+  - return jnp.where(valid, labels.astype(jnp.int32), -1)
+  + return jnp.where(valid, labels.astype(jnp.int32), 0)
+[losses/entropy_brier.py]
+Brier: the Gauss-Newton part dropped | contract/test_accuracy_optimized.py -k 'float32 and brier'
+  - gradient + p * p
+  + gradient
+[_core/plumbing.py]
+tracing: two contexts for the cache | test_autodiff.py -k shares
+  - with _use_mesh(jax.sharding.get_abstract_mesh()):
+  + with contextlib.nullcontext():
+[losses/focal.py]
+focal: a slope too many | contract/test_losses.py -k 'combination and focal'
+  - jnp.exp(-gamma * softplus(near)) * softplus(-near)
+  + jnp.exp(-(gamma + 1) * softplus(near)) * softplus(-near)
+[losses/divergences_of_logits.py]
+KL: temperature not applied to the target | contract/test_losses.py -k 'combination and softmax_kl'
+  - temperature, axis) for a in (x, z))
+  + temperature if a is x else None, axis) for a in (x, z))
+KL: gradient in the target with the wrong sign | contract/test_transformations.py -k 'softmax_kl and quotients'
+  - return ct * difference(x, z, sums, axis), ct * dz
+  + return ct * difference(x, z, sums, axis), -ct * dz
+KL: difference of logarithms where the two are close | ../jaxsoftmax/losses/divergences_of_logits.py
+  - return jnp.where(self.is_near, self.excess, self.change - self.mean)
+  + return self.change - self.mean
+[losses/temperature.py]
+KL: logits divided by the temperature where they stand | contract/test_accuracy_optimized.py -k 'float32 and divergence'
+  - (z - jnp.where(jnp.isfinite(top), top, 0.0)) / divisor
+  + z / divisor
+[losses/binary.py]
+logistic: positive weight missing in the gradient | contract/test_losses.py -k 'combination and binary'
+  - dx = (1 - y) * sigmoid(x) - weight * y * sigmoid(-x)
+  + dx = (1 - y) * sigmoid(x) - y * sigmoid(-x)
+[maps/entmax.py]
+entmax: exponent of the escort distribution | maps/test_entmax.py -k jacobian
+  - q = support_power(p, 2 - alpha)
+  + q = support_power(p, alpha - 1)
+entmax: bound of alpha | contract/test_wrong_calls.py -k entmax
+  - if not np.all((known >= 1) & (known < np.inf)):
+  + if not np.all((known > 0) & (known < np.inf)):
+[_core/dtypes.py]
+half precision: summed in half precision | contract/test_losses.py -m 'optimized and not slow'
+  - return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else
+  + return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 16 else
+[autodiff.py]
+custom_vjp: wide cotangents stay wide | test_autodiff.py -k mixed_dtypes
+  - return jax.lax.convert_element_type(cotangent, kind.dtype) if rounds else cotangent
+  + return cotangent
+custom_vjp: missing psum | test_autodiff.py -k 'every_device or mesh or collectives'
+  - cotangent = jax.lax.psum(cotangent, extra)
+  + cotangent = jax.lax.pmean(cotangent, extra)
+[_transpose.py]
+custom_vjp: forward mode of an affine bwd | test_autodiff_rules.py -k not_linear
+  - if not all(_zero_at_zero(
+  + if False and not all(_zero_at_zero(
+[_linear_map.py]
+linear_map: its derivative in the residuals is left out | test_linear_map.py -k derivatives
+  - moving = {i: t for i, t in enumerate(tangents[:count]) if not _is_zero(t)}
+  + moving = {}
+[operators/diagonal_low_rank.py]
+damped solve: weight of the mean left out | losses/test_hessian.py -k every_method
+  - b = self._kappa + num.class_sum(
+  + b = 0 * self._kappa + num.class_sum(
+factor: square root of the excess | losses/test_hessian.py -k 'square or psd'
+  - / (1 + jnp.sqrt(1 - square)))
+  + / (1 + jnp.sqrt(1 + square)))
+[network/per_example.py]
+per-example norms: bias forgotten | network/test_flow.py -k per_example
+  - (0 if layer.b is None else 1))
+  + 0)
+[network/backpropagation.py]
+backpropagation: sum in place of the mean | network/test_backpropagation.py -k plain
+  - return pullback(jnp.ones_like(losses) / losses.size)[0]
+  + return pullback(jnp.ones_like(losses))[0]
+[linear_head/rows.py]
+linear head: class weight dropped from the gradient | linear_head/test_cross_entropy.py -k equals_full_logits
+  - loss, of_u = of_label * loss, of_label * of_u
+  + loss, of_u = of_label * loss, of_u
+linear head: the mean of the tangent dropped from the Hessian | linear_head/test_cross_entropy.py -k equals_full_logits
+  - jnp.exp(num.shift(u, m)) * (du - at_top)
+  + jnp.exp(num.shift(u, m)) * at_top
+[linear_head/call.py]
+linear head: mean over all tokens | linear_head/test_cross_entropy.py -k 'equals_full_logits or nothing_counted'
+  - counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))
+  + counted = jnp.sum(jnp.ones_like(a))
+[linear_head/plan.py]
+linear head: the gradient in x is not added up over the classes' devices | linear_head/test_mesh.py -k equals_one_device
+  - return () if self.copies else self.classes
+  + return ()
+"""
+BLOCK = re.compile(r"(.+) \| (.+)\n((?:  - .*\n)+)((?:  \+ .*\n)+)")
 
-MUTANTS = [
-    Mutant(
-        "softmax: sign of the Jacobian",
-        "maps/softmax.py",
-        "return jacobian_product(g, p, axis), None, None",
-        "return -jacobian_product(g, p, axis), None, None",
-        "tests/contract/test_three_way.py -k softmax",
-    ),
-    Mutant(
-        "log_softmax: wrong axis",
-        "maps/softmax.py",
-        "return centred_transpose(g, jnp.exp(logp), axis, above=0.75)",
-        "return centred_transpose(g, jnp.exp(logp), 0, above=0.75)",
-        f"{TRANSFORMS} -k log_softmax",
-    ),
-    Mutant(
-        "log_softmax: log1p becomes log",
-        "maps/softmax.py",
-        "return num.below(z, m) - jnp.log1p(s)",
-        "return num.below(z, m) - jnp.log(1 + s)",
-        "tests/maps/test_softmax_optimized.py",
-    ),
-    Mutant(
-        "softmax: mask forgotten in the result",
-        "maps/softmax.py",
-        "return out if mask is None else jnp.where(mask, out, absent)",
-        "return out",
-        "tests/maps/test_softmax.py -k masked",
-    ),
-    Mutant(
-        "log_softmax: keeps its logits as well for the backward pass",
-        "maps/softmax.py",
-        "return num.result(logp), logp\n\n\ndef _log_softmax_bwd(axis, logp, g):\n",
-        "return num.result(logp), (logp, z)\n\n\n"
-        "def _log_softmax_bwd(axis, both, g):\n    logp, g = both[0], g + 0 * both[1]\n",
-        "tests/maps/test_softmax_optimized.py -k residuals",
-    ),
-    Mutant(
-        "products: mean with the top class counted twice",
-        "_core/centring.py",
-        "return r, num.class_sum(below_half(p, above) * (v - r), axis)",
-        "return r, num.class_sum(below_half(p, above) * (v - r) + 1e-6 * is_top(p) * v, axis)",
-        "tests/contract/test_three_way.py",
-    ),
-    Mutant(
-        "sums over the classes: top class not left out",
-        "_core/forms.py",
-        "return jnp.where(total < 2, rest, total - 1)",
-        "return total - 1",
-        "tests/maps/test_softmax_optimized.py",
-    ),
-    Mutant(
-        "labels: off by one",
-        "losses/cross_entropy.py",
-        "return jnp.where(num.class_index(z, axis) == label, -rest,",
-        "return jnp.where(num.class_index(z, axis) == label + 1, -rest,",
-        f"{LOSSES} -k 'combination and integer'",
-    ),
-    Mutant(
-        "labels: outside the range they count as class 0",
-        "_core/class_axis.py",
-        "return jnp.where(valid, labels.astype(jnp.int32), -1)",
-        "return jnp.where(valid, labels.astype(jnp.int32), 0)",
-        f"{SPECIAL} -k integer_labels",
-    ),
-    Mutant(
-        "products with J: one threshold for both directions",
-        "_core/centring.py",
-        "for above in (0.5, 0.5625)",
-        "for above in (0.5, 0.5)",
-        "tests/contract/test_losses.py -m 'optimized and not slow' -k memory",
-    ),
-    Mutant(
-        "products with J: p may leave the simplex without its total",
-        "_core/centring.py",
-        "along = -num.class_sum(dp * out, axis) / total",
-        "along = -num.class_sum(dp * v, axis) / total",
-        f"{TRANSFORMS} -k 'quotients and softmax_vjp'",
-    ),
-    Mutant(
-        "Brier: the Gauss-Newton part dropped",
-        "losses/entropy_brier.py",
-        "gradient + p * p",
-        "gradient",
-        "tests/contract/test_accuracy_optimized.py -k 'float32 and brier'",
-    ),
-    Mutant(
-        "tracing: two contexts for the cache",
-        "_core/plumbing.py",
-        "with _use_mesh(jax.sharding.get_abstract_mesh()):",
-        "with contextlib.nullcontext():",
-        "tests/test_autodiff.py -k shares",
-    ),
-    Mutant(
-        "cross-entropy: class weight dropped",
-        "losses/cross_entropy.py",
-        "loss = loss if weights is None else loss * num.take_class(weights, labels, axis)",
-        "loss = loss * 1",
-        "tests/losses/test_cross_entropy.py -k class_weights_alone",
-    ),
-    Mutant(
-        "cross-entropy: class weight dropped from smoothed labels",
-        "losses/cross_entropy.py",
-        "return y if weights is None else weights * y",
-        "return y",
-        f"{LOSSES} -k 'combination and integer'",
-    ),
-    Mutant(
-        "cross-entropy: smoothing spread over masked classes too",
-        "losses/cross_entropy.py",
-        "uniform = smooth / jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)",
-        "uniform = smooth / num.class_sum(jnp.ones_like(z), axis)",
-        f"{LOSSES} -k 'compressed and integer'",
-    ),
-    Mutant(
-        "cross-entropy: z-loss without its square",
-        "losses/cross_entropy.py",
-        "* logsumexp_of(wide, axis) ** 2",
-        "* logsumexp_of(wide, axis)",
-        f"{LOSSES} -k 'combination and integer'",
-    ),
-    Mutant(
-        "cross-entropy: lse - z_label",
-        "losses/cross_entropy.py",
-        "return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)",
-        "return jnp.log(total) - gap",
-        "tests/losses/test_cross_entropy_optimized.py",
-    ),
-    Mutant(
-        "cross-entropy: half of the second derivative",
-        "losses/cross_entropy.py",
-        "return jacobian_product(g, probabilities(*residuals, axis), axis), None, None, None, None",
-        "return 0.5 * jacobian_product(g, probabilities(*residuals, axis), axis), None, None, None, None",
-        "tests/contract/test_accuracy_optimized.py -k 'float32 and integer'",
-    ),
-    Mutant(
-        "soft labels: mass of 1 assumed",
-        "losses/cross_entropy.py",
-        "mass = num.class_sum(y, axis)",
-        "mass = jnp.ones_like(num.class_sum(y, axis))",
-        "tests/contract/test_three_way.py -k soft",
-    ),
-    Mutant(
-        "soft labels: p - y where p is near 1",
-        "losses/cross_entropy.py",
-        "return less(y, p, s / (1 + s), mass)",
-        "return mass * p - y",
-        "tests/contract/test_accuracy_optimized.py -k 'float32 and softmax_cross_entropy'",
-    ),
-    Mutant(
-        "focal: a slope too many",
-        "losses/focal.py",
-        "jnp.exp(-gamma * softplus(near)) * softplus(-near)",
-        "jnp.exp(-(gamma + 1) * softplus(near)) * softplus(-near)",
-        f"{LOSSES} -k 'combination and focal'",
-    ),
-    Mutant(
-        "KL: temperature not applied to the target",
-        "losses/divergences_of_logits.py",
-        "temperature, axis) for a in (x, z))",
-        "temperature if a is x else None, axis) for a in (x, z))",
-        f"{LOSSES} -k 'combination and softmax_kl'",
-    ),
-    Mutant(
-        "KL: logits divided by the temperature where they stand",
-        "losses/temperature.py",
-        "(z - jnp.where(jnp.isfinite(top), top, 0.0)) / divisor",
-        "z / divisor",
-        "tests/contract/test_accuracy_optimized.py -k 'float32 and divergence'",
-    ),
-    Mutant(
-        "KL: gradient in the target with the wrong sign",
-        "losses/divergences_of_logits.py",
-        "return ct * difference(x, z, sums, axis), ct * dz",
-        "return ct * difference(x, z, sums, axis), -ct * dz",
-        f"{TRANSFORMS} -k 'softmax_kl and quotients'",
-    ),
-    Mutant(
-        "KL: difference of logarithms where the two are close",
-        "losses/divergences_of_logits.py",
-        "return jnp.where(self.is_near, self.excess, self.change - self.mean)",
-        "return self.change - self.mean",
-        "jaxsoftmax/losses/divergences_of_logits.py",
-    ),
-    Mutant(
-        "logistic: positive weight missing in the gradient",
-        "losses/binary.py",
-        "dx = (1 - y) * sigmoid(x) - weight * y * sigmoid(-x)",
-        "dx = (1 - y) * sigmoid(x) - y * sigmoid(-x)",
-        f"{LOSSES} -k 'combination and binary'",
-    ),
-    Mutant(
-        "entmax: exponent of the escort distribution",
-        "maps/entmax.py",
-        "q = support_power(p, 2 - alpha)",
-        "q = support_power(p, alpha - 1)",
-        "tests/maps/test_entmax.py -k jacobian",
-    ),
-    Mutant(
-        "entmax: bound of alpha",
-        "maps/entmax.py",
-        "if not np.all((known >= 1) & (known < np.inf)):",
-        "if not np.all((known > 0) & (known < np.inf)):",
-        "tests/contract/test_wrong_calls.py -k entmax",
-    ),
-    Mutant(
-        "half precision: summed in half precision",
-        "_core/dtypes.py",
-        "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else",
-        "return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 16 else",
-        "tests/contract/test_losses.py -m 'optimized and not slow'",
-    ),
-    Mutant(
-        "half precision: a wide copy for the maximum",
-        "_core/forms.py",
-        "lax.platform_dependent(z, cpu=narrow, default=plain)",
-        "plain(z)",
-        "tests/maps/test_softmax_optimized.py -k half_precision",
-    ),
-    Mutant(
-        "custom_vjp: wide cotangents stay wide",
-        "autodiff.py",
-        "return jax.lax.convert_element_type(cotangent, kind.dtype) if rounds else cotangent",
-        "return cotangent",
-        "tests/test_autodiff.py -k mixed_dtypes",
-    ),
-    Mutant(
-        "custom_vjp: missing psum",
-        "autodiff.py",
-        "cotangent = jax.lax.psum(cotangent, extra)",
-        "cotangent = jax.lax.pmean(cotangent, extra)",
-        "tests/test_autodiff.py -k 'every_device or mesh or collectives'",
-    ),
-    Mutant(
-        "custom_vjp: forward mode of an affine bwd",
-        "_transpose.py",
-        "if not all(_zero_at_zero(",
-        "if False and not all(_zero_at_zero(",
-        "tests/test_autodiff_rules.py -k not_linear",
-    ),
-    Mutant(
-        "linear_map: its derivative in the residuals is left out",
-        "_linear_map.py",
-        "moving = {i: t for i, t in enumerate(tangents[:count]) if not _is_zero(t)}",
-        "moving = {}",
-        "tests/test_linear_map.py -k derivatives",
-    ),
-    Mutant(
-        "damped solve: weight of the mean left out",
-        "operators/diagonal_low_rank.py",
-        "b = self._kappa + num.class_sum(",
-        "b = 0 * self._kappa + num.class_sum(",
-        "tests/losses/test_hessian.py -k every_method",
-    ),
-    Mutant(
-        "factor: square root of the excess",
-        "operators/diagonal_low_rank.py",
-        "/ (1 + jnp.sqrt(1 - square)))",
-        "/ (1 + jnp.sqrt(1 + square)))",
-        "tests/losses/test_hessian.py -k 'square or psd'",
-    ),
-    Mutant(
-        "per-example norms: bias forgotten",
-        "network/per_example.py",
-        "(0 if layer.b is None else 1))",
-        "0)",
-        "tests/network/test_flow.py -k per_example",
-    ),
-    Mutant(
-        "backpropagation: sum in place of the mean",
-        "network/backpropagation.py",
-        "return pullback(jnp.ones_like(losses) / losses.size)[0]",
-        "return pullback(jnp.ones_like(losses))[0]",
-        "tests/network/test_backpropagation.py -k plain",
-    ),
-    Mutant(
-        "linear head: class weight dropped from the gradient",
-        "linear_head/rows.py",
-        "loss, of_u = of_label * loss, of_label * of_u",
-        "loss, of_u = of_label * loss, of_u",
-        f"{LINEAR} -k equals_full_logits",
-    ),
-    Mutant(
-        "linear head: the mean of the tangent dropped from the Hessian",
-        "linear_head/rows.py",
-        "jnp.exp(num.shift(u, m)) * (du - at_top)",
-        "jnp.exp(num.shift(u, m)) * at_top",
-        f"{LINEAR} -k equals_full_logits",
-    ),
-    Mutant(
-        "linear head: mean over all tokens",
-        "linear_head/call.py",
-        "counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))",
-        "counted = jnp.sum(jnp.ones_like(a))",
-        f"{LINEAR} -k 'equals_full_logits or nothing_counted'",
-    ),
-    Mutant(
-        "linear head: the gradient in x is not added up over the classes' devices",
-        "linear_head/plan.py",
-        "return () if self.copies else self.classes",
-        "return ()",
-        "tests/linear_head/test_mesh.py -k equals_one_device",
-    ),
-]
+
+def parsed(table: str) -> list[Mutant]:
+    _, *parts = re.split(r"^\[(.+)\]\n", table, flags=re.MULTILINE)
+    text = lambda lines: "\n".join(line[4:] for line in lines.splitlines())
+    return [
+        Mutant(name, file, text(old), text(new), tests)
+        for file, body in zip(parts[::2], parts[1::2])
+        for name, tests, old, new in BLOCK.findall(body)
+    ]
+
+
+MUTANTS = parsed(TABLE)
 
 
 def copy_to(folder: Path) -> None:
@@ -363,14 +227,8 @@ def who_notices(mutant: Mutant, folder: Path) -> str:
     environment |= {} if "optimized" in mutant.tests else QUICK
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
     try:
-        done = subprocess.run(
-            [*command, *shlex.split(mutant.tests)],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command += shlex.split(f"tests/{mutant.tests}")
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     finally:
         path.write_text(whole, encoding="utf-8")
     if done.returncode in (0, 5):  # all passed, or none of them runs by default

@@ -4,14 +4,14 @@ import ast
 
 import pytest
 
-from tests.mutants import MUTANTS, ROOT
+from tests.mutants import MUTANTS, ROOT, TABLE
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_applies(mutant):
     ast.parse(mutant.applied())
-    assert (ROOT / mutant.tests.split()[0]).is_file()
+    assert (ROOT / "tests" / mutant.tests.split()[0]).is_file()
 
 
-def test_names_are_unique():
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+def test_every_row_is_read_and_has_a_name_of_its_own():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) == TABLE.count(" | ")
