@@ -46,7 +46,7 @@ WHERE = (
     [[True], [1, 2]],
 )
 TANGENT = (*MAP, np.ones(K), np.ones((N, K + 1)))
-ALPHA = ("x", 1j, 0.5, float("nan"), np.ones(7))
+ALPHA = ("x", 1j, 0.5, float("nan"), np.ones(7), np.array([1.5, np.nan]))
 
 MESH_AXIS = (3, 1.5, "nowhere", ("nowhere", 2), ("nowhere", "nowhere"), {"nowhere": 1})
 
@@ -83,7 +83,7 @@ KINDS = {
     "logits": (V, (*LOGITS, SHAPELESS)),
 }
 DIFFERENT = {  # where an argument may be more, or less, than its kind says
-    js.entmax_loss: {"labels": (LABELS, (*SOFT, MASK))},
+    js.entmax_loss: {"labels": (LABELS, (*SOFT, MASK, np.ones(7, int)))},
     js.multiclass_sparsemax_loss: {"labels": (LABELS, (*NOT_NUMBERS, np.ones(7, int)))},
     js.sparsemax_loss: {"labels": (P, (*NOT_NUMBERS, COMPLEX, SHAPELESS))},
     js.sum_squared_error: {"targets": (V, TARGETS)},
@@ -231,34 +231,6 @@ def test_class_weights_below_0():
         loss(Z, LABELS, class_weights=weights)
     got = jax.jit(lambda w: loss(jnp.asarray(Z), jnp.array([1, 2]), class_weights=w))(weights)
     assert np.isnan(got[0]) and np.isfinite(got[1])
-
-
-# The other head's labels, and another axis: the message says which.
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [js.softmax_cross_entropy_with_integer_labels, js.focal_loss_with_integer_labels, js.multiclass_sparsemax_loss],
-)
-@pytest.mark.parametrize("labels", [P, INDICES])
-def test_weights_of_classes_for_a_head_of_indices(loss, labels):
-    with pytest.raises(
-        (TypeError, ValueError), match=r"labels .*\(2, 3\) .* axis 1; .*softmax_cross_entropy, .*argmax"
-    ):
-        loss(jnp.asarray(Z), labels)
-
-
-@pytest.mark.parametrize("loss", [js.softmax_cross_entropy, js.poly_loss_cross_entropy, js.brier_loss])
-@pytest.mark.parametrize("size", [N, K])
-def test_indices_for_a_head_of_weights(loss, size):
-    """Also where as many examples as classes let them broadcast."""
-    with pytest.raises(TypeError, match=rf"labels .*int.*\({size}, 3\) .* axis 1; .*_with_integer_labels, .*one_hot"):
-        loss(jnp.zeros((size, K)), np.zeros(size, int))
-
-
-def test_labels_along_another_axis():
-    with pytest.raises(ValueError, match=r"shape \(2,\), and class indices need \(3,\) beside .*\(2, 3\) .* axis 0"):
-        js.softmax_cross_entropy_with_integer_labels(jnp.asarray(Z), LABELS, axis=0)
 
 
 # What the session may have switched on or off.

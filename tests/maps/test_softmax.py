@@ -124,31 +124,6 @@ def test_the_rule_runs():
         assert "custom_jvp_call" in str(jax.make_jaxpr(jax.vmap(f))(jnp.ones((2, 3))))
 
 
-@pytest.mark.parametrize("f", [js.softmax, js.log_softmax, js.logsumexp])
-@pytest.mark.parametrize(
-    "args, kwargs, error, words",
-    [
-        (("abc",), {}, TypeError, "array"),
-        ((np.ones(3),), {"axis": 1}, ValueError, "axis=1 is out of range for 1 axes"),
-        ((np.ones(3),), {"axis": 0.5}, TypeError, "axis must be an integer, got 0.5"),
-        ((np.ones((2, 3)),), {"axis": (1, -1)}, ValueError, "names an axis twice"),
-        ((np.ones(3),), {"where": np.ones(3)}, TypeError, "where must be boolean, got dtype float"),
-        ((np.ones(3),), {"where": np.ones(2, bool)}, ValueError, r"where has shape \(2,\).*\(3,\)"),
-    ],
-)
-def test_wrong_calls(f, args, kwargs, error, words):
-    with pytest.raises(error, match=words):
-        f(*args, **kwargs)
-    with pytest.raises(ValueError, match="needs an array with at least one axis"):
-        f(np.float32(1.0), axis=-1)
-
-
-@pytest.mark.parametrize("f", [js.softmax, js.log_softmax])
-def test_complex_is_refused(f):
-    with pytest.raises(TypeError, match="x must be real"):
-        f(1j * np.ones(3))
-
-
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "int32", "int64"])
 def test_integers_become_the_float_that_jnp_exp_makes_of_them(dtype, x64):
     x = np.array([1, 2, 3], dtype)
