@@ -1,5 +1,6 @@
 """One contract for every loss head: what its formulas say, under every option, mask, axis, dtype and extreme."""
 
+import contextlib
 import functools
 
 import jax
@@ -55,7 +56,7 @@ def pushed_gradient(head, z, args, **options):
 
 
 @over_heads
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_value_and_gradient_for_every_combination_of_options(head, step, x64):
     z, *args = cast([Z, *head.args], None)
     for options in [*head.options[:-1:step], head.options[-1]]:
@@ -94,10 +95,11 @@ def test_any_axis(head, x64):
 
     first = head.loss(moved(z, 0), *(moved(a, 0) if c else a for a, c in zip(args, classes)), axis=0, **options)
     np.testing.assert_allclose(first, want, rtol=1e-14)
-    middle = [x.reshape(B, 2, 2).transpose(1, 0, 2) if c else x for x, c in zip((z, *args), [True, *classes])]
-    np.testing.assert_allclose(head.loss(middle[0], *middle[1:], axis=(0, -1), **options), want, rtol=1e-14)
+    for turn, axis in (((1, 0, 2), (0, -1)), ((2, 0, 1), (-1, 0))):
+        turned = [x.reshape(B, 2, 2).transpose(turn) if c else x for x, c in zip((z, *args), [True, *classes])]
+        np.testing.assert_allclose(head.loss(*turned, axis=axis, **options), want, rtol=1e-14)
     whole = [x[0].reshape(2, 2) if c else x[0] for x, c in zip((z, *args), [True, *classes])]
-    np.testing.assert_allclose(head.loss(whole[0], *whole[1:], axis=None, **options), want[0], rtol=1e-14)
+    np.testing.assert_allclose(head.loss(*whole, axis=None, **options), want[0], rtol=1e-14)
 
 
 @pytest.mark.parametrize("head, which", MASKED_WITH_OPTIONS)
@@ -155,22 +157,14 @@ def test_excluded_class_is_a_masked_class_at_every_order(head):
 
 
 @pytest.mark.parametrize("head", [h for h in CLASS_HEADS if h.args and h.args[0].ndim == 1], ids=lambda head: head.name)
-def test_integer_labels(head):
-    """Outside [0, K), -1 included: NaN for that example alone. On an excluded class: +inf. On a sole +inf: 0."""
-    f, bad = differentiated(head), np.array([-1, 3, K], np.int32)
-    for dtype in ("int32", "uint8", "int8"):
-        value, gradient = f(jnp.asarray(Z, "float32"), jnp.asarray(bad.astype(dtype)))
-        assert np.isnan(value[0]) and np.isnan(value[2]) and np.isfinite(value[1])
-        assert np.all(np.isnan(gradient[::2])) and np.all(np.isfinite(gradient[1]))
-    labels = jnp.asarray(head.args[0])
-    excluded = Z.copy()
-    excluded[np.arange(B), head.args[0]] = -np.inf
-    value, gradient = f(jnp.asarray(excluded, "float32"), labels)
-    assert np.all(value == np.inf) and not np.any(np.isnan(gradient))
-    certain = Z.copy()
-    certain[np.arange(B), head.args[0]] = np.inf
-    value, gradient = f(jnp.asarray(certain, "float32"), labels)
-    assert np.all(value == 0) and np.all(gradient == 0)
+@pytest.mark.parametrize("dtype", one_in(2, ["uint8", "int8", "uint32", "int32", "int64"]))
+def test_labels_of_any_integer_dtype(head, dtype):
+    """Outside [0, K), whatever it would wrap around to: NaN for that example alone. -1 is 255 in uint8."""
+    with enable_x64() if dtype == "int64" else contextlib.nullcontext():
+        bad = jnp.asarray(np.array([-1, 3, K]).astype(dtype)).at[2].set(jnp.iinfo(dtype).max)
+        value, gradient = differentiated(head)(jnp.asarray(Z, "float32"), bad)
+    assert np.isnan(value[0]) and np.isnan(value[2]) and np.isfinite(value[1])
+    assert np.all(np.isnan(gradient[::2])) and np.all(np.isfinite(gradient[1]))
 
 
 BINARY = (losses.sigmoid_binary_cross_entropy, losses.sigmoid_focal_loss, losses.sparsemax_loss)
@@ -340,6 +334,22 @@ def test_a_temperature_per_example(loss):
     np.testing.assert_array_equal(np.isnan(jax.jit(f)(z, wrong, *others)), [False, True, False])
     with pytest.raises(ValueError, match="temperature must be larger than 0"):
         f(z, wrong, *others)
+
+
+def test_label_smoothing_may_be_one_per_example(x64):
+    """As example by example, with integer labels and soft ones; linear in it; none in the Hessian."""
+    rng = np.random.default_rng(6)
+    z, labels, smooth = rng.normal(size=(3, 4)), np.array([0, 2, 3]), np.array([0.0, 0.25, 1.0])
+    ce = js.softmax_cross_entropy_with_integer_labels
+    want = np.stack([ce(z[i], labels[i], label_smoothing=float(smooth[i])) for i in range(3)])
+    loss = lambda z, smooth: ce(z, labels, label_smoothing=smooth)
+    soft = lambda z, smooth: js.softmax_cross_entropy(z, np.eye(4)[labels], label_smoothing=smooth)
+    for head in (loss, soft):
+        np.testing.assert_allclose(jax.jit(head)(z, smooth), want, rtol=1e-13)
+        by_smoothing = jax.jacrev(head, 1)(z, smooth)
+        np.testing.assert_allclose(by_smoothing, np.diag(head(z, np.ones(3)) - head(z, np.zeros(3))), rtol=1e-12)
+    H = js.logits_hessian(ce, jnp.asarray(z), labels, label_smoothing=smooth)
+    np.testing.assert_allclose(H.as_matrix(), jax.vmap(jax.hessian(ce))(z, labels), rtol=1e-12, atol=1e-14)
 
 
 def test_temperature_of_an_entropy():

@@ -218,10 +218,18 @@ OPTIONS = {
     losses.huber_loss: {"delta": Option((0.375,), (*POSITIVE[:2], -1.0))},
 }
 SPECIAL = {
-    losses.softmax_cross_entropy_with_integer_labels: (*HARD, (excluded, 1, L2, [0, -0.5, 0.5])),
+    losses.softmax_cross_entropy_with_integer_labels: (
+        *HARD,
+        (excluded, 1, L2, [0, -0.5, 0.5]),
+        (excluded, 0, INF, [-1, 0.5, 0.5]),
+        (certain, 1, INF, [1, -1, 0]),
+    ),
+    losses.natural_gradient_norm: HARD,
     losses.softmax_cross_entropy: (
         *SOFT,
         (excluded, [0.0, 0.5, 0.5], L2, ZEROS),
+        (excluded, [1.0, 0.0, 0.0], INF, [-1, 0.5, 0.5]),
+        (certain, [0.0, 1.0, 0.0], INF, [1, -1, 0]),
         (excluded, [0.2, 0.4, 0.4], INF, "finite"),
     ),
     losses.safe_softmax_cross_entropy: SOFT,
