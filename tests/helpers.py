@@ -33,6 +33,11 @@ def one_in(n: int, cases: Iterable, start: int = 0) -> list:
     return [case if i % n == start else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
+def only(default: Iterable, cases: Iterable) -> list:
+    """The cases of a test, those of them that are not in `default` with -m slow."""
+    return [case if case in default else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @contextlib.contextmanager
 def enable_x64():
     """float64 inside the `with` block; outside it the session keeps JAX's default, float32."""

@@ -47,13 +47,13 @@ softmax: sign of the Jacobian | contract/test_three_way.py -k softmax
 log_softmax: wrong axis | contract/test_transformations.py -k log_softmax
   - return centred_transpose(g, jnp.exp(logp), axis, above=0.75)
   + return centred_transpose(g, jnp.exp(logp), 0, above=0.75)
-log_softmax: log1p becomes log | maps/test_softmax_optimized.py
+log_softmax: log1p becomes log | contract/test_accuracy_optimized.py -k 'float32 and log_softmax'
   - return num.below(z, m) - jnp.log1p(s)
   + return num.below(z, m) - jnp.log(1 + s)
 softmax: mask forgotten in the result | contract/test_special_values.py -k 'mask and softmax'
   - return out if mask is None else jnp.where(mask, out, absent)
   + return out
-log_softmax: keeps its logits as well for the backward pass | maps/test_softmax_optimized.py -k residuals
+log_softmax: keeps its logits as well for the backward pass | maps/test_softmax.py -k residuals
   - log_softmax_of.defvjp(_log_softmax_fwd, _log_softmax_bwd)
   + log_softmax_of.defvjp(
   +     lambda z, axis: (log_softmax_of(z, axis), (log_softmax_of(z, axis), z)),
@@ -70,10 +70,10 @@ products with J: p may leave the simplex | contract/test_transformations.py -k '
   - along = -num.class_sum(dp * out, axis) / total
   + along = -num.class_sum(dp * v, axis) / total
 [_core/forms.py]
-sums over the classes: top class not left out | maps/test_softmax_optimized.py
+sums over the classes: top class not left out | contract/test_accuracy_optimized.py -k 'float32 and softmax'
   - return jnp.where(total < 2, rest, total - 1)
   + return total - 1
-half precision: a wide copy for the maximum | maps/test_softmax_optimized.py -k half_precision
+half precision: a wide copy for the maximum | maps/test_softmax.py -m 'optimized and not slow'
   - lax.platform_dependent(z, cpu=narrow, default=plain)
   + plain(z)
 [losses/cross_entropy.py]
@@ -92,7 +92,7 @@ cross-entropy: smoothing spread over masked classes too | contract/test_losses.p
 cross-entropy: z-loss without its square | contract/test_losses.py -k 'combination and integer'
   - * logsumexp_of(wide, axis) ** 2
   + * logsumexp_of(wide, axis)
-cross-entropy: lse - z_label | losses/test_cross_entropy_optimized.py
+cross-entropy: lse - z_label | contract/test_accuracy_optimized.py -k 'float32 and integer'
   - return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
   + return jnp.log(total) - gap
 cross-entropy: half of the second derivative | contract/test_accuracy_optimized.py -k 'float32 and integer'

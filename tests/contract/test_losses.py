@@ -291,6 +291,15 @@ def test_curvature_along_everything_that_moves(head):
     np.testing.assert_allclose(*both(*args), rtol=1e-5)
 
 
+def test_residuals():
+    """The logits in their own dtype, the labels, and three numbers a row; no second array of their size."""
+    z = jnp.ones((4, 5), jnp.bfloat16)
+    loss = js.softmax_cross_entropy_with_integer_labels
+    leaves = jax.tree.leaves(jax.vjp(lambda z: loss(z, jnp.zeros(4, jnp.int32)), z)[1])
+    assert [(r.shape, r.dtype) for r in leaves if r.shape == (4, 5)] == [((4, 5), jnp.bfloat16)]
+    assert all(r.size <= 4 for r in leaves if r.shape != (4, 5))
+
+
 # In arrays of the logits' size, results and arguments left out.
 KEPT_IN_AN_HVP = {"softmax": 1, "softmax_cross_entropy": 1, "softmax_entropy": 2, "brier_loss": 5}
 

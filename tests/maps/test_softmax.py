@@ -1,8 +1,9 @@
-"""softmax, log_softmax and logsumexp: axes, factors, and that their rules run."""
+"""softmax, log_softmax and logsumexp: axes, factors, and what their rules keep."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxsoftmax as js
 
@@ -50,3 +51,21 @@ def test_integers_become_the_float_that_jnp_exp_makes_of_them(dtype, x64):
     for f in (js.softmax, js.log_softmax, js.logsumexp, js.sparsemax, js.entmax):
         np.testing.assert_allclose(f(x), f(x.astype(float)), rtol=1e-6)
         assert f(x).dtype == jnp.exp(x).dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_residuals(dtype):
+    """softmax and log_softmax keep one array, their output; logsumexp keeps its argument and two numbers a row."""
+    z = jnp.ones((4, 5), dtype)
+    for f in (js.softmax, js.log_softmax):
+        assert [r.shape for r in jax.tree.leaves(jax.vjp(f, z)[1])] == [(4, 5)]
+    shapes = [r.shape for r in jax.tree.leaves(jax.vjp(lambda z: js.logsumexp(z, 1), z)[1])]
+    assert shapes.count((4, 5)) == 1 and set(shapes) == {(4, 1), (4, 5)}
+
+
+@pytest.mark.optimized
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="the CPU backend of JAX 0.6 keeps it in every program")
+def test_half_precision_is_not_copied_to_float32():
+    z = jnp.zeros((256, 8192), jnp.bfloat16)
+    program = jax.jit(lambda z: js.logsumexp(z, -1)).lower(z).compile()
+    assert program.memory_analysis().temp_size_in_bytes < z.size
