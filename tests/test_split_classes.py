@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as js
-from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, one_in, shard_map
+from tests import registry
+from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, one_in, only, shard_map
 from tests.meshes import mesh_of
 
 B, K = 4, 8
@@ -67,13 +68,13 @@ class Split:
         if axis_name is None:
             return lambda *args: call(*args, LABELS, MASK)
         mesh, check = names["mesh"], names.get("check", {})
-        translate = functools.partial(over, batch=names["batch"], classes=axis_name)
+        translate = functools.partial(renamed, batch=names["batch"], classes=axis_name)
         specs = tuple(map(translate, (*self.specs, WHOLE, CLASSES)))
         split = shard_map(call, mesh=mesh, in_specs=specs, out_specs=translate(self.out), **check)
         return lambda *args: split(*args, LABELS, MASK)
 
 
-def over(spec: P, batch, classes) -> P:
+def renamed(spec: P, batch, classes) -> P:
     return P(*({"batch": batch, "classes": classes}[axis] for axis in spec))
 
 
@@ -105,32 +106,32 @@ def options(z, w, epsilon, labels, mask, axis_name):
 
 EPSILON = np.full((1,), 0.1)
 
+OTHERS = {"soft": Y, "logits": X, "log": np.log(Y)}  # what a head takes beside the logits, where it is no label
+WITH_AXIS_NAME = [head for head in registry.HEADS if "axis_name" in head.parameters]
+
+
+def of_head(head):
+    def fn(z, *rest, axis_name):
+        *others, labels, mask = rest
+        return head.loss(z, *(others or [labels] if head.kinds else []), axis_name=axis_name)
+
+    others = [OTHERS[kind] for kind in head.kinds if kind != "label"]
+    reductions = None if head.kinks else 4 if head.loss is js.jensen_shannon_divergence else 3
+    logits = np.log(PROBS) if head.logarithms else Z
+    return case(head.name, fn, logits, *others, reductions=reductions, kinks=head.kinks)
+
+
 HEADS = [
+    *map(of_head, WITH_AXIS_NAME),
     case("logsumexp", lambda z, c, m, axis_name: js.logsumexp(z, -1, axis_name=axis_name), Z),
     case("sumexp_mask", lambda z, b, c, m, axis_name: jnp.exp(js.logsumexp(z, -1, b, where=m, axis_name=axis_name)), Z,
          PROBS),
-    case("cross_entropy", lambda z, c, m, axis_name: ce(z, c, axis_name=axis_name), Z),
     case("cross_entropy_options", options, Z, WEIGHTS, EPSILON, specs=(CLASSES, ONLY, P()), reductions=4),
-    plain(js.softmax_cross_entropy, Z, Y),
-    plain(js.safe_softmax_cross_entropy, Z, Y),
     case("soft_mask", lambda z, y, c, m, axis_name: js.softmax_cross_entropy(z, y, -1, m, axis_name=axis_name), Z, Y),
-    case("focal", lambda z, c, m, axis_name: js.focal_loss_with_integer_labels(z, c, axis_name=axis_name), Z),
-    plain(js.poly_loss_cross_entropy, Z, Y),
-    plain(js.softmax_kl_divergence, Z, X),
-    plain(js.jensen_shannon_divergence, Z, X, reductions=4),
-    plain(js.softmax_entropy, Z),
-    plain(js.brier_loss, Z, Y),
-    plain(js.kl_divergence, np.log(PROBS), Y),
-    plain(js.kl_divergence_with_log_targets, np.log(PROBS), np.log(Y)),
-    plain(js.convex_kl_divergence, np.log(PROBS), Y),
-    plain(js.sum_squared_error, Z, X),
-    case("natural_gradient", lambda z, c, m, axis_name: js.natural_gradient_norm(z, c, axis_name=axis_name), Z),
-    case("entmax_loss", lambda z, a, c, m, axis_name: js.entmax_loss(z, c, a, axis_name=axis_name), Z, ORDERS,
+    case("entmax_orders", lambda z, a, c, m, axis_name: js.entmax_loss(z, c, a, axis_name=axis_name), Z, ORDERS,
          specs=(CLASSES, WHOLE), reductions=None, kinks=True),
     case("entmax_soft", lambda z, y, a, c, m, axis_name: js.entmax_loss(z, y, a, axis_name=axis_name), Z, Y, ORDERS,
          specs=(CLASSES, CLASSES, WHOLE), reductions=None, kinks=True),
-    case("sparsemax_loss", lambda z, c, m, axis_name: js.multiclass_sparsemax_loss(z, c, axis_name=axis_name), Z,
-         reductions=None, kinks=True),
 ]  # fmt: skip
 MAPS = [
     plain(js.softmax, Z, out=CLASSES),
@@ -173,32 +174,33 @@ J = [
 ]
 
 
-def hessian(name, loss, *args, **options):
-    """Products, solution and norms of a loss Hessian at logits z; the labels where `args` have no targets."""
+def hessian(name, loss, *args, labels=True, **options):
+    """Products, solution and norms of a loss Hessian at logits z; with the labels unless `args` are targets."""
 
     def fn(z, v, *rest, axis_name):
-        *targets, labels, mask = rest
+        *targets, classes, mask = rest
         where = {"where": mask} if "where" in options else {}
-        H = js.logits_hessian(loss, z, *(targets or [labels]), axis_name=axis_name, **{**options, **where})
+        H = js.logits_hessian(
+            loss, z, *targets, *([classes] if labels else []), axis_name=axis_name, **{**options, **where}
+        )
         numbers = H.frobenius_norm() + H.logdet(30.0) + H.trace() + H.quadratic_form(v)
         return H.mv(v) + 10 * H.solve(v, 30.0) + H.diagonal() + numbers[:, None]
 
     return case(f"hessian_{name}", fn, Z, X, *args, out=CLASSES, reductions=None)
 
 
+def hessian_of_head(head):
+    others = [OTHERS[kind] for kind in head.kinds if kind != "label"]
+    through = {js.brier_loss: {"logit_softcap": 3.0}, js.softmax_cross_entropy: {"logit_temperature": 2.0}}
+    where = {"where": MASK} if head.has_where else {}
+    return hessian(
+        head.name, head.loss, *others, labels=head.kinds == ("label",), **through.get(head.loss, {}), **where
+    )
+
+
 HESSIANS = [
     hessian("options", ce, label_smoothing=0.1, z_loss=0.1, ignore_index=4, logit_softcap=3.0, where=MASK),
-    hessian("focal", js.focal_loss_with_integer_labels, where=MASK),
-    hessian("soft", js.softmax_cross_entropy, Y, logit_temperature=2.0),
-    hessian("poly", js.poly_loss_cross_entropy, Y),
-    hessian("brier", js.brier_loss, Y, logit_softcap=3.0),
-    hessian("divergence", js.softmax_kl_divergence, X, where=MASK),
-    hessian("jensen_shannon", js.jensen_shannon_divergence, X),
-    hessian("entmax", js.entmax_loss, where=MASK),
-    hessian("sparsemax", js.multiclass_sparsemax_loss),
-    hessian("kl", js.kl_divergence, Y),
-    hessian("generalized_kl", js.generalized_kl_divergence, Y),
-    hessian("squared", js.sum_squared_error, X),
+    *(hessian_of_head(head) for head in WITH_AXIS_NAME if head.hessian),
 ]
 CASES = HEADS + MAPS + J + HESSIANS
 
@@ -212,12 +214,13 @@ TWO = dict(axis_name="columns", batch="rows")
 FOUR = dict(axis_name=("rows", "columns"), batch=None)
 REPRESENTATIVES = "cross_entropy_options softmax_cross_entropy softmax_kl_divergence log_softmax entmax J_solve"
 FEW = [c for c in CASES if c.name in REPRESENTATIVES.split()]
-OF_EACH_KIND = REPRESENTATIVES.split() + ["J_numbers", "hessian_focal"]
+OF_EACH_KIND = REPRESENTATIVES.split() + ["J_numbers", "hessian_focal_loss_with_integer_labels"]
 
 
-def shown(cases, default=OF_EACH_KIND):
-    """The cases as parameters, slow but for those of the default names."""
-    return [pytest.param(c, id=c.name, marks=() if c.name in default else pytest.mark.slow) for c in cases]
+def over(cases, default=OF_EACH_KIND):
+    """A test of each case, slow but for those of the default names."""
+    cases = only([case for case in cases if case.name in default], cases)
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def total(fn):
@@ -235,7 +238,7 @@ def everywhere(args):
 
 
 @pytest.mark.parametrize("place", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two", "four"])
-@pytest.mark.parametrize("case", shown(CASES))
+@over(CASES)
 def test_value_and_gradient_are_those_of_one_device(case, place, x64):
     args = tuple(map(jnp.asarray, case.args))
 
@@ -258,14 +261,14 @@ def test_logits_that_are_not_split_are_refused(case):
 
     args = tuple(jnp.asarray(a, jnp.float32) for a in case.args)
     for named in (None, "rows"):  # over no axis, and over one of the two
-        specs = tuple(over(spec, None, named) for spec in (*case.specs, WHOLE, CLASSES))
+        specs = tuple(renamed(spec, None, named) for spec in (*case.specs, WHOLE, CLASSES))
         split = shard_map(call, mesh=meshes(), in_specs=specs, out_specs=P())
         shared = "rows.*columns" if named is None else "columns"
         with pytest.raises(ValueError, match=rf"axis_name=.* is the same on every device along .*{shared}.*in_specs"):
             jax.eval_shape(split, *args, LABELS, MASK)
 
 
-@pytest.mark.parametrize("case", shown(FEW, ["cross_entropy_options", "entmax"]))
+@over(FEW, ["cross_entropy_options", "entmax"])
 def test_forward_mode_and_hessian_products(case, x64):
     args = tuple(map(jnp.asarray, case.args))
     tangents = tuple(jnp.cos(1 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) for a in args)
@@ -283,7 +286,7 @@ def test_forward_mode_and_hessian_products(case, x64):
     assert_close(got, products(case.on(None))(*args), 10 * DERIVATIVE_RTOL["float64"])
 
 
-@pytest.mark.parametrize("case", shown(FEW + HESSIANS[:1], ["softmax_kl_divergence", "J_solve"]))
+@over(FEW + HESSIANS[:1], ["softmax_kl_divergence", "J_solve"])
 def test_without_the_checks_of_shard_map(case, x64):
     """With check_vma=False the cotangent of a shared result reaches the devices in shares, in both modes."""
     args = tuple(map(jnp.asarray, case.args))
@@ -311,7 +314,10 @@ def test_what_crosses_the_mesh(case):
 
 
 @pytest.mark.parametrize(
-    "name", one_in(2, ["cross_entropy", "focal", "softmax", "log_softmax", "softmax_entropy", "brier_loss"])
+    "name",
+    one_in(
+        2, [ce.__name__, "softmax", "softmax_entropy", "log_softmax", "brier_loss", "focal_loss_with_integer_labels"]
+    ),
 )
 def test_digits_of_a_sure_model(name):
     """A logit 20 above the others, in either block: every entry of value and gradient to a few eps of itself."""

@@ -246,7 +246,7 @@ def _entropy_curvature(**arguments) -> Curvature:
 def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
     z = tempered(num.present(*dtypes.widen(logits), mask, axis), temperature, axis)
     p = softmax_of(z, axis)
-    gradient = -jacobian_product(_below(z, num.class_max(z, axis)), p, axis)
+    gradient = -jacobian_product(_below(z, num.top(z, axis)), p, axis)
     return in_logits(of_probabilities(p, -p, gradient, mask, axis), temperature)
 
 
