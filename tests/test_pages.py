@@ -19,6 +19,11 @@ import jaxsoftmax
 from jaxsoftmax import losses
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import api_pages  # noqa: E402 (after the path)
+import digits  # noqa: E402
+
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -93,8 +98,6 @@ NEIGHBOURS = {"lineax", "matfree", "flax", "equinox"}
 
 def test_the_page_of_digits_shows_what_is_measured():
     """docs/digits.py prints the table; a digit more or less is rounding of another version."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    digits = importlib.import_module("digits")
     numbers = lambda text: [int(n) for line in text.splitlines()[2:] for n in re.findall(r"(?<=\| )\d(?= \|)", line)]
     shown = re.search(r"^\|  \| library.*?(?=\n\n)", PAGES["docs/exact_losses.md"], re.MULTILINE | re.DOTALL)
     assert shown is not None
@@ -104,8 +107,6 @@ def test_the_page_of_digits_shows_what_is_measured():
 
 def test_every_public_name_is_in_the_reference():
     """api_pages finds each name of each `__all__`, and has a page for it."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    api_pages = importlib.import_module("api_pages")
     found = api_pages.public_objects()
     assert {f"jaxsoftmax.{name}" for name in jaxsoftmax.__all__ if not inspect.ismodule(getattr(jaxsoftmax, name))} <= {
         *found
@@ -115,8 +116,6 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_docstrings_become_markdown():
-    sys.path.insert(0, str(ROOT / "docs"))
-    api_pages = importlib.import_module("api_pages")
     text = api_pages.markdown(
         "One line.\n\n    p = q\n\nz_n = W_n a_{n-1}, a_0 = x.\n\nWith β = 1 it is the reverse.\n\n"
         "Args:\n  x: an array\n    of numbers.\n  *rest: more.\n\nReturns:\n  It.\n\n"
@@ -132,8 +131,6 @@ def test_docstrings_become_markdown():
 
 def test_the_reference_is_complete(tmp_path):
     """It is not built where a public member has no docstring; "as in hvp" is spelled out; names are links."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    api_pages = importlib.import_module("api_pages")
     api_pages.write(tmp_path)
     operators, curvature = (tmp_path / f"{name}.md" for name in ("operators", "curvature"))
     text = operators.read_text(encoding="utf-8")

@@ -126,13 +126,18 @@ def test_the_harness_sees_what_others_lose(monkeypatch):
     assert linear_errors("linear_cross_entropy", jit=False)["value", "gap to 60"] > 1e4
 
 
+@jax.jit
+def focal_and_derivatives(x, y):
+    f = js.sigmoid_focal_loss
+    return f(x, y), jax.grad(f)(x, y), jax.grad(jax.grad(f))(x, y)
+
+
 @pytest.mark.parametrize("x", [-40.0, -20.0])
 @pytest.mark.parametrize("y", [1e-9, 1e-30])
 def test_label_so_small_that_1_less_it_is_1(x, y):
     """Value, gradient and second derivative of the focal loss, which has σ(-x) y / u in it."""
     x, y = np.float32(x), np.float32(y)
-    f = lambda x: js.sigmoid_focal_loss(x, y)
-    found = f(x), jax.grad(f)(x), jax.grad(jax.grad(f))(x)
+    found = focal_and_derivatives(x, y)
     formula = lambda z: exact.sigmoid_focal(z, [1], [mpf(float(y))])
     with mp.workdps(exact.digits([mpf(-80), mpf(0)])):
         want = [float(d.ravel()[0]) for d in exact.derivatives(formula, [mpf(float(x))])]
