@@ -19,12 +19,13 @@ VALUE_RTOL = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1.
 DERIVATIVE_RTOL = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3.2e-2}
 
 
-def assert_close(got, want, rtol: float, scale=None) -> None:
-    """|got - want| ≤ rtol · max|want| per leaf; shapes equal, NaN nowhere."""
+def assert_close(got, want, rtol: float | None = None, scale=None) -> None:
+    """|got - want| ≤ rtol · max|want| per leaf, by default of a derivative; shapes equal, NaN nowhere."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        tolerance = DERIVATIVE_RTOL[np.asarray(a).dtype.name] if rtol is None else rtol
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape
-        bound = rtol * max(np.max(np.abs(b), initial=0.0) if scale is None else scale, np.finfo(np.float64).tiny)
+        bound = tolerance * max(np.max(np.abs(b), initial=0.0) if scale is None else scale, np.finfo(np.float64).tiny)
         assert np.all(np.abs(a - b) <= bound), f"off by {np.max(np.abs(a - b))}, allowed {bound}"
 
 

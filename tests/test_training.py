@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxsoftmax.training import TrainState, make_train_step
+from tests.helpers import assert_close
 
 TARGET = np.array([1.0, -2.0, 3.0], np.float32)
 START = {"w": np.zeros(3, np.float32), "b": np.float32(1.0)}
@@ -157,7 +158,7 @@ def test_a_line_search_finds_the_minimum():
     state, train_step = TrainState.create(START, optimizer), make_train_step(loss_fn, optimizer)
     for _ in range(3):
         state, _ = train_step(state, TARGET)
-    np.testing.assert_allclose(state.params["w"], TARGET, rtol=1e-5)
+    assert_close(state.params["w"], TARGET)
 
 
 @pytest.mark.parametrize("given", [lambda params: params, optax.LookaheadParams.init_synced])
@@ -178,7 +179,7 @@ def test_lookahead_is_that_of_optax(given):
         state, metrics = train_step(state, TARGET)
         expected = loss_fn(params.fast, TARGET)
         params, opt_state = plain(params, opt_state)
-        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+        assert_close(metrics["loss"], expected)
     assert isinstance(state.params, optax.LookaheadParams)
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (params, opt_state))
 

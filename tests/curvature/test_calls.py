@@ -11,17 +11,8 @@ import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax import network
-from jaxsoftmax.curvature import (
-    damped_solve,
-    empirical_fisher_vp,
-    estimators,
-    fisher_vp,
-    gauss_newton,
-    ggn_vp,
-    hvp,
-    linearized,
-)
-from tests.helpers import one_in
+from jaxsoftmax.curvature import damped_solve, empirical_fisher_vp, estimators, fisher_vp, ggn_vp, hvp, linearized
+from tests.helpers import assert_close, one_in
 from tests.meshes import KINDS, around, mesh_of, placed
 
 CE = js.softmax_cross_entropy_with_integer_labels
@@ -58,7 +49,7 @@ def test_any_loss(name, x64):
     wanted = np.einsum("bkl,bi,bj,lj->ki", J, x, x, v) / N
     for product, batch_size in ((hvp, 3), (ggn_vp, None)):
         found = jax.jit(functools.partial(product, f, LOSSES[name], batch_size=batch_size))(W, x, labels, v)
-        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        assert_close(found, wanted)
 
 
 def test_gauss_newton_of_a_loss_without_name(x64):
@@ -68,7 +59,7 @@ def test_gauss_newton_of_a_loss_without_name(x64):
     found = jax.jit(product)(W, x, labels, v)
     z = np.tanh(f(W, x))
     middle = (1 - z**2) * 12 * z**2 * (1 - z**2) * f(v, x)
-    np.testing.assert_allclose(found, middle.T @ np.asarray(x) / N, rtol=1e-12)
+    assert_close(found, middle.T @ np.asarray(x) / N)
 
 
 class Scaled:
@@ -102,7 +93,7 @@ def test_nothing_is_remembered_between_calls(product):
     FACTOR[0] = 3.0
     two = call(model, loss)
     FACTOR[0] = 1.0
-    np.testing.assert_allclose(two, (9 if product is empirical_fisher_vp else 3) * one, rtol=1e-6)
+    assert_close(two, (9 if product is empirical_fisher_vp else 3) * one)
 
 
 def assert_parts_are_the_whole(product, losses, labels, batch_size):
@@ -162,7 +153,7 @@ def test_one_linearization_serves_many_products(product, x64):
     apply = jax.jit(lambda product, v: product(v))
     for v in (params, jax.tree.map(jnp.cos, params)):
         for found, wanted in zip(jax.tree.leaves(apply(reused, v)), jax.tree.leaves(whole(v))):
-            np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-15)
+            assert_close(found, wanted)
 
 
 # damped_solve
@@ -223,7 +214,7 @@ def test_solutions_over_trees_differentiate_where_only_a_part_is_asked(x64):
     arguments = jnp.array([1.0, 2.0]), jnp.array(2.0)
     derivatives = lambda g: (jax.jacfwd(g, 1)(*arguments), jax.jacrev(g, (0, 1))(*arguments))
     for a, b in zip(*map(jax.tree.leaves, jax.jit(lambda: (derivatives(part), derivatives(wanted)))())):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+        assert_close(a, b, rtol=1e-10)
 
 
 def test_no_key_is_used_twice():
@@ -283,7 +274,7 @@ def everything(params, x, labels, v):
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [(KINDS[-1], 3), *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in KINDS)],
+    [(KINDS[-1], 2), *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind, count):
     found = jax.jit(lambda *arguments: {name: of() for name, of in itertools.islice(everything(*arguments), count)})
@@ -294,19 +285,6 @@ def test_on_a_mesh_products_and_solves_are_those_of_one_device(kind, count):
     for name in wanted:
         a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree[name])]) for tree in (found, wanted))
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=str(name))
-
-
-def test_gauss_newton_takes_any_loss(x64):
-    W, x, labels, _ = problem()
-
-    def step(loss):
-        value_fn = lambda W: loss(f(W, x), labels).mean()
-        value, gradient = jax.value_and_grad(value_fn)(W)
-        optimizer = gauss_newton(f, loss, damping=0.1, tol=1e-12)
-        extra = {"batch": (x, labels), "value": value, "value_fn": value_fn}
-        return optimizer.update(gradient, optimizer.init(W), W, **extra)[0]
-
-    np.testing.assert_allclose(*jax.jit(lambda: (step(CE), step(LOSSES["by hand"])))(), rtol=1e-9)
 
 
 # The Fisher information with options.
@@ -365,7 +343,7 @@ def test_sampled_fisher_with_options_agrees_within_its_standard_error(name, x64)
 def test_draws_do_not_depend_on_the_batches(x64):
     W, x, labels, v = problem()
     sampled = functools.partial(fisher_vp, f, CE, W, x, labels, v, key=jax.random.key(2), num_samples=3)
-    np.testing.assert_allclose(*jax.jit(lambda: (sampled(), sampled(batch_size=3)))(), rtol=1e-12, atol=1e-14)
+    assert_close(*jax.jit(lambda: (sampled(), sampled(batch_size=3)))())
 
 
 def test_fisher_counts_observations(x64):
@@ -381,9 +359,9 @@ def test_fisher_counts_observations(x64):
         return of(class_weights=weights), copied, of(), of(label_smoothing=0.2), of(z_loss=0.5)
 
     weighted, copied, plain, *others = products()
-    np.testing.assert_allclose(weighted, copied, rtol=1e-12)
+    assert_close(weighted, copied)
     for other in others:
-        np.testing.assert_allclose(other, plain, rtol=1e-12)
+        assert_close(other, plain)
 
 
 def test_fisher_of_capped_logits(x64):

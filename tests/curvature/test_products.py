@@ -125,25 +125,6 @@ def test_empirical_fisher_is_the_second_moment_of_the_gradients(problem):
     problem.assert_products(dense, (empirical_fisher_vp, {}), (empirical_fisher_vp, {"batch_size": 4}))
 
 
-@pytest.mark.slow
-@with_problem(js.softmax_cross_entropy_with_integer_labels, js.sum_squared_error, sigmoid_binary_cross_entropy)
-def test_sampled_fisher_agrees_within_its_standard_error(problem):
-    """vᵀFv from 400 independent draws: the mean within 4 standard errors, which are small."""
-    v = ravel_pytree(problem.v)[0]
-
-    @jax.jit
-    def draws(key):
-        at = f, problem.loss, problem.params, problem.x, problem.y, problem.v
-        of = lambda **options: ravel_pytree(fisher_vp(*at, **options))[0]
-        forms = jax.lax.map(lambda key: v @ of(key=key, num_samples=2), jax.random.split(key, 400))
-        return forms, v @ of()
-
-    forms, exact = draws(jax.random.key(1))
-    error = jnp.std(forms, ddof=1) / 20
-    assert 0 < error < 0.05 * exact
-    assert abs(jnp.mean(forms) - exact) < 4 * error
-
-
 def test_fisher_is_the_expectation_over_the_model_and_ignores_the_labels(x64):
     """Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ, summed over the classes in turn."""
     problem = Problem(js.softmax_cross_entropy_with_integer_labels)
@@ -155,17 +136,6 @@ def test_fisher_is_the_expectation_over_the_model_and_ignores_the_labels(x64):
 
     others = functools.partial(lambda f, loss, params, x, y, v: fisher_vp(f, loss, params, x, (y + 1) % 3, v))
     problem.assert_products(dense, (fisher_vp, {}), (others, {}))
-
-
-def test_linear_network_in_closed_form(x64):
-    """l = ‖Wx - y‖²: Hessian, Gauss-Newton and Fisher are all 2 I⊗E[xxᵀ], whatever the labels."""
-    problem = Problem(js.sum_squared_error)
-    params, V = jnp.ones((3, 5)), jnp.sin(jnp.arange(15.0)).reshape(3, 5)
-    linear = lambda W, x: x @ W.T
-    wanted = 2 * V @ (problem.x.T @ problem.x / BATCH)
-    for product in (hvp, ggn_vp, fisher_vp):
-        found = jax.jit(functools.partial(product, linear, problem.loss))(params, problem.x, problem.y, V)
-        np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_sequences_any_tree_and_options():
@@ -240,10 +210,10 @@ def test_solution_meets_its_stopping_rule(x64):
         x = np.asarray(solution.x)
         residual = np.linalg.norm(b - A @ x - 0.1 * x) / np.linalg.norm(b)
         assert solution.converged and residual <= 1.01 * tol
-        np.testing.assert_allclose(solution.residual, residual, rtol=0.01, atol=1e-13)
+        assert_close(solution.residual, residual, rtol=0.01)
     fewer = solve(1e-6, int(solve(1e-6).steps) - 1)
     assert not fewer.converged and fewer.residual > 1e-6 and fewer.steps == solve(1e-6).steps - 1
-    np.testing.assert_allclose(x, np.linalg.solve(A + 0.1 * np.eye(20), b), rtol=1e-6)
+    assert_close(x, np.linalg.solve(A + 0.1 * np.eye(20), b))
 
 
 def test_distinct_eigenvalues_bound_the_steps(x64):
@@ -253,7 +223,7 @@ def test_distinct_eigenvalues_bound_the_steps(x64):
     solve = jax.jit(lambda **options: damped_solve(lambda v: diagonal * v, b, 1.0, tol=1e-12, **options))
     solution = solve()
     assert solution.steps == 3
-    np.testing.assert_allclose(solution.x, b / (diagonal + 1), rtol=1e-13)
+    assert_close(solution.x, b / (diagonal + 1))
     again = solve(start=solution.x)
     assert again.steps == 0 and again.converged
 
@@ -286,16 +256,6 @@ def test_products_that_a_solution_takes():
         solution = jax.jit(lambda start: damped_solve(product, jnp.ones(4), 0.0, start=start))(start)
         jax.effects_barrier()
         assert solution.steps == 4 - (start is not None) and len(calls) == solution.steps + more
-
-
-@pytest.mark.slow
-def test_solver_with_a_network_inside_jit(x64):
-    problem = Problem(js.softmax_cross_entropy_with_integer_labels)
-    G = np.asarray(jax.jit(problem.gauss_newton)())
-    product = functools.partial(ggn_vp, f, problem.loss, problem.params, problem.x, problem.y)
-    solution = jax.jit(lambda b, damping: damped_solve(product, b, damping, tol=1e-11))(problem.v, 0.01)
-    wanted = np.linalg.solve(G + 0.01 * np.eye(len(G)), ravel_pytree(problem.v)[0])
-    np.testing.assert_allclose(ravel_pytree(solution.x)[0], wanted, rtol=1e-8)
 
 
 @pytest.mark.optimized

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -13,6 +12,7 @@ import jaxsoftmax as js
 from jaxsoftmax import network
 from jaxsoftmax.curvature import LastLayerLaplace, gauss_newton, last_layer_laplace
 from jaxsoftmax.training import TrainState, make_train_step
+from tests.helpers import assert_close
 
 CROSS_ENTROPY = js.softmax_cross_entropy_with_integer_labels
 init = jax.jit(network.init, static_argnums=1)
@@ -52,12 +52,13 @@ def test_one_step_solves_least_squares(x64):
 
 
 def test_the_step_is_the_damped_natural_gradient(x64):
-    """d = -(G + λI)⁻¹ g, for a network, against the dense solve."""
+    """d = -(G + λI)⁻¹ g, for a network and a loss of the caller's, against the dense solve."""
     x, labels, _ = data()
+    loss = lambda z, y: jax.nn.logsumexp(z, -1) - jnp.sum(z * jax.nn.one_hot(y, 3), -1)
     params = init(jax.random.key(0), (5, 4, 3))
     flat, unravel = ravel_pytree(params)
-    value_fn = lambda params: CROSS_ENTROPY(network.forward(params, x), labels).mean()
-    optimizer = gauss_newton(network.forward, CROSS_ENTROPY, damping=0.1, tol=1e-12, max_steps=200, learning_rate=0.5)
+    value_fn = lambda params: loss(network.forward(params, x), labels).mean()
+    optimizer = gauss_newton(network.forward, loss, damping=0.1, tol=1e-12, max_steps=200, learning_rate=0.5)
 
     @jax.jit
     def both(params):
@@ -73,10 +74,10 @@ def test_the_step_is_the_damped_natural_gradient(x64):
 
     step, state, change, g, G = both(params)
     wanted = -0.5 * np.linalg.solve(G + 0.1 * np.eye(len(G)), g)
-    np.testing.assert_allclose(step, wanted, rtol=1e-8, atol=1e-12)
+    assert_close(step, wanted, rtol=1e-8)
     np.testing.assert_allclose(state.ratio, change / (g @ wanted + wanted @ G @ wanted / 2), rtol=1e-8)
     assert state.ratio > 0.75
-    np.testing.assert_allclose(state.damping, 0.1 / 1.5, rtol=1e-15)
+    assert_close(state.damping, 0.1 / 1.5)
 
 
 def test_damping_rises_where_the_model_fails_and_bad_steps_are_not_taken(x64):
@@ -100,24 +101,7 @@ def test_damping_rises_where_the_model_fails_and_bad_steps_are_not_taken(x64):
     (w, _), (before, after, refused, factor) = jax.tree.map(np.asarray, forty_steps(jnp.zeros((1, 1))))
     assert refused[0] and np.all(after <= before)
     np.testing.assert_allclose(factor[refused & (before > 1e-12)], 1.5**4, rtol=1e-12)
-    np.testing.assert_allclose(w, np.log(400) / 3, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_in_a_train_step_it_needs_fewer_steps_than_adam():
-    x, labels, _ = data(200)
-    params = init(jax.random.key(0), (5, 8, 3))
-    losses = {}
-    for name, optimizer in {
-        "adam": optax.adam(1e-2),
-        "gauss_newton": optax.chain(gauss_newton(network.forward, CROSS_ENTROPY)),
-    }.items():
-        step = make_train_step(objective(network.forward, CROSS_ENTROPY), optimizer)
-        state = TrainState.create(params, optimizer)
-        for _ in range(20):
-            state, metrics = step(state, x, labels)
-        losses[name] = metrics["loss"]
-    assert losses["gauss_newton"] < 0.5 * losses["adam"]
+    assert_close(w[0, 0], np.log(400) / 3)
 
 
 def test_gauss_newton_refuses():
@@ -142,13 +126,13 @@ def test_laplace_is_exact_for_linear_regression(x64):
     layer = network.Layer(jnp.asarray(mean[:, :-1]), jnp.asarray(mean[:, -1]))
     posterior = laplace(layer, x, y, loss=js.l2_loss, prior_precision=delta, batch_size=7)
     mean_logits, covariance = logits(posterior, x[:4])
-    np.testing.assert_allclose(mean_logits, phi[:4] @ mean.T, rtol=1e-12)
+    assert_close(mean_logits, phi[:4] @ mean.T)
     variance = np.einsum("bi,ij,bj->b", phi[:4], inverse, phi[:4])
-    np.testing.assert_allclose(covariance, variance[:, None, None] * np.eye(3), rtol=1e-10, atol=1e-13)
+    assert_close(covariance, variance[:, None, None] * np.eye(3), rtol=1e-10)
     # y ~ N(0, I + φφᵀ/δ) for each output, without the constant that -l leaves out
     marginal = np.eye(30) + phi @ phi.T / delta
     wanted = -0.5 * np.sum(y * np.linalg.solve(marginal, y)) - 1.5 * np.linalg.slogdet(marginal)[1]
-    np.testing.assert_allclose(log_evidence(posterior), wanted, rtol=1e-12)
+    assert_close(log_evidence(posterior), wanted)
 
 
 def test_laplace_for_classification_against_dense(x64):
@@ -161,7 +145,7 @@ def test_laplace_for_classification_against_dense(x64):
     wanted = np.einsum("bki,ij,blj->bkl", wide, np.linalg.inv(precision), wide)
     np.testing.assert_allclose(logits(posterior, x[:4])[1], wanted, rtol=1e-10)
     evidence = -total(W.reshape(-1)) - np.sum(W**2) + 7.5 * np.log(2) - np.linalg.slogdet(precision)[1] / 2
-    np.testing.assert_allclose(log_evidence(posterior), evidence, rtol=1e-12)
+    assert_close(log_evidence(posterior), evidence)
 
 
 def test_best_prior_is_a_maximum_of_the_evidence(x64):
@@ -190,7 +174,7 @@ def test_predictive_probabilities(key, x64):
     found = probabilities(posterior, x[:3], key, num_samples=40_000)
     np.testing.assert_allclose(found, wanted, atol=4 * 0.5 * np.sqrt(2 / 40_000))
     found = probabilities(posterior, x)
-    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-12)
-    np.testing.assert_allclose(found[:3], posterior.probabilities(x[:3]), rtol=1e-12)
+    assert_close(found.sum(-1), np.ones(len(x)))
+    assert_close(found[:3], posterior.probabilities(x[:3]))
     far = probabilities(posterior, 50 * x)
     assert jnp.all(far.max(-1) < jax.nn.softmax(50 * x @ W.T).max(-1) + 1e-12)

@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from jaxsoftmax.losses.entmax_losses import entmax_loss, multiclass_sparsemax_loss, sparsemax_loss
 from jaxsoftmax.maps.entmax import entmax
-from tests.helpers import one_in
+from tests.helpers import assert_close, one_in
 from tests.maps.test_entmax import EPS, reference, slopes
 
 Z = np.array([0.3, -0.2, 0.9, 0.17, -3.0])
@@ -74,10 +74,10 @@ def test_first_three_derivatives(alpha, x64):
         np.testing.assert_allclose(chain(Z, Y, alpha), want, rtol=0, atol=1e-9)
     full = _hessian()(Z, Y, alpha)
     hessian = np.block([[np.asarray(b).reshape(n, -1) for b in row] for row, n in zip(full, (5, 5, 1))])
-    np.testing.assert_allclose(hessian, hessian.T, rtol=0, atol=1e-14)
+    assert_close(hessian, hessian.T)
     jacobian = jax.jit(jax.jacfwd(entmax))(Z, alpha)
-    np.testing.assert_allclose(hessian[:5, :5], jacobian, rtol=0, atol=1e-15)
-    np.testing.assert_allclose(hessian[:5, 5:10], -np.eye(5) + _escort(alpha)[:, None], rtol=0, atol=1e-14)
+    assert_close(hessian[:5, :5], jacobian)
+    assert_close(hessian[:5, 5:10], -np.eye(5) + _escort(alpha)[:, None])
 
 
 @functools.cache
@@ -148,9 +148,9 @@ def test_binary_loss(x64):
         labels = np.full(7, y)
         loss, reverse, forward, curvature = found(z, labels)
         want = entmax_loss(np.stack([z, 0 * z], -1), np.stack([labels, 1 - labels], -1), 2.0)
-        np.testing.assert_allclose(loss, want, rtol=0, atol=1e-15)
+        assert_close(loss, want)
         for gradient in (reverse, forward):
-            np.testing.assert_allclose(gradient, np.clip((z + 1) / 2, 0, 1) - y, rtol=0, atol=1e-15)
+            assert_close(gradient, np.clip((z + 1) / 2, 0, 1) - y)
         np.testing.assert_array_equal(curvature, np.where(np.abs(z) < 1, 0.5, 0.0))
     check_grads(jax.jit(sparsemax_loss), (np.array([0.3, -2.0, 0.7, 4.0]), np.array([0.3, 0.1, 0.9, 0.2])), order=2)
     inf = np.inf

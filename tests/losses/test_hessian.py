@@ -13,7 +13,7 @@ from jaxsoftmax import losses
 from jaxsoftmax.losses.cross_entropy import natural_gradient_norm
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, logits_fisher, logits_ggn, logits_hessian
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
-from tests.helpers import one_in
+from tests.helpers import assert_close, one_in
 from tests.registry import HEADS
 from tests.registry import formulas as exact
 from tests.registry.samples import LABELS, MASK, B, K
@@ -80,7 +80,7 @@ def test_every_method_against_the_dense_hessian(head, transform, x64):
     )
     is_psd, *found = methods(z, v)
     for got, right in zip(found, expected, strict=True):
-        np.testing.assert_allclose(got, right, rtol=1e-12, atol=1e-13)
+        assert_close(got, right)
     np.testing.assert_array_equal(is_psd, np.linalg.eigvalsh(want).min(-1) > -1e-13)
 
 
@@ -102,16 +102,16 @@ def test_gauss_newton_is_a_square(head, transform, x64):
         return whole, (g.factor_mv(columns), *transposed, logits_hessian(head.loss, z, *args, **options).as_matrix())
 
     (matrix, product, is_psd), of_factor = methods(z, v)
-    np.testing.assert_allclose(product, np.einsum("bij,bj->bi", matrix, V), atol=1e-13)
+    assert_close(product, np.einsum("bij,bj->bi", matrix, V))
     if head.loss is CONCAVE:
         assert not np.any(is_psd)
         return
     assert np.all(is_psd) and np.all(np.linalg.eigvalsh(matrix) > -1e-14)
     square, one, other, hessian = of_factor
-    np.testing.assert_allclose(square, product, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+    assert_close(square, product)
+    assert_close(one, other)
     if not transform and head.loss not in NOT_CONVEX:
-        np.testing.assert_allclose(matrix, hessian, atol=1e-14)
+        assert_close(matrix, hessian)
 
 
 NOT_CONVEX = (
@@ -147,7 +147,7 @@ def test_gauss_newton_in_closed_form(x64):
         ),
         (logits_ggn(CE, z, labels, logit_softcap=2.0), capped(z, 2.0)),
     ):
-        np.testing.assert_allclose(operator.as_matrix(), want, rtol=1e-12, atol=1e-14)
+        assert_close(operator.as_matrix(), want)
 
 
 def capped(z, cap):
@@ -214,7 +214,7 @@ def test_psd_exactly_where_the_formula_sheet_says(x64):
         np.testing.assert_array_equal(operator.is_psd(), want)
         v = jnp.asarray(np.random.default_rng(0).normal(size=z.shape))
         square = np.asarray(operator.factor_mv(operator.factor_rmv(v)))
-        np.testing.assert_allclose(square[want], np.asarray(operator.mv(v))[want], rtol=1e-9, atol=1e-12)
+        assert_close(square[want], np.asarray(operator.mv(v))[want], rtol=1e-9)
         assert np.all(np.isnan(square[~want]))
 
 
@@ -222,9 +222,9 @@ def test_natural_gradient_norm(x64):
     z, labels = arrays(Z, LABELS)
     g = np.asarray(jax.nn.softmax(z)) - np.eye(K)[LABELS]
     J = np.asarray(logits_fisher(CE, z, labels).as_matrix())
-    want = [g[i] @ np.linalg.pinv(J[i]) @ g[i] for i in range(B)]
-    np.testing.assert_allclose(natural_gradient_norm(z, labels), want, rtol=1e-12)
-    np.testing.assert_allclose(natural_gradient_norm(z, labels), np.expm1(CE(z, labels)), rtol=1e-15)
+    want = np.einsum("bi,bij,bj->b", g, np.linalg.pinv(J), g)
+    assert_close(natural_gradient_norm(z, labels), want)
+    assert_close(natural_gradient_norm(z, labels), np.expm1(CE(z, labels)))
 
 
 def test_operators_pass_through_transformations(x64):
@@ -234,14 +234,13 @@ def test_operators_pass_through_transformations(x64):
         return logits_hessian(losses.focal_loss_with_integer_labels, z, label).mv(v)
 
     batched = product(z, labels, v)
-    np.testing.assert_allclose(jax.vmap(product)(z, labels, v), batched, rtol=1e-14)
-    np.testing.assert_allclose(jax.jit(product)(z, labels, v), batched, rtol=1e-14)
-    third = jax.jvp(lambda z: product(z, labels, v), (z,), (v,))[1]
+    assert_close(jax.vmap(product)(z, labels, v), batched)
+    assert_close(jax.jit(product)(z, labels, v), batched)
     loss = functools.partial(losses.focal_loss_with_integer_labels, labels=labels)
-    twice = jax.jvp(jax.grad(lambda z: jnp.sum(loss(z))), (z,), (v,))
-    np.testing.assert_allclose(twice[1], batched, rtol=1e-12, atol=1e-15)
-    want = jax.jvp(lambda z: jax.jvp(jax.grad(lambda z: jnp.sum(loss(z))), (z,), (v,))[1], (z,), (v,))[1]
-    np.testing.assert_allclose(third, want, rtol=1e-10, atol=1e-14)
+    along = lambda f: lambda z: jax.jvp(f, (z,), (v,))[1]
+    twice = along(jax.grad(lambda z: jnp.sum(loss(z))))
+    assert_close(jax.jit(twice)(z), batched)
+    assert_close(jax.jit(along(lambda z: product(z, labels, v)))(z), jax.jit(along(twice))(z), rtol=1e-10)
     operator = jax.jit(lambda z: logits_fisher(CE, z, labels))(z)
     assert jax.tree.structure(operator) == jax.tree.structure(logits_fisher(CE, z, labels))
 
@@ -293,7 +292,7 @@ def test_gamma_may_be_one_per_example():
     got = all_of(logits, labels, gamma)
     for i, one in enumerate(gamma.tolist()):
         for x, want in zip(got, all_of(logits[i : i + 1], labels[i : i + 1], one)):
-            np.testing.assert_allclose(x[i], want[0], rtol=1e-6, atol=1e-6)
+            assert_close(x[i], want[0])
     assert np.isnan(jax.jit(head)(logits, labels, jnp.array([0.0, -1.0, 2.0]))).tolist() == [False, True, False]
 
 

@@ -10,24 +10,12 @@ import pytest
 import jaxsoftmax as js
 from jaxsoftmax import network, plotting
 from jaxsoftmax.curvature.krylov import extreme_singular_values
-from tests.helpers import one_in
+from tests.helpers import assert_close, one_in
+from tests.network.test_backpropagation import sample
 
 LOSS = js.softmax_cross_entropy_with_integer_labels
 ACTIVATIONS = {"tanh": jnp.tanh, "softmax": js.softmax}  # element-wise, and not
 with_activation = pytest.mark.parametrize("activation", one_in(2, ACTIVATIONS.values()), ids=ACTIVATIONS)
-
-
-def sample(batch=(6,), sizes=(7, 6, 5, 4), bias=True):
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = network.init(keys[0], sizes, bias=bias)
-    params = [layer if layer.b is None else layer._replace(b=layer.b + 0.1) for layer in params]
-    return params, jax.random.normal(keys[1], (*batch, sizes[0])), jax.random.randint(keys[2], batch, 0, sizes[-1])
-
-
-def assert_trees_close(found, wanted, rtol=1e-12):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
 def test_numerator_layout_is_the_formula_of_the_text(x64):
@@ -37,27 +25,27 @@ def test_numerator_layout_is_the_formula_of_the_text(x64):
     a, dense = np.asarray(x), jax.jit(network.jacobians)(params, x)[0]
     found, dense, params = jax.tree.map(np.asarray, (found, dense, params))
     for n, (layer, dz, dlayer) in enumerate(zip(params, found.z, found.layers)):
-        np.testing.assert_allclose(dlayer.W, a[:, None] @ dz[None], rtol=1e-14)
+        assert_close(dlayer.W, a[:, None] @ dz[None])
         np.testing.assert_array_equal(dlayer.b, dz)
         if n < len(params) - 1:
             row = found.z[n + 1][None] @ params[n + 1].W
-            np.testing.assert_allclose(found.a[n], row[0], rtol=1e-13)
-            np.testing.assert_allclose(dz, (row @ dense[n])[0], rtol=1e-13)
+            assert_close(found.a[n], row[0])
+            assert_close(dz, (row @ dense[n])[0])
         a = np.tanh(layer.W @ a + layer.b)
 
 
 def test_layouts_are_transposes(x64):
-    params, x, labels = sample()
+    params, x, labels = sample((6,))
     gradients = jax.jit(jax.grad(lambda params: LOSS(network.forward(params, x), labels).mean()))(params)
     for layout, turn in (("denominator", np.asarray), ("numerator", np.transpose)):
         found = jax.jit(lambda params, layout=layout: network.backprop(params, x, labels, LOSS, layout=layout))(params)
-        assert_trees_close(jax.tree.map(turn, found), gradients)
+        assert_close(jax.tree.map(turn, found), gradients)
 
 
 @with_activation
 def test_jacobians_by_the_chain_rule(activation, x64):
     """∂z_N/∂z_n against jacrev and jacfwd of the rest of the network at z_n."""
-    params, x, _ = sample()
+    params, x, _ = sample((6,))
 
     def by_autodiff(params, x, mode):
         z, layers, outputs = network.forward(params[:1], x), [], []
@@ -70,7 +58,7 @@ def test_jacobians_by_the_chain_rule(activation, x64):
 
     found = jax.jit(network.jacobians, static_argnums=2)(params, x, activation)
     for mode in (jax.jacrev, jax.jacfwd):
-        assert_trees_close(found, jax.jit(by_autodiff, static_argnums=2)(params, x, mode))
+        assert_close(found, jax.jit(by_autodiff, static_argnums=2)(params, x, mode))
 
 
 @pytest.mark.parametrize(
@@ -87,9 +75,9 @@ def test_per_example_gradients_and_norms(activation, batch, bias, x64):
     methods = network.per_example_gradients, network.per_example_gradient_norms
     both = jax.jit(lambda *data: [method(params, *data, LOSS, activation) for method in methods])
     wanted, (found, norms) = jax.tree.map(np.asarray, (jax.jit(gradient)(x, labels), both(x, labels)))
-    assert_trees_close(found, wanted)
+    assert_close(found, wanted)
     squares = sum(np.sum(g**2, axis=tuple(range(len(batch), g.ndim))) for g in jax.tree.leaves(wanted))
-    np.testing.assert_allclose(norms, np.sqrt(squares), rtol=1e-12)
+    assert_close(norms, np.sqrt(squares))
 
 
 # Singular values and the flow of gradients
@@ -104,7 +92,7 @@ def extremes(M, num_steps=None):
 def test_extreme_singular_values(shape, x64):
     M = np.random.default_rng(0).standard_normal(shape)
     s = np.linalg.svd(M, compute_uv=False)
-    np.testing.assert_allclose(extremes(M), [s[0], s[-1]], rtol=1e-12)
+    assert_close(extremes(M), s[[0, -1]])
 
 
 def test_extreme_singular_values_of_hard_matrices(x64):
@@ -113,7 +101,7 @@ def test_extreme_singular_values_of_hard_matrices(x64):
     U, V = (np.linalg.qr(rng.standard_normal((12, 12)))[0] for _ in range(2))
     with_values = lambda values: (U * values) @ V.T
     for values in (np.repeat([3.0, 2.0, 1.0], 4), np.ones(12), np.repeat([1.0, 0.0], [5, 7]), np.zeros(12)):
-        np.testing.assert_allclose(extremes(with_values(values)), [values[0], values[-1]], rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(extremes(with_values(values)), values[[0, -1]], rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(extremes(with_values(np.geomspace(1, 1e-10, 12))), [1, 1e-10], rtol=1e-5)
     largest, smallest = extremes(with_values(np.linspace(3, 1, 12)), 4)
     assert 2.5 < largest < 3 and 1 < smallest < 2
@@ -126,17 +114,17 @@ def test_gradient_flow_against_dense_jacobians(activation, x64):
     dense = lambda: (network.jacobians(params, x, activation), network.derivatives(params, x, labels, LOSS, activation))
     (layers, outputs), found = jax.tree.map(np.asarray, jax.jit(dense)())
     extremes = lambda J: np.linalg.svd(J, compute_uv=False)[..., [0, -1]]
-    np.testing.assert_allclose(flow.gradient_norms, [3 * np.linalg.norm(dz, axis=-1) for dz in found.z], rtol=1e-12)
+    assert_close(flow.gradient_norms, np.stack([3 * np.linalg.norm(dz, axis=-1) for dz in found.z]))
     maps = [np.broadcast_to(params[0].W, (3, 6, 7)), *(np.asarray(p.W) @ J for p, J in zip(params[1:], layers))]
-    np.testing.assert_allclose(flow.layer_singular_values, [extremes(J) for J in maps], rtol=1e-9, atol=1e-13)
-    np.testing.assert_allclose(flow.output_singular_values, [extremes(J) for J in outputs[:-1]], rtol=1e-9, atol=1e-13)
+    assert_close(flow.layer_singular_values, np.stack([extremes(J) for J in maps]), rtol=1e-9)
+    assert_close(flow.output_singular_values, np.stack([extremes(J) for J in outputs[:-1]]), rtol=1e-9)
     diagonals = [np.diagonal(J, axis1=-2, axis2=-1) for J in layers]
-    np.testing.assert_allclose(flow.saturation, [np.mean(np.abs(d) < 0.1, -1) for d in diagonals], rtol=1e-15)
+    assert_close(flow.saturation, np.stack([np.mean(np.abs(d) < 0.1, -1) for d in diagonals]))
 
 
 @pytest.mark.slow
 def test_gradient_flow_tells_a_saturated_network_from_a_healthy_one():
-    params, x, labels = sample((16,), (20, 20, 20, 20, 4))
+    params, x, labels = sample((16,), sizes=(20, 20, 20, 20, 4))
     healthy = network.gradient_flow(params, x, labels, LOSS)
     large = [layer._replace(W=20 * layer.W) for layer in params[:-1]] + params[-1:]
     stuck = network.gradient_flow(large, x, labels, LOSS)
@@ -148,7 +136,7 @@ def test_gradient_flow_tells_a_saturated_network_from_a_healthy_one():
 
 
 def test_gradient_flow_of_one_layer(x64):
-    params, x, labels = sample((2,), (4, 3))
+    params, x, labels = sample((2,), sizes=(4, 3))
     flow = network.gradient_flow(params, x, labels, LOSS)
     assert flow.output_singular_values.shape == (0, 2, 2) and flow.saturation.shape == (0, 2)
     assert flow.layer_singular_values.shape == (1, 2, 2)
@@ -157,7 +145,7 @@ def test_gradient_flow_of_one_layer(x64):
 @pytest.mark.optimized
 def test_norms_form_no_gradients():
     """The compiled norms need no array of the size of the per-example gradients."""
-    params, x, labels = sample((64,), (32, 128, 10))
+    params, x, labels = sample((64,), sizes=(32, 128, 10))
     norms = jax.jit(lambda params, x, labels: network.per_example_gradient_norms(params, x, labels, LOSS))
     temporaries = norms.lower(params, x, labels).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 64 * 128 * 32 * 4 / 2
