@@ -244,7 +244,15 @@ def test_gradient_of_a_masked_class_is_0():
         assert np.all(np.asarray(gradient)[~MASK] == 0)
 
 
-NOT_HEADS = {"logits_hessian", "logits_fisher", "logits_ggn", "softcap_logits", "weighted_mean"}
+NOT_HEADS = {
+    "Curvature",
+    "curvature_of",
+    "logits_hessian",
+    "logits_fisher",
+    "logits_ggn",
+    "softcap_logits",
+    "weighted_mean",
+}
 
 
 def test_every_public_head_is_registered():

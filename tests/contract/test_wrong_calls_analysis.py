@@ -48,12 +48,7 @@ loss = js.softmax_cross_entropy_with_integer_labels
 
 T = 4  # queries and keys of attention
 OF_HEADS = np.ones((T, 2, 3), np.float32)
-BAD_HEADS = (
-    *MAP,
-    np.ones(3),
-    np.ones((T, 2, 3), int),
-    np.ones((T, 2, 4), np.float32),
-)
+BAD_HEADS = (*MAP, np.ones(3), np.ones((T, 2, 3), int), np.ones((T, 2, 4), np.float32))
 
 # Operators: functions of the method's arguments.
 
@@ -89,22 +84,16 @@ ON_OPERATORS += [("SoftmaxJacobian", method, OF_JACOBIAN[method]) for method in 
 
 PARAMS = Layer(np.ones((2, K), np.float32)), Layer(np.ones((K, 2), np.float32), np.ones(K, np.float32))
 WEIGHTS = np.ones((K, K), np.float32)
-BAD_PARAMS = (
-    None,
-    (),
-    "abc",
-    1.0,
-    {"W": WEIGHTS},
-    (WEIGHTS,),
-    (Layer(WEIGHTS[0]),),
-    (Layer(WEIGHTS), Layer(WEIGHTS[:, 1:])),
-    (Layer(WEIGHTS, WEIGHTS[0, 1:]),),
-    (Layer("abc"),),
-    (Layer(WEIGHTS.tolist()),),
-    (Layer(np.ones((K, K), int)),),
-    (Layer(1j * WEIGHTS),),
-    (Layer(WEIGHTS, np.ones(K, int)),),
-)
+BAD_LAYERS = [
+    Layer(WEIGHTS[0]),
+    Layer("abc"),
+    Layer(WEIGHTS.tolist()),
+    Layer(np.ones((K, K), int)),
+    Layer(1j * WEIGHTS),
+]
+BAD_LAYERS += [Layer(WEIGHTS, WEIGHTS[0, 1:]), Layer(WEIGHTS, np.ones(K, int))]
+BAD_PARAMS = (None, (), "abc", 1.0, {"W": WEIGHTS}, (WEIGHTS,), (Layer(WEIGHTS), Layer(WEIGHTS[:, 1:])))
+BAD_PARAMS += tuple((layer,) for layer in BAD_LAYERS)
 INPUTS = (Z, (*MAP, 1.0, np.ones((N, K + 1))))
 LOSS = (loss, (*FUNCTION, lambda z, y: jnp.mean(loss(z, y))))
 NETWORK = {
@@ -193,6 +182,7 @@ OWNERS = {
 }
 
 
+PICTURE = {"x": (Z[0], (*MAP, 1.0, Z, np.ones(0))), "alpha": (1.5, (*NUMBER, 0.5, float("nan")))}
 SIZES = {name: (8, COUNT[1:]) for name in ("num_tokens", "features", "vocab")} | {"itemsize": (4, COUNT)}
 HEADS = {"loss": HEAD, "logits": (Z, (*LOGITS, 1.0)), "labels": (LABELS, HARD)}
 HEADS |= {
@@ -219,20 +209,13 @@ CALLS = {
     network.per_example_gradient_norms: TRAINED,
     network.gradient_flow: TRAINED | {"num_steps": (1, COUNT)},
     plotting.visualize_gradient_flow: TRAINED,
-    js.visualize_jacobian: {
-        "x": (Z[0], (*MAP, 1.0, Z, np.ones(0))),
-        "alpha": (1.5, (*NUMBER, 0.5, float("nan"))),
-        "class_names": ("abc", (5, ["a", "b"])),
-    },
-    js.visualize_spectrum: {
-        "x": (Z[0], (*MAP, 1.0, Z, np.ones(0))),
-        "alpha": (1.5, (*NUMBER, 0.5, float("nan"))),
-    },
-    js.verify.largest_eigenvalue_bound: {"alpha": (1.5, (*NUMBER, 0.5, float("nan"))), "num_classes": (3, COUNT)},
+    js.visualize_jacobian: PICTURE | {"class_names": ("abc", (5, ["a", "b"]))},
+    js.visualize_spectrum: PICTURE,
+    js.verify.largest_eigenvalue_bound: {"alpha": PICTURE["alpha"], "num_classes": (3, COUNT)},
     js.verify.logit_regimes: {"num_classes": (3, (*COUNT, 1))},
     js.verify_jacobian_properties: {
         "x": (Z[0], (*MAP, 1.0, np.ones((2, 0)), np.ones((0, 3)))),
-        "alpha": (1.5, (*NUMBER, 0.5, float("nan"))),
+        "alpha": PICTURE["alpha"],
         "step": (0.05, (*NUMBER, -1.0, float("nan"))),
     },
     extreme_singular_values: {
@@ -280,7 +263,7 @@ CALLS = {
     },
     update: {"batch": ((Z, LABELS), (None, 1.0, (Z,), (Z, LABELS, Z))), "value_fn": (lambda params: 0.0, FUNCTION)},
     last_layer_laplace: {
-        "layer": (PARAMS[1], (None, PARAMS, WEIGHTS, *(params[0] for params in BAD_PARAMS[6:7] + BAD_PARAMS[9:]))),
+        "layer": (PARAMS[1], (None, PARAMS, WEIGHTS, *BAD_LAYERS[:-1])),
         "features": FEATURES,
         "labels": (LABELS, HARD),
         "loss": (loss, (*FUNCTION, js.softmax, lambda z, y: loss(z, y))),
@@ -335,18 +318,8 @@ def test_wrong_arguments(f):
 
 # A tuple or a table of results, or what is checked where its parts are.
 NOT_CALLED = {"GradientFlow", "Layer", "Derivatives", "Estimate", "SpectralDensity", "Solution", "GaussNewtonState"}
-NOT_CALLED |= {
-    "DiagonalPlusLowRank",
-    "TokenStatistics",
-    "JacobianReport",
-    "Property",
-    "IDENTITIES",
-    "Identity",
-    "custom_vjp",
-    "Comparison",
-    "DerivativeReport",
-    "compare_derivatives",
-}
+NOT_CALLED |= {"DiagonalPlusLowRank", "TokenStatistics", "JacobianReport", "Property", "IDENTITIES", "Identity"}
+NOT_CALLED |= {"custom_vjp", "Comparison", "DerivativeReport", "compare_derivatives", "Curvature", "curvature_of"}
 
 
 def test_every_public_name_is_registered():
