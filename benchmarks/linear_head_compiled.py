@@ -1,0 +1,181 @@
+"""The linear head as the compilers for accelerators make it: `python -m benchmarks.linear_head_compiled [ROW...]`.
+
+Bounds of `benchmarks.compiled`, in bfloat16, with no device. A row is ours over the other, both bounds in milliseconds,
+and both temporary memories in MiB:
+
+    modes         value, gradient in x and W, its derivative: over the same of optax on full logits
+    options       the gradient with one option each: over the plain head's, three products; "none" needs four
+    masked        a third of the tokens ignored: over all of them
+    distillation  value and gradient of linear_softmax_kl_divergence and of a top-k teacher: over full logits
+    pod           256 TPU v5e, 2^20 tokens, D 4096, V 128256 over 16 of them: over the share of the three products at
+                  peak, with what a device sends, over the bytes that its gradients have
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoftmax as js
+from benchmarks.compiled import chips
+from benchmarks.compiled.cost import Cost
+from benchmarks.compiled.table import size_of, text_of
+
+Size = tuple[int, int, int]  # tokens, features, classes
+Rows = Iterator[tuple[str, Cost, Cost]]  # what, ours, the other
+
+SIZES: dict[str, tuple[Size, ...]] = {
+    "h100": ((8192, 4096, 128256), (16384, 2048, 32768), (4096, 8192, 262144)),
+    "v5e": ((8192, 4096, 128256), (16384, 2048, 32768)),
+    "v6e": ((8192, 4096, 128256), (16384, 2048, 32768)),
+}
+POD = 2**20, 4096, 128256
+OPTIONS = {
+    "logit_softcap": 30.0,
+    "label_smoothing": 0.1,
+    "z_loss": 1e-4,
+    "class_weights": lambda v: jnp.ones(v),
+    "bias": lambda v: jnp.zeros(v, jnp.bfloat16),
+}
+struct = jax.ShapeDtypeStruct
+
+
+def arguments(size: Size) -> tuple[jax.ShapeDtypeStruct, ...]:
+    n, d, v = size
+    return struct((n, d), jnp.bfloat16), struct((n,), jnp.int32), struct((d, v), jnp.bfloat16)
+
+
+def fused(x, labels, weights, **options):
+    return js.linear_softmax_cross_entropy_loss(x, labels, weights, **options)
+
+
+def full(x, labels, weights):
+    return optax.softmax_cross_entropy_with_integer_labels((x @ weights).astype(jnp.float32), labels).sum()
+
+
+def gradient(f: Callable) -> Callable:
+    return jax.value_and_grad(f, (0, 2))
+
+
+def hvp(f: Callable) -> Callable:
+    def product(x, labels, weights, *along):
+        of = lambda x, weights: jax.grad(f, (0, 2))(x, labels, weights)
+        return jax.jvp(of, (x, weights), along)[1]
+
+    return product
+
+
+def modes(size: Size, chip: str) -> Rows:
+    args = arguments(size)
+    measure = functools.partial(chips.measure, chip=chip)
+    for name, of, more in (
+        ("value", lambda f: f, ()),
+        ("gradient", gradient, ()),
+        ("HVP", hvp, (args[0], args[2])),
+    ):
+        yield name, measure(of(fused), *args, *more), measure(of(full), *args, *more)
+
+
+def options(size: Size, chip: str) -> Rows:
+    args = arguments(size)
+    measure = lambda f: chips.measure(gradient(f), *args, chip=chip)
+    plain = measure(fused)
+    for name, value in OPTIONS.items():
+        value = value(size[2]) if callable(value) else value
+        yield name, measure(functools.partial(fused, **{name: value})), plain
+    yield "statistics", chips.measure(with_statistics, *args, chip=chip), plain
+    ct = struct(size[:1], jnp.float32)
+    each = lambda x, labels, weights, ct: jnp.vdot(ct, fused(x, labels, weights, reduction="none"))
+    yield 'reduction="none"', chips.measure(gradient(each), *args, ct, chip=chip), plain
+
+
+def with_statistics(x, labels, weights):
+    of = lambda x, weights: js.linear_softmax_cross_entropy_with_statistics(x, labels, weights)
+    return jax.value_and_grad(of, (0, 1), has_aux=True)(x, weights)
+
+
+def masked(size: Size, chip: str) -> Rows:
+    """The loop ends after the tokens that count: as many rounds as they take."""
+    args = arguments(size)
+    chunk = js.linear_head.default_chunk_size(*size, platform=chips.CHIPS[chip].platform)
+    rounds = math.ceil(size[0] * 2 // 3 / chunk)
+    ignoring = functools.partial(fused, ignore_index=-1)
+    ours = chips.measure(gradient(ignoring), *args, chip=chip, rounds=rounds)
+    yield f"a third ignored, {rounds} chunks", ours, chips.measure(gradient(fused), *args, chip=chip)
+
+
+def distillation(size: Size, chip: str) -> Rows:
+    x, labels, weights = arguments(size)
+
+    def plain(x, target_x, weights, target_weights):
+        log_probs = lambda a, b: jax.nn.log_softmax((a @ b).astype(jnp.float32))
+        logp, logq = log_probs(x, weights), log_probs(target_x, target_weights)
+        return jnp.sum(jnp.exp(logq) * (logq - logp))
+
+    args = x, x, weights, weights
+    both = (chips.measure(gradient(f), *args, chip=chip) for f in (js.linear_softmax_kl_divergence, plain))
+    yield "KL of two heads", *both
+
+
+def pod(size: Size, chip: str) -> Rows:
+    """The other is what no program on the pod can undercut: products at peak, gradients sent once, nothing kept."""
+    n, d, v = size
+    devices = np.array(chips.devices("v5e", "v5e:16x16")).reshape(16, 16)
+    sent = {"gradients": (2, 2.0 * (d * v + n * d) / 16)}
+    share = Cost(seconds=6 * n * d * v / 256 / chips.CHIPS["v5e"].flops, temp=0, sent=sent)
+    told = {"token_axes": "data", "class_axes": "classes"}
+    for name, kind, features, said in (
+        ("Explicit", AxisType.Explicit, None, {}),
+        ("Explicit, FSDP", AxisType.Explicit, "data", {}),
+        ("Auto, told", AxisType.Auto, None, told),
+        ("Auto, told, FSDP", AxisType.Auto, "data", told),
+        ("Auto, untold", AxisType.Auto, None, {}),
+        ("Auto, untold, FSDP", AxisType.Auto, "data", {}),
+    ):
+        mesh = Mesh(devices, ("data", "classes"), axis_types=(kind, kind))
+        specs = P("data"), P("data"), P(features, "classes")
+        args = [struct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)) for a, s in zip(arguments(size), specs)]
+        yield name, chips.measure(gradient(functools.partial(fused, **said)), *args, chip="v5e", mesh=mesh), share
+
+
+ROWS = {f.__name__: f for f in (modes, options, masked, distillation, pod)}
+
+
+def line(name: str, size: Size, ours: Cost, other: Cost) -> str:
+    times = f"{ours.seconds / other.seconds:.3f} | {1e3 * ours.seconds:.2f} | {1e3 * other.seconds:.2f}"
+    sent = [sum(size for _, size in cost.sent.values()) / 2**20 for cost in (ours, other)]
+    memory = [(cost.temp or 0) / 2**20 for cost in (ours, other)]
+    text = f"| {name} | {text_of(size)} | {times} | {memory[0]:.0f} | {memory[1]:.0f} |"
+    return text + (f" {sent[0]:.1f} | {sent[1]:.1f} |" if any(sent) else " | |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.linear_head_compiled",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all")
+    parser.add_argument("--chip", default="h100", choices=list(SIZES), help="(default: %(default)s)")
+    parser.add_argument("--size", nargs="+", type=size_of, metavar="N×D×V", help="(the chip's)")
+    wanted = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if unknown := set(wanted.rows) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; known are {', '.join(ROWS)}")
+    print(f"{wanted.chip}, jax {jax.__version__}\n")
+    print("| | size | ratio | ms | other ms | temp MiB | other | sent MiB | other |\n" + 9 * "|---" + "|", flush=True)
+    for name in wanted.rows or ROWS:
+        for size in [POD] if name == "pod" else wanted.size or SIZES[wanted.chip]:
+            for what, ours, other in ROWS[name](size, wanted.chip):
+                print(line(what, size, ours, other), flush=True)
+
+
+if __name__ == "__main__":
+    main()
