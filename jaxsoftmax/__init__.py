@@ -9,6 +9,7 @@ from jaxsoftmax.linear_head import (
     linear_softmax_cross_entropy_loss,
     linear_softmax_cross_entropy_with_statistics,
     linear_softmax_kl_divergence,
+    linear_softmax_log_probs,
 )
 from jaxsoftmax.losses import (
     brier_loss,
@@ -76,6 +77,7 @@ __all__ = [
     "linear_softmax_cross_entropy_loss",
     "linear_softmax_cross_entropy_with_statistics",
     "linear_softmax_kl_divergence",
+    "linear_softmax_log_probs",
     "log_cosh",
     "log_softmax",
     "logits_fisher",

@@ -221,10 +221,9 @@ def linear_softmax_log_probs(
       TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoftmax.linear_head import linear_softmax_log_probs
+      >>> import jax.numpy as jnp, jaxsoftmax
       >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
-      >>> found = linear_softmax_log_probs(x, jnp.array([1]), weights, temperature=2.0)
+      >>> found = jaxsoftmax.linear_softmax_log_probs(x, jnp.array([1]), weights, temperature=2.0)
       >>> print(found.log_prob.round(4), found.entropy.round(4))
       [-0.6803] [1.0202]
 

@@ -77,10 +77,9 @@ def linear_softmax_kl_divergence(
       ValueError: if shapes do not fit, or an option is out of its range.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoftmax.linear_head import linear_softmax_kl_divergence
+      >>> import jax.numpy as jnp, jaxsoftmax
       >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
-      >>> print(linear_softmax_kl_divergence(x, 2 * x, weights, weights).round(4))
+      >>> print(jaxsoftmax.linear_softmax_kl_divergence(x, 2 * x, weights, weights).round(4))
       0.1156
 
     Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; Agarwal et al. 2023,

@@ -9,7 +9,6 @@ import pytest
 
 import jaxsoftmax as js
 from jaxsoftmax.curvature import damped_solve
-from jaxsoftmax.linear_head import linear_softmax_log_probs
 from tests.helpers import enable_x64, one_in
 from tests.registry import CASES, HEADS
 from tests.wrong_calls import (
@@ -137,7 +136,7 @@ CALLS = {
     js.softcap_logits: {"logits": (Z, LOGITS), "cap": (30.0, POSITIVE)},
     js.linear_softmax_cross_entropy_loss: LINEAR,
     js.linear_softmax_cross_entropy_with_statistics: LINEAR,
-    linear_softmax_log_probs: {
+    js.linear_softmax_log_probs: {
         name: given
         for name, given in (LINEAR | {"temperature": (2.0, POSITIVE)}).items()
         if name not in ("reduction", "token_weights", "label_smoothing", "class_weights", "z_loss")

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import linear_softmax_cross_entropy_with_statistics
-from jaxsoftmax.linear_head import linear_softmax_log_probs
+from jaxsoftmax import linear_softmax_cross_entropy_with_statistics, linear_softmax_log_probs
 from tests.linear_head.test_cross_entropy import CHUNK, arguments, assert_close
 
 ACTIONS = jnp.array([1, 0, 4, 2, 10, 4, 7])
