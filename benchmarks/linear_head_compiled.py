@@ -3,17 +3,18 @@
 Bounds of `benchmarks.compiled`, in bfloat16, with no device. A row is ours over the other, both bounds in milliseconds,
 and both temporary memories in MiB:
 
-    modes         value, gradient in x and W, its derivative: over the same of optax on full logits
-    options       the gradient with one option each: over the plain head's, three products; "none" needs four
+    modes         value, gradient in x and W, its derivative: over the same of optax on full logits in bfloat16, which
+                  are half as wide as ours; the value also over that of float32 logits
+    options       the gradient with one option each: over the plain head's, three products; "none" over four
     masked        a third of the tokens ignored: over all of them
-    distillation  value and gradient of linear_softmax_kl_divergence and of a top-k teacher: over full logits
-    pod           256 TPU v5e, 2^20 tokens, D 4096, V 128256 over 16 of them: over the share of the three products at
-                  peak, with what a device sends, over the bytes that its gradients have
+    distillation  value and gradient of linear_softmax_kl_divergence: over full logits
+    pod           whatever the chip, 256 TPU v5e, 2^20 tokens, D 4096, V 128256 over 16 of them: over the share of the
+                  three products at peak, with what a device sends, over the bytes that its gradients have
 """
 
 import argparse
+import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -60,6 +61,11 @@ def full(x, labels, weights):
     return optax.softmax_cross_entropy_with_integer_labels((x @ weights).astype(jnp.float32), labels).sum()
 
 
+def full_wide(x, labels, weights):
+    logits = jnp.dot(x, weights, preferred_element_type=jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+
 def gradient(f: Callable) -> Callable:
     return jax.value_and_grad(f, (0, 2))
 
@@ -75,25 +81,26 @@ def hvp(f: Callable) -> Callable:
 def modes(size: Size, chip: str) -> Rows:
     args = arguments(size)
     measure = functools.partial(chips.measure, chip=chip)
-    for name, of, more in (
-        ("value", lambda f: f, ()),
-        ("gradient", gradient, ()),
-        ("HVP", hvp, (args[0], args[2])),
-    ):
+    value = measure(fused, *args)
+    yield "value", value, measure(full, *args)
+    yield "value, float32 logits", value, measure(full_wide, *args)
+    for name, of, more in (("gradient", gradient, ()), ("HVP", hvp, (args[0], args[2]))):
         yield name, measure(of(fused), *args, *more), measure(of(full), *args, *more)
 
 
 def options(size: Size, chip: str) -> Rows:
     args = arguments(size)
     measure = lambda f: chips.measure(gradient(f), *args, chip=chip)
-    plain = measure(fused)
+    plain, chunks = measure(fused), chunks_of(size, chip)
     for name, value in OPTIONS.items():
         value = value(size[2]) if callable(value) else value
         yield name, measure(functools.partial(fused, **{name: value})), plain
     yield "statistics", chips.measure(with_statistics, *args, chip=chip), plain
     ct = struct(size[:1], jnp.float32)
     each = lambda x, labels, weights, ct: jnp.vdot(ct, fused(x, labels, weights, reduction="none"))
-    yield 'reduction="none"', chips.measure(gradient(each), *args, ct, chip=chip), plain
+    # A cotangent comes after the losses, so the logits are made twice; no chunk is all of cotangents 0.
+    four = dataclasses.replace(plain, seconds=4 / 3 * plain.seconds)
+    yield 'reduction="none"', chips.measure(gradient(each), *args, ct, chip=chip, rounds=chunks), four
 
 
 def with_statistics(x, labels, weights):
@@ -101,11 +108,13 @@ def with_statistics(x, labels, weights):
     return jax.value_and_grad(of, (0, 1), has_aux=True)(x, weights)
 
 
+def chunks_of(size: Size, chip: str) -> int:
+    return -(-size[0] // js.linear_head.default_chunk_size(*size, platform=chips.CHIPS[chip].platform))
+
+
 def masked(size: Size, chip: str) -> Rows:
     """The loop ends after the tokens that count: as many rounds as they take."""
-    args = arguments(size)
-    chunk = js.linear_head.default_chunk_size(*size, platform=chips.CHIPS[chip].platform)
-    rounds = math.ceil(size[0] * 2 // 3 / chunk)
+    args, rounds = arguments(size), chunks_of((size[0] * 2 // 3, *size[1:]), chip)
     ignoring = functools.partial(fused, ignore_index=-1)
     ours = chips.measure(gradient(ignoring), *args, chip=chip, rounds=rounds)
     yield f"a third ignored, {rounds} chunks", ours, chips.measure(gradient(fused), *args, chip=chip)
@@ -120,8 +129,8 @@ def distillation(size: Size, chip: str) -> Rows:
         return jnp.sum(jnp.exp(logq) * (logq - logp))
 
     args = x, x, weights, weights
-    both = (chips.measure(gradient(f), *args, chip=chip) for f in (js.linear_softmax_kl_divergence, plain))
-    yield "KL of two heads", *both
+    ours, theirs = (chips.measure(gradient(f), *args, chip=chip) for f in (js.linear_softmax_kl_divergence, plain))
+    yield "KL of two heads", ours, theirs
 
 
 def pod(size: Size, chip: str) -> Rows:
