@@ -150,7 +150,7 @@ def of_labels(head: Head, z: Array, constants: Any, options: Arrays) -> Facts:
     u, slope = prepared(z, options)
     d = distribution(u, axis)
     p, lse = d.probs, d.m + d.log_total
-    at_label = num.take_class(u, jnp.maximum(labels, 0), axis)
+    at_label, _ = prepared(num.take_class(z, jnp.maximum(labels, 0), axis), options)
     gap = jnp.where((d.m == jnp.inf) & (at_label < jnp.inf), -jnp.inf, num.shift(at_label, d.m))
     one = num.undefined(labels < 0, jnp.ones_like(gap))  # NaN for a label that is no class
     nll, is_label = one * (d.log_total - gap), num.class_index(z, axis) == labels
@@ -159,7 +159,7 @@ def of_labels(head: Head, z: Array, constants: Any, options: Arrays) -> Facts:
     numbers, gradients, index = [loss], [of_loss], None
     if head.columns > 1:
         v = jnp.maximum(d.v, -dtypes.largest(z.dtype))
-        mean, index = num.class_sum(p * v, axis), num.class_argmax(u, d.m, axis)
+        mean, index = num.class_sum(jnp.exp(d.v) * v, axis) / d.total, num.class_argmax(u, d.m, axis)
         of_top = jnp.where(num.class_index(z, axis) == index, d.s / d.total, -p)
         numbers += [-nll, lse, d.log_total - mean, -d.log_total]
         gradients += [-g, p, p * (mean - v), of_top]
@@ -182,9 +182,8 @@ def _with_options(head: Head, u: Array, d: Distribution, options: Arrays, labels
         exists, each = u > -jnp.inf, 1.0 if weights is None else weights
         below = jnp.where(exists, -d.v, 0.0)
         there = jnp.where(exists, each, 0.0).astype(u.dtype)
-        # Three sums that need nothing of each other: one kernel.
-        count, mass, soft = (num.class_sum(x, axis) for x in (exists.astype(u.dtype), there, there * below))
-        count = jnp.maximum(count, 1)
+        mass, soft = (num.class_sum(x, axis) for x in (there, there * below))
+        count = jnp.maximum(mass if weights is None else num.class_sum(exists.astype(u.dtype), axis), 1)
         mass, target, infinite = mass / count, there / count, jnp.where((d.m == jnp.inf) & (count > 1), jnp.inf, 0.0)
         loss = loss + smooth * (mass * d.log_total + soft / count + infinite)
         of_u = of_u + smooth * (mass * d.probs - target)
@@ -211,27 +210,29 @@ def of_divergence(beta: float, teacher_logits: Any, head: Head, z: Array, consta
     target, _ = prepared(teacher_logits(head, constants), {**options, **constants[1]}, "target_softcap")
     model, teacher = distribution(u, axis), distribution(target, axis)
     p, q = model.probs, teacher.probs
-    somewhere = (p > 0) | (q > 0)
+    in_p, in_q = model.v > -jnp.inf, teacher.v > -jnp.inf
+    somewhere = in_p | in_q
     ratio = jnp.where(somewhere, model.log_probs - jnp.where(somewhere, teacher.log_probs, 0.0), 0.0)  # log p/q
     if beta == 0:
-        losses = _relative(q, -ratio, p)
-        g = jnp.where((jnp.abs(ratio) < 1) & (q > 0), q * jnp.expm1(jnp.clip(ratio, -1, 1)), p - q)
+        # p and q once more, or the compiler for GPU would keep those that the gradient shares: two arrays of logits.
+        losses = _relative(jnp.exp(teacher.log_probs), in_q, -ratio, jnp.exp(model.log_probs))
+        g = jnp.where((jnp.abs(ratio) < 1) & in_q, q * jnp.expm1(jnp.clip(ratio, -1, 1)), p - q)
         return Facts((num.class_sum(losses, axis)[:, 0],), (slope * g,))
     if beta == 1:
-        losses, of_p = _relative(p, ratio, q), ratio
+        losses, of_p = _relative(p, in_p, ratio, q), ratio
     else:
         mixture = beta * q + (1 - beta) * p
-        of_q = -jnp.log1p((1 - beta) * jnp.expm1(jnp.where(q > 0, ratio, 0.0)))  # log q/M
-        of_p = -jnp.log1p(beta * jnp.expm1(-jnp.where(p > 0, ratio, 0.0)))
-        losses = beta * _relative(q, of_q, mixture) + (1 - beta) * _relative(p, of_p, mixture)
+        of_q = -jnp.log1p((1 - beta) * jnp.expm1(jnp.where(in_q, ratio, 0.0)))  # log q/M
+        of_p = -jnp.log1p(beta * jnp.expm1(-jnp.where(in_p, ratio, 0.0)))
+        losses = beta * _relative(q, in_q, of_q, mixture) + (1 - beta) * _relative(p, in_p, of_p, mixture)
         of_p = (1 - beta) * of_p
-    of_p = jnp.where(p > 0, of_p, 0.0)
+    of_p = jnp.where(in_p, of_p, 0.0)
     g = p * (of_p - num.class_sum(p * of_p, axis))
     return Facts((num.class_sum(losses, axis)[:, 0],), (slope * g,))
 
 
-def _relative(w: Array, log_ratio: Array, r: Array) -> Array:
-    """w log(w/r) - w + r ≥ 0, given log(w/r); r where w = 0."""
-    log_ratio = jnp.where(w > 0, log_ratio, 0.0)
+def _relative(w: Array, there: Array, log_ratio: Array, r: Array) -> Array:
+    """w log(w/r) - w + r ≥ 0, given log(w/r) where w is there; r where it is not."""
+    log_ratio = jnp.where(there, log_ratio, 0.0)
     near = w * exp_remainder(jnp.clip(-log_ratio, -1, 1))
-    return jnp.where(w > 0, jnp.where(jnp.abs(log_ratio) < 1, near, w * log_ratio - w + r), r)
+    return jnp.where(there, jnp.where(jnp.abs(log_ratio) < 1, near, w * log_ratio - w + r), r)
