@@ -79,7 +79,7 @@ def evaluate(head: Head, reduction: str, theta, tokens: Tokens, token_axes, clas
             raise ValueError("axis_name is for use inside shard_map, token_axes and class_axes outside of it: give one")
     else:
         layout = mesh.layout_of(x, weights, head.vocab_axis, token_axes, class_axes)
-        head = head._replace(layout=layout, spread=layout is None and mesh.is_divided_by_xla(x, weights))
+        head = head._replace(layout=layout, spread=1 if layout else mesh.divided_by_xla(x, weights))
     return _evaluate(head, reduction, theta, tokens)
 
 

@@ -107,10 +107,14 @@ def _as_told(x: Array, weights: Array, vocab_axis: int, token_axes: Any, class_a
     return Layout(mesh, frozenset(named), tokens, classes)
 
 
-def is_divided_by_xla(*arrays: Array) -> bool:
-    """Whether the arrays may lie on several devices in a way that only XLA knows."""
-    meshes = [jax.sharding.get_abstract_mesh(), *map(_mesh, arrays)]
-    return any(mesh is not None and mesh.size > 1 and _of_type(mesh, AxisType.Auto) for mesh in meshes)
+def divided_by_xla(*arrays: Array) -> int:
+    """Over how many devices XLA divides the tokens, supposedly: those of the largest axis of type Auto; 1 for none.
+
+    Only XLA knows how the arrays lie. Where more devices divide the tokens, chunks are shorter than they might be;
+    where fewer do, and none the classes, a chunk's logits take as much more memory.
+    """
+    meshes = [mesh for mesh in (jax.sharding.get_abstract_mesh(), *map(_mesh, arrays)) if mesh is not None]
+    return max((mesh.shape[name] for mesh in meshes for name in _of_type(mesh, AxisType.Auto)), default=1)
 
 
 def one_pass(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens, skip: bool):

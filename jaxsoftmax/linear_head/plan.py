@@ -61,7 +61,7 @@ class Head(NamedTuple):
       chunk_size: what the caller chose, or None.
       precision: of the matrix products.
       every: whether the token weights are 1: how many tokens count is then known beforehand.
-      spread: whether XLA is to divide the tokens of each chunk, and the classes.
+      spread: over how many devices XLA is to divide the tokens of each chunk, and the classes.
       layout: how the arguments lie on a mesh, outside of a `shard_map`.
       axes: inside of one.
     """
@@ -72,7 +72,7 @@ class Head(NamedTuple):
     chunk_size: int | None = None
     precision: Precision = None
     every: bool = False
-    spread: bool = False
+    spread: int = 1
     layout: Any = None
     axes: Axes = Axes()
 

@@ -55,11 +55,13 @@ def stream(
 
 def _plan(head: Head, theta: Arrays, platform: str, order: int) -> Plan:
     num_tokens, features = math.prod(theta["x"].shape[:-1]), theta["x"].shape[-1]
-    vocab, devices = theta["weights"].shape[head.vocab_axis], lax.psum(1, head.axes.tokens + head.axes.classes)
-    found = plan(platform, num_tokens, features, vocab, wide_dtype(theta).itemsize, order, devices)
+    vocab = theta["weights"].shape[head.vocab_axis]
+    devices = head.spread * lax.psum(1, head.axes.tokens + head.axes.classes)
+    found = plan(platform, -(-num_tokens // head.spread), features, vocab, wide_dtype(theta).itemsize, order, devices)
+    chunk = found.chunk * head.spread
     if head.chunk_size is not None:
-        found = found._replace(chunk=max(1, head.chunk_size // (1 if order < 2 else 2)))
-    return found._replace(slab=vocab) if head.spread else found  # to cut slabs, XLA would gather a split one
+        chunk = max(1, head.chunk_size // (1 if order < 2 else 2))
+    return Plan(chunk, vocab if head.spread > 1 else found.slab)  # to cut slabs, XLA would gather a split one
 
 
 def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: Tokens):
@@ -73,7 +75,7 @@ def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: To
     if skip and not head.every:
         nonzero = jnp.any(theta["token_weights"] != 0, 1)
         counts = nonzero if counts is None else counts & nonzero
-    if head.spread and isinstance(num_tokens, int):
+    if head.spread > 1 and isinstance(num_tokens, int):
         chunks = every_nth(plan.chunk, num_tokens)
         theta, *directions = (
             {n: _only(counts, v) if n in LOCAL else v for n, v in a.items()} for a in (theta, *directions)

@@ -70,3 +70,16 @@ def test_xla_divides_the_work(mesh):
     text = compiled(mesh).as_text()
     assert programs.multiplications(text) <= 1.05 * 3 * np.prod(SIZE) / 8
     assert {op.name for op in programs.collectives(text)} == {"all-reduce"}
+
+
+@pytest.mark.skipif(RELEASE < (0, 10), reason="XLA tells the trip counts of fewer loops")
+def test_chunks_that_xla_divides_are_as_long_on_each_device():
+    """8192 tokens of 8 devices are two chunks, whether the call is told how they lie or not."""
+    mesh, shapes = Mesh((8, 1), WHOLE).make(), ((8192, 16), (8192,), (16, 512))
+    place = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    args = map(place, shapes, (jnp.float32, jnp.int32, jnp.float32), (P("data"), P("data"), WHOLE))
+    x, labels, weights = args
+    for told in ({}, {"token_axes": "data"}):
+        loss = functools.partial(linear_softmax_cross_entropy_loss, **told)
+        text = jax.jit(jax.grad(loss, 2)).lower(x, labels, weights).compile().as_text()
+        assert '"known_trip_count":{"n":"2"}' in text
