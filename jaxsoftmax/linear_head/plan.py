@@ -3,7 +3,7 @@
 A chunk of C tokens takes 6 C D V operations and passes once over the gradient of the weights, 8 D V bytes in float32,
 whatever C. While the product xᵀG takes 2 C D V operations, those bytes are hidden if C is at least four times what the
 machine computes per byte that it moves: 295 on an H100, 240 on a TPU v5e, 560 on a v6e. So there a chunk has 2048
-tokens, fewer only where their logits would take more than 2 GiB. A CPU needs fewer, and has less to give: 64 MiB.
+tokens, fewer only where one array of their logits would take more than 2 GiB. A CPU needs fewer, and has less to give: 64 MiB.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -127,7 +127,7 @@ def plan(platform: str, num_tokens, features: int, vocab: int, itemsize: int, or
         num_tokens = MANY
     token = itemsize * max(vocab, 1)
     if platform != "cpu":
-        return Plan(_equal_chunk(num_tokens, min(TOKENS, max(LOGITS // (min(order, 2) * token), LEAST))), vocab)
+        return Plan(_equal_chunk(num_tokens, min(TOKENS, max(LOGITS // token, LEAST))), vocab)
     slab = min(vocab, max(256, SLAB_BYTES // (itemsize * (features + CPU_TOKENS))))
     budget, arrays = CPU_BYTES // devices, 2 if order < 2 else 5
     if order > 1:
@@ -150,9 +150,8 @@ def default_chunk_size(
 ) -> int:
     """Tokens per chunk that `chunk_size=None` takes for value and gradient, decided where the program is lowered.
 
-    On an accelerator min(2048, 2 GiB / (itemsize V)), at least 256; for derivatives of the gradient, whose logits count
-    twice, min(2048, 1 GiB / (itemsize V)). On a CPU at most 512, what 64 MiB hold, but at least 32. Then so that chunks
-    are of nearly equal size.
+    On an accelerator min(2048, 2 GiB / (itemsize V)), at least 256, for derivatives of the gradient as well. On a CPU
+    at most 512, what 64 MiB hold, but at least 32. Then so that chunks are of nearly equal size.
 
     Args:
       num_tokens: N.
