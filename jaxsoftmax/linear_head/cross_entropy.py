@@ -8,7 +8,7 @@ columns of the Hessian of F. Every higher derivative of F is a symmetric form: t
 derivative again, so both modes and all orders stream.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,8 +18,10 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks
 from jaxsoftmax._core import class_axis as num
 from jaxsoftmax.linear_head import rows
-from jaxsoftmax.linear_head.call import checked, evaluate, layer, split_by
-from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
+from jaxsoftmax.linear_head.derivatives import evaluate
+from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
+
+PRECISIONS = "default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32"
 
 
 class TokenStatistics(NamedTuple):
@@ -277,3 +279,57 @@ def _statistics(facts, tokens: Tokens) -> TokenStatistics:
     if tokens.valid is not None:
         correct, probability = correct & tokens.valid, jnp.where(tokens.valid, probability, 0.0)
     return TokenStatistics(lse, prediction, probability, correct, entropy, log_prob)
+
+
+def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array], int]:
+    """The checked arguments of the layer by name, and the vocabulary's axis."""
+    x, weights = (_as_array(name, x) for name, x in (("x", x), ("weights", weights)))
+    if x.ndim == 0:
+        raise ValueError("x must have a feature axis, (..., D), got a scalar")
+    if weights.ndim != 2:
+        raise ValueError(f"weights must have shape (D, V), or (V, D) with vocab_axis=0, got {weights.shape}")
+    if not all(isinstance(n, int) for n in weights.shape):
+        sizes = f"weights must have known sizes, got {weights.shape}"
+        raise TypeError(f"{sizes}: only the number of tokens may be symbolic")
+    axis = checks.axis_index(vocab_axis, 2, "vocab_axis")
+    if weights.shape[1 - axis] != x.shape[-1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, weights of shape {weights.shape} has {weights.shape[1 - axis]} with "
+            f"vocab_axis={vocab_axis}: need the same; a (V, D) array goes with vocab_axis=0"
+        )
+    theta = {"x": x, "weights": weights}
+    if bias is not None:
+        theta["bias"] = checks.as_loss_float("bias", bias)
+        checks.same_shape("bias", theta["bias"], "the classes", (weights.shape[axis],))
+    wide = wide_dtype(theta)
+    if token_weights is None:
+        token_weights = jnp.ones_like(jnp.sum(x, -1), wide)  # typed as x is on a mesh
+    token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
+    theta["token_weights"] = checks.broadcast("token_weights", token_weights, x.shape[:-1])
+    return theta, axis
+
+
+def _as_array(name: str, x) -> Array:
+    """An argument to differentiate in: floating point, with a 0 and negative numbers."""
+    x = checks.as_loss_float(name, x)
+    if x.dtype.name == "float8_e8m0fnu":
+        raise TypeError(
+            f"{name} must have a dtype that holds 0 and negative numbers, got {x.dtype}: scale and convert it"
+        )
+    return x
+
+
+def checked(reduction: str, chunk_size: int | None, precision) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}")
+    if chunk_size is not None:
+        checks.at_least("chunk_size", chunk_size, 1)
+    if not (precision is None or isinstance(precision, lax.Precision) or precision in PRECISIONS):
+        names = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}")
+
+
+def split_by(axis_name: MeshAxes, weights: Array, *beside: Array) -> Axes:
+    """The axes of the shard_map around that split the classes, of the weights or what is beside them."""
+    names = checks.mesh_axes(axis_name, "weights", weights, *beside)
+    return Axes(classes=names, copies=bool(names))

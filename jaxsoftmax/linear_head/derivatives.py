@@ -14,11 +14,79 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core.plumbing import zeros_like
+from jaxsoftmax._core.plumbing import mesh_axes, varying, zeros_like
 from jaxsoftmax._linear_map import linear_map
-from jaxsoftmax.linear_head.mesh import one_pass
+from jaxsoftmax.linear_head import mesh
+from jaxsoftmax.linear_head.mesh import total
 from jaxsoftmax.linear_head.plan import Head, Tokens
-from jaxsoftmax.linear_head.stream import total
+from jaxsoftmax.linear_head.rows import class_weight
+from jaxsoftmax.linear_head.stream import stream
+
+
+def evaluate(head: Head, reduction: str, theta, tokens: Tokens, token_axes, class_axes):
+    """The reduced loss, and the numbers per token with their indices, on whatever mesh the arrays lie."""
+    x, weights = theta["x"], theta["weights"]
+    if head.axes.classes:
+        if token_axes is not None or class_axes is not None:
+            raise ValueError("axis_name is for use inside shard_map, token_axes and class_axes outside of it: give one")
+    else:
+        layout = mesh.layout_of(x, weights, head.vocab_axis, token_axes, class_axes)
+        head = head._replace(layout=layout, spread=1 if layout else mesh.divided_by_xla(x, weights))
+    return _evaluate(head, reduction, theta, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _evaluate(head: Head, reduction: str, theta, tokens: Tokens):
+    if head.layout is not None:
+        theta, tokens = mesh.placed(head, theta, tokens)
+    a, valid = theta["token_weights"], tokens.valid
+    theta = _of_device(head, {**theta, "token_weights": a[..., None]}, tokens)
+    if reduction == "none":
+        ones = {**theta, "token_weights": jnp.ones_like(theta["token_weights"])}
+        _, rows, facts = value_and_gradient(head, ("token_weights",), ones, tokens)
+        losses = total(rows["token_weights"], head.axes.classes)[..., 0] * a
+        return losses if valid is None else jnp.where(valid, losses, 0.0), facts
+    out, facts = weighted_sum(head, theta, tokens)
+    if reduction == "sum":
+        return out, facts
+    if "class_weights" in theta:
+        a = a * label_weights(head, theta["class_weights"], tokens.rows)
+    counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))
+    return jnp.where(counted == 0, 0.0, out / jnp.where(counted == 0, 1.0, counted)), facts
+
+
+def _of_device(head: Head, theta: dict[str, Array], tokens: Tokens) -> dict[str, Array]:
+    """Inside a shard_map, all arguments as the device's own, to differentiate in.
+
+    The devices of the classes compute one sum together. Over other axes the caller has split the tokens, say: then each
+    device computes a sum of its own. Parts of a gradient are rounded, then added up.
+    """
+    around = frozenset().union(head.axes.classes, *map(mesh_axes, jax.tree.leaves((theta, tokens))))
+    return {name: varying(v, around) for name, v in theta.items()}
+
+
+def label_weights(head: Head, class_weights: Array, labels: Array) -> Array:
+    """The class weight of each label; NaN for one that is no class."""
+
+    def work(head, class_weights, labels):
+        return class_weight(head, class_weights, labels.reshape(-1)).reshape(labels.shape)
+
+    if head.layout is None:
+        return work(head, class_weights, labels)
+    row = mesh.spec_of(*head.layout.tokens)
+    return mesh.divided(work, head, (class_weights, labels), (mesh.spec_of(head.layout.classes), row), row)
+
+
+def one_pass(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens, skip: bool):
+    """`stream`, on every device of the layout."""
+    work = lambda head, theta, directions, tokens: stream(head, rows, theta, directions, tokens, skip)
+    if head.layout is None:
+        return work(head, theta, directions, tokens)
+    row, of_theta = mesh.spec_of(*head.layout.tokens), mesh.specs(head, theta)
+    of_directions = tuple({name: of_theta[name] for name in direction} for direction in directions)
+    out_specs = row, {name: of_theta[name] for name in rows}, None if head.columns == 1 or directions else row
+    in_specs = of_theta, of_directions, mesh.token_specs(head, tokens)
+    return mesh.divided(work, head, (theta, directions, tokens), in_specs, out_specs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -106,7 +174,7 @@ _plus = functools.partial(jax.tree.map, jnp.add)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
     """What `gradient_along` computes; its derivatives are made of `gradient_along`, so that they transpose."""
-    return _evaluate(head, rows, theta, directions, tokens)
+    return _rows_along(head, rows, theta, directions, tokens)
 
 
 @functools.partial(_along.defjvp, symbolic_zeros=True)
@@ -126,7 +194,7 @@ def _along_jvp(head, rows, primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnames=("head", "rows"))
-def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
+def _rows_along(head, rows, theta, directions, tokens) -> dict[str, Array]:
     """Rows of (D^k grad F)[t_1, …, t_k]. F is linear in the token weights: a direction in them alone replaces them."""
     weightings = [t for t in directions if tuple(t) == ("token_weights",)]
     if len(weightings) > 1:
@@ -135,7 +203,7 @@ def _evaluate(head, rows, theta, directions, tokens) -> dict[str, Array]:
         directions = tuple(t for t in directions if tuple(t) != ("token_weights",))
         theta, head = {**theta, **weightings[0]}, head._replace(every=False)
         found = tuple(name for name in rows if name != "token_weights")
-        return {**_zeros(theta, rows), **(_evaluate(head, found, theta, directions, tokens) if found else {})}
+        return {**_zeros(theta, rows), **(_rows_along(head, found, theta, directions, tokens) if found else {})}
     skip = not any("token_weights" in names for names in (rows, *directions))
     return one_pass(head, rows, theta, directions, tokens, skip)[1]
 

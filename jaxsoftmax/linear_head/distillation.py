@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
-from jaxsoftmax.linear_head.call import checked, evaluate, layer, split_by
+from jaxsoftmax.linear_head.cross_entropy import checked, layer, split_by
+from jaxsoftmax.linear_head.derivatives import evaluate
 from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
 from jaxsoftmax.linear_head.rows import of_divergence
 from jaxsoftmax.linear_head.stream import logits

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsoftmax._core import checks
-from jaxsoftmax.linear_head.plan import Axes, Head, Tokens
-from jaxsoftmax.linear_head.rows import class_weight
-from jaxsoftmax.linear_head.stream import stream
+from jaxsoftmax._core.plumbing import varying
+from jaxsoftmax.linear_head.plan import Arrays, Axes, Head, Tokens
 
 if hasattr(jax, "shard_map"):
     from jax import shard_map
@@ -26,6 +25,8 @@ else:  # JAX 0.6.0
     from jax.experimental.shard_map import shard_map
 
 Names = tuple[str, ...]
+LOCAL = ("x", "token_weights")  # one row per token
+SPLIT = ("x", "weights", "bias", "class_weights")  # of whose gradient each device of the classes finds another part
 
 
 class Layout(NamedTuple):
@@ -52,10 +53,10 @@ class Layout(NamedTuple):
     def spec(self, name: str, ndim: int, vocab_axis: int) -> PartitionSpec:
         """How the argument `name` is split; "" stands for anything with a row per token."""
         if name in ("", "x", "token_weights"):
-            return _spec(*self.tokens, *[()] * (ndim - len(self.tokens)))
+            return spec_of(*self.tokens, *[()] * (ndim - len(self.tokens)))
         if name == "weights":
-            return _spec(*(self.gathered, self.classes)[:: 1 if vocab_axis == 1 else -1])
-        return _spec(self.classes) if name in ("bias", "class_weights") else PartitionSpec()
+            return spec_of(*(self.gathered, self.classes)[:: 1 if vocab_axis == 1 else -1])
+        return spec_of(self.classes) if name in ("bias", "class_weights") else PartitionSpec()
 
 
 def layout_of(x: Array, weights: Array, vocab_axis: int, token_axes: Any, class_axes: Any) -> Layout | None:
@@ -117,47 +118,23 @@ def divided_by_xla(*arrays: Array) -> int:
     return max((mesh.shape[name] for mesh in meshes for name in _of_type(mesh, AxisType.Auto)), default=1)
 
 
-def one_pass(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens, skip: bool):
-    """`stream`, on every device of the layout."""
-    work = lambda head, theta, directions, tokens: stream(head, rows, theta, directions, tokens, skip)
-    if head.layout is None:
-        return work(head, theta, directions, tokens)
-    row, of_theta = _spec(*head.layout.tokens), _specs(head, theta)
-    of_directions = tuple({name: of_theta[name] for name in direction} for direction in directions)
-    out_specs = row, {name: of_theta[name] for name in rows}, None if head.columns == 1 or directions else row
-    in_specs = of_theta, of_directions, _token_specs(head, tokens)
-    return _divided(work, head, (theta, directions, tokens), in_specs, out_specs)
-
-
-def label_weights(head: Head, class_weights: Array, labels: Array) -> Array:
-    """The class weight of each label; NaN for one that is no class."""
-
-    def work(head, class_weights, labels):
-        return class_weight(head, class_weights, labels.reshape(-1)).reshape(labels.shape)
-
-    if head.layout is None:
-        return work(head, class_weights, labels)
-    row = _spec(*head.layout.tokens)
-    return _divided(work, head, (class_weights, labels), (_spec(head.layout.classes), row), row)
-
-
 def placed(head: Head, theta: dict[str, Array], tokens: Tokens) -> tuple[dict[str, Array], Tokens]:
     """The arguments, moved where their types say that they lie otherwise."""
-    specs = _specs(head, theta), _token_specs(head, tokens)
-    return jax.tree.map(lambda x, spec: _placed(x, head.layout, spec), (theta, tokens), specs)
+    where = specs(head, theta), token_specs(head, tokens)
+    return jax.tree.map(lambda x, spec: _placed(x, head.layout, spec), (theta, tokens), where)
 
 
-def _specs(head: Head, theta) -> dict[str, PartitionSpec]:
+def specs(head: Head, theta) -> dict[str, PartitionSpec]:
     return {name: head.layout.spec(name, x.ndim, head.vocab_axis) for name, x in theta.items()}
 
 
-def _token_specs(head: Head, tokens: Tokens) -> Tokens:
+def token_specs(head: Head, tokens: Tokens) -> Tokens:
     rows, valid = jax.tree.map(lambda x: head.layout.spec("", x.ndim, head.vocab_axis), tokens[:2])
-    whole = head._replace(layout=head.layout._replace(gathered=()))
-    return Tokens(rows, valid, None if tokens.shared is None else _specs(whole, tokens.shared))
+    shared = head._replace(layout=head.layout._replace(gathered=()))
+    return Tokens(rows, valid, None if tokens.shared is None else specs(shared, tokens.shared))
 
 
-def _divided(work: Callable, head: Head, args: tuple, in_specs: tuple, out_specs):
+def divided(work: Callable, head: Head, args: tuple, in_specs: tuple, out_specs):
     """work(head, *args) on every device."""
     layout, here = head.layout, head._replace(layout=None, axes=head.layout.axes)
     args = jax.tree.map(lambda x, spec: _placed(x, layout, spec), args, in_specs)
@@ -200,5 +177,47 @@ def _names(entry: Any) -> Names:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _spec(*entries: Names) -> PartitionSpec:
+def spec_of(*entries: Names) -> PartitionSpec:
     return PartitionSpec(*(names or None for names in entries))
+
+
+# On a device.
+
+
+def whole(head: Head, arrays: Arrays, theta: Arrays) -> dict[str, Array]:
+    """The arrays by name, tokens in one axis, as they are multiplied, weights with all features, copies as one."""
+    axes, out = head.axes, dict(arrays)
+    for name, x in arrays.items():
+        if name in ("x", "weights"):
+            x = x.astype(head.operand_dtype(theta))
+        if name in LOCAL:
+            x = flat(x, x.ndim - 1)
+        if name == "weights" and axes.gathered:
+            x = lax.all_gather(x, axes.gathered, axis=1 - head.vocab_axis, tiled=True)
+        if axes.copies and name not in SPLIT:
+            x = lax.pmean(x, axes.classes)
+        out[name] = x
+    return out
+
+
+def added_up(head: Head, name: str, row: Array, argument: Array) -> Array:
+    """The gradient in the argument `name`, of which each device has found a part, split and rounded as it is."""
+    axes, row = head.axes, row.astype(argument.dtype) if name in ("x", "weights") and not head.exact else row
+    if axes.copies and name not in SPLIT:
+        row = varying(row / lax.psum(1, axes.classes), frozenset(axes.classes))
+    elif name == "weights" and axes.gathered:
+        row = total(row, tuple(axis for axis in axes.tokens if axis not in axes.gathered))
+        row = lax.psum_scatter(row, axes.gathered, scatter_dimension=1 - head.vocab_axis, tiled=True)
+    else:
+        row = total(row, axes.summed(name))
+    return row.astype(argument.dtype)
+
+
+def total(x: Array, axes: tuple[str, ...]) -> Array:
+    """Σ over the devices of the mesh axes."""
+    return lax.psum(x, axes) if axes else x
+
+
+def flat(rows: Array, axes: int) -> Array:
+    """The first axes as one."""
+    return rows.reshape(math.prod(rows.shape[:axes]), *rows.shape[axes:])

@@ -3,7 +3,8 @@
 A chunk of C tokens takes 6 C D V operations and passes once over the gradient of the weights, 8 D V bytes in float32,
 whatever C. While the product xᵀG takes 2 C D V operations, those bytes are hidden if C is at least four times what the
 machine computes per byte that it moves: 295 on an H100, 240 on a TPU v5e, 560 on a v6e. So there a chunk has 2048
-tokens, fewer only where one array of their logits would take more than 2 GiB. A CPU needs fewer, and has less to give: 64 MiB.
+tokens, fewer only where one array of their logits would take more than 2 GiB. A CPU needs fewer, and has less to give:
+64 MiB.
 """
 
 from collections.abc import Callable, Mapping, Sequence

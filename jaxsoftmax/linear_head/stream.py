@@ -21,12 +21,11 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core import dtypes
-from jaxsoftmax._core.plumbing import varying, zero_of
+from jaxsoftmax._core.plumbing import zero_of
+from jaxsoftmax.linear_head.mesh import LOCAL, SPLIT, added_up, flat, whole
 from jaxsoftmax.linear_head.plan import Arrays, Head, Plan, Tokens, plan, wide_dtype
 
-LOCAL = ("x", "token_weights")  # one row per token
 LINEAR = ("x", "weights", "token_weights", "bias")  # what is no option
-SPLIT = ("x", "weights", "bias", "class_weights")  # of whose gradient each device of the classes finds another part
 
 
 def stream(
@@ -66,9 +65,9 @@ def _plan(head: Head, theta: Arrays, platform: str, order: int) -> Plan:
 
 def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: Tokens):
     wide, given = wide_dtype(theta), theta
-    theta, *directions = (_of_all(head, arrays, theta) for arrays in (theta, *directions))
+    theta, *directions = (whole(head, arrays, theta) for arrays in (theta, *directions))
     shape = given["token_weights"].shape[:-1]
-    tokens = Tokens(*jax.tree.map(lambda row: _flat(row, len(shape)), tokens[:2]), tokens.shared)
+    tokens = Tokens(*jax.tree.map(lambda row: flat(row, len(shape)), tokens[:2]), tokens.shared)
     num_tokens, counts = math.prod(shape), tokens.valid
     if num_tokens == 0 or theta["weights"].shape[head.vocab_axis] == 0:
         return _of_nothing(head, rows, given)
@@ -109,43 +108,9 @@ def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: To
         out["token_weights"] = numbers[:, : theta["token_weights"].shape[1]]
     return (
         numbers.reshape(*shape, head.columns),
-        {n: _added_up(head, n, out[n], given[n]).reshape(given[n].shape) for n in rows},
+        {n: added_up(head, n, out[n], given[n]).reshape(given[n].shape) for n in rows},
         None if indices is None else indices.reshape(shape),
     )
-
-
-def _of_all(head: Head, arrays: Arrays, theta: Arrays) -> dict[str, Array]:
-    """The arrays by name, tokens in one axis, as they are multiplied, weights with all features, copies as one."""
-    axes, out = head.axes, dict(arrays)
-    for name, x in arrays.items():
-        if name in ("x", "weights"):
-            x = x.astype(head.operand_dtype(theta))
-        if name in LOCAL:
-            x = _flat(x, x.ndim - 1)
-        if name == "weights" and axes.gathered:
-            x = lax.all_gather(x, axes.gathered, axis=1 - head.vocab_axis, tiled=True)
-        if axes.copies and name not in SPLIT:
-            x = lax.pmean(x, axes.classes)
-        out[name] = x
-    return out
-
-
-def _added_up(head: Head, name: str, row: Array, argument: Array) -> Array:
-    """The gradient in the argument `name`, of which each device has found a part, split and rounded as it is."""
-    axes, row = head.axes, row.astype(argument.dtype) if name in ("x", "weights") and not head.exact else row
-    if axes.copies and name not in SPLIT:
-        row = varying(row / lax.psum(1, axes.classes), frozenset(axes.classes))
-    elif name == "weights" and axes.gathered:
-        row = total(row, tuple(axis for axis in axes.tokens if axis not in axes.gathered))
-        row = lax.psum_scatter(row, axes.gathered, scatter_dimension=1 - head.vocab_axis, tiled=True)
-    else:
-        row = total(row, axes.summed(name))
-    return row.astype(argument.dtype)
-
-
-def total(x: Array, axes: tuple[str, ...]) -> Array:
-    """Σ over the devices of the mesh axes."""
-    return lax.psum(x, axes) if axes else x
 
 
 def _of_nothing(head: Head, rows, theta):
@@ -154,11 +119,6 @@ def _of_nothing(head: Head, rows, theta):
     numbers = jnp.full((*shape, head.columns), jnp.nan, wide)
     out = {name: jnp.zeros_like(theta[name]) for name in rows}
     return numbers, out, jnp.zeros(shape, jnp.int32) if head.columns > 1 else None
-
-
-def _flat(rows: Array, axes: int) -> Array:
-    """The first axes as one."""
-    return rows.reshape(math.prod(rows.shape[:axes]), *rows.shape[axes:])
 
 
 def _only(counts: Array | None, rows: Array) -> Array:
