@@ -46,7 +46,7 @@ def _evaluate(head: Head, reduction: str, theta, tokens: Tokens):
         _, rows, facts = value_and_gradient(head, ("token_weights",), ones, tokens)
         losses = total(rows["token_weights"], head.axes.classes)[..., 0] * a
         return losses if valid is None else jnp.where(valid, losses, 0.0), facts
-    out, facts = weighted_sum(head, theta, tokens)
+    out, _, facts = value_and_gradient(head, (), theta, tokens)
     if reduction == "sum":
         return out, facts
     if "class_weights" in theta:
@@ -89,31 +89,12 @@ def one_pass(head: Head, rows: tuple[str, ...], theta, directions, tokens: Token
     return mesh.divided(work, head, (theta, directions, tokens), in_specs, out_specs)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def weighted_sum(head: Head, theta, tokens: Tokens):
-    """F, and where a head has several, all numbers per token with their indices.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
+    """F, the rows of its gradient by name, and where a head has several, all numbers per token with their indices.
 
     The tangent of F is <grad F, t>, so that reverse mode only scales grad F.
     """
-    value, _, facts = _pass(head, (), theta, tokens)
-    return value, facts
-
-
-@functools.partial(weighted_sum.defjvp, symbolic_zeros=True)
-def _weighted_sum_jvp(head, primals, tangents):
-    theta, tokens = primals
-    direction = _moving(tangents[0])
-    value, rows, facts = value_and_gradient(head, tuple(direction), theta, tokens)
-    return (value, facts), (_inner(head, rows, direction, value), _facts_along(head, theta, direction, tokens, facts))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def value_and_gradient(head: Head, rows: tuple[str, ...], theta, tokens: Tokens):
-    """F, the rows of its gradient by name, and the numbers per token and their indices, as in `weighted_sum`."""
-    return _pass(head, rows, theta, tokens)
-
-
-def _pass(head: Head, rows, theta, tokens: Tokens):
     skip = "token_weights" not in rows and head.columns == 1
     numbers, gradient, index = one_pass(head, rows, theta, (), tokens, skip)
     a = theta["token_weights"]
@@ -128,9 +109,11 @@ def _value_and_gradient_jvp(head, rows, primals, tangents):
     direction = _moving(tangents[0])
     everything = tuple(dict.fromkeys((*rows, *direction)))
     value, gradient, facts = value_and_gradient(head, everything, theta, tokens)
-    moved = gradient_along(head, rows, theta, (direction,), tokens) if direction else _zeros(theta, rows)
-    out = value, {name: gradient[name] for name in rows}, facts
-    return out, (_inner(head, gradient, direction, value), moved, _facts_along(head, theta, direction, tokens, facts))
+    wide = lambda x: x.astype(value.dtype)
+    inner = sum((jnp.sum(wide(gradient[n]) * wide(t)) for n, t in direction.items()), jnp.zeros_like(value))
+    moved = gradient_along(head, rows, theta, (direction,), tokens) if rows and direction else _zeros(theta, rows)
+    along = total(inner, head.axes.classes), moved, _facts_along(head, theta, direction, tokens, facts)
+    return (value, {name: gradient[name] for name in rows}, facts), along
 
 
 def _facts_along(head: Head, theta, direction, tokens: Tokens, facts):
@@ -168,9 +151,6 @@ def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens:
     return linear_map(forth, back, (theta, tuple(fixed), tokens), last, {n: jax.typeof(theta[n]) for n in rows})
 
 
-_plus = functools.partial(jax.tree.map, jnp.add)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
     """What `gradient_along` computes; its derivatives are made of `gradient_along`, so that they transpose."""
@@ -180,16 +160,10 @@ def _along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens)
 @functools.partial(_along.defjvp, symbolic_zeros=True)
 def _along_jvp(head, rows, primals, tangents):
     theta, directions, tokens = primals
-    terms = []
-    moved = _moving(tangents[0])
-    if moved:
-        terms.append(gradient_along(head, rows, theta, (*directions, moved), tokens))
-    for i, tangent in enumerate(tangents[1]):
-        moved = _moving(tangent)
-        if moved:
-            rest = (*directions[:i], *directions[i + 1 :])
-            terms.append(gradient_along(head, rows, theta, (*rest, moved), tokens))
-    moved = functools.reduce(_plus, terms) if terms else _zeros(theta, rows)
+    terms = [(_moving(tangents[0]), directions)]
+    terms += [(_moving(t), (*directions[:i], *directions[i + 1 :])) for i, t in enumerate(tangents[1])]
+    found = [gradient_along(head, rows, theta, (*rest, t), tokens) for t, rest in terms if t]
+    moved = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found) if found else _zeros(theta, rows)
     return _along(head, rows, theta, directions, tokens), moved
 
 
@@ -214,9 +188,3 @@ def _moving(tangents) -> dict[str, Array]:
 
 def _zeros(theta, rows) -> dict[str, Array]:
     return {name: zeros_like(theta[name]) for name in rows}
-
-
-def _inner(head: Head, rows, direction, value: Array) -> Array:
-    """Σ <row, direction>, in the dtype of the value."""
-    wide = [jnp.sum(rows[n].astype(value.dtype) * t.astype(value.dtype)) for n, t in direction.items()]
-    return total(sum(wide, jnp.zeros_like(value)), head.axes.classes)

@@ -26,7 +26,7 @@ TOKENS, LOGITS, LEAST = 2048, 2 << 30, 256  # of a chunk on an accelerator: toke
 CPU_TOKENS, CPU_BYTES, CPU_LEAST = 512, 64 << 20, 64
 SLAB_BYTES = 4 << 20  # of the part of ∂F/∂W that a CPU makes at once
 ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
-MANY = 1 << 30
+MANY = 1 << 30  # tokens, where a size is symbolic
 
 
 class Axes(NamedTuple):
@@ -122,28 +122,23 @@ def plan(platform: str, num_tokens, features: int, vocab: int, itemsize: int, or
 
     A CPU has two arrays of a chunk's logits at once, and five for a derivative of the gradient. The direction and the
     result of that have the size of the weights each, so there, and devices of a CPU share its memory, the budget grows
-    to the two of them, up to a quarter of all logits.
+    to the two of them, up to a quarter of all logits. Chunks are nearly equal, so that the last one is nearly full.
     """
-    if not isinstance(num_tokens, int):  # a symbolic size: chunks that suit many tokens
-        num_tokens = MANY
-    token = itemsize * max(vocab, 1)
-    if platform != "cpu":
-        return Plan(_equal_chunk(num_tokens, min(TOKENS, max(LOGITS // token, LEAST))), vocab)
-    slab = min(vocab, max(256, SLAB_BYTES // (itemsize * (features + CPU_TOKENS))))
-    budget, arrays = CPU_BYTES // devices, 2 if order < 2 else 5
-    if order > 1:
-        budget = max(budget, token * min(2 * features, num_tokens // 4))
-    fits = (budget - itemsize * features * slab) // (arrays * token + itemsize * (slab + 3 * features))
-    return Plan(_equal_chunk(num_tokens, min(CPU_TOKENS, max(fits, CPU_LEAST // arrays))), slab)
-
-
-def _equal_chunk(num_tokens: int, most: int) -> int:
-    """Tokens per chunk, at most `most`, so that the last chunk is nearly full."""
+    num_tokens = num_tokens if isinstance(num_tokens, int) else MANY
+    token, slab = itemsize * max(vocab, 1), vocab
+    most = min(TOKENS, max(LOGITS // token, LEAST))
+    if platform == "cpu":
+        slab = min(vocab, max(256, SLAB_BYTES // (itemsize * (features + CPU_TOKENS))))
+        budget, arrays = CPU_BYTES // devices, 2 if order < 2 else 5
+        if order > 1:
+            budget = max(budget, token * min(2 * features, num_tokens // 4))
+        fits = (budget - itemsize * features * slab) // (arrays * token + itemsize * (slab + 3 * features))
+        most = min(CPU_TOKENS, max(fits, CPU_LEAST // arrays))
     most = max(1, min(most, num_tokens))
     if most < ALIGNMENT:
-        return most
-    each = -(-num_tokens // -(-num_tokens // most))
-    return min(most // ALIGNMENT * ALIGNMENT, -(-each // ALIGNMENT) * ALIGNMENT)
+        return Plan(most, slab)
+    aligned = -(-num_tokens // -(-num_tokens // most) // ALIGNMENT) * ALIGNMENT
+    return Plan(min(most // ALIGNMENT * ALIGNMENT, aligned), slab)
 
 
 def default_chunk_size(
@@ -159,7 +154,7 @@ def default_chunk_size(
       features: D.
       vocab: V.
       itemsize: bytes of one logit.
-      platform: "cpu", "cuda", "tpu", …; None for the one that JAX computes on here.
+      platform: "cpu", "cuda", "tpu", …; None asks JAX which one it computes on here.
 
     Returns:
       The number of tokens, at least 1.
@@ -189,12 +184,8 @@ def predict_temp_bytes(
     weights in float32, 4 D V.
 
     Args:
-      num_tokens: N.
-      features: D.
-      vocab: V.
+      num_tokens, features, vocab, itemsize, platform: as in `default_chunk_size`.
       chunk_size: C; None for `default_chunk_size`.
-      itemsize: bytes of one logit.
-      platform: as in `default_chunk_size`.
 
     Returns:
       The number of bytes, within 25 % of the compiled program's `memory_analysis()` where the logits of a chunk, or
@@ -207,18 +198,19 @@ def predict_temp_bytes(
 
     Reference: docs/mathematics.md, section 6.
     """
-    platform = jax.default_backend() if platform is None else platform
     chunk, slab = _checked_plan(num_tokens, features, vocab, itemsize, platform)
     if chunk_size is not None:
         chunk = min(checks.at_least("chunk_size", chunk_size, 1), num_tokens)
-    rows = chunk * (vocab + 3 * features)
-    if platform != "cpu":
-        return itemsize * rows
-    return itemsize * (rows + chunk * vocab + (slab * features if slab < vocab else 0))
+    on_cpu = chunk * vocab + (slab * features if slab < vocab else 0) if _platform(platform) == "cpu" else 0
+    return itemsize * (chunk * (vocab + 3 * features) + on_cpu)
+
+
+def _platform(platform: str | None) -> str:
+    return jax.default_backend() if platform is None else platform
 
 
 def _checked_plan(num_tokens, features, vocab, itemsize, platform) -> Plan:
     for name, size in {"num_tokens": num_tokens, "features": features, "vocab": vocab}.items():
         checks.at_least(name, size, 0)
     checks.at_least("itemsize", itemsize, 1)
-    return plan(jax.default_backend() if platform is None else platform, num_tokens, features, vocab, itemsize)
+    return plan(_platform(platform), num_tokens, features, vocab, itemsize)
