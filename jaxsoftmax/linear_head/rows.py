@@ -221,7 +221,7 @@ def of_divergence(beta: float, teacher_logits: Any, head: Head, z: Array, consta
     if beta == 1:
         losses, of_p = _relative(p, in_p, ratio, q), ratio
     else:
-        mixture = beta * q + (1 - beta) * p
+        mixture, in_p, in_q = beta * q + (1 - beta) * p, p > 0, q > 0  # where a ratio is infinite, its weight is 0
         of_q = -jnp.log1p((1 - beta) * jnp.expm1(jnp.where(in_q, ratio, 0.0)))  # log q/M
         of_p = -jnp.log1p(beta * jnp.expm1(-jnp.where(in_p, ratio, 0.0)))
         losses = beta * _relative(q, in_q, of_q, mixture) + (1 - beta) * _relative(p, in_p, of_p, mixture)

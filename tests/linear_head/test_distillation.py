@@ -83,6 +83,24 @@ def test_excluded_in_the_student_alone():
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_words_beyond_float32(beta):
+    """Teacher and student agree but for words of which one has a probability below every float32."""
+    x, eye = jnp.array([[1.0, 2.0, 3.0, 0.0]]), jnp.eye(4)
+    far = lambda k: jnp.zeros(4).at[k].set(-400.0)
+    call = lambda x: linear_softmax_kl_divergence(x, x, eye, eye, bias=far(0), target_bias=far(3), beta=beta)
+    value, gradient = jax.value_and_grad(call)(x)
+    z, target = (np.array([1.0, 2.0, 3.0, 0.0]) + np.asarray(far(k), np.float64) for k in (0, 3))
+    p, q = (np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in (z, target))
+    mixture = beta * q + (1 - beta) * p
+    weighed = lambda w, a, b: sum(w[k] * (np.log(a[k]) - np.log(b[k])) for k in range(4))
+    wanted = weighed(q, q, p) if beta == 0 else weighed(p, p, q)
+    if beta == 0.5:
+        wanted = 0.5 * (weighed(q, q, mixture) + weighed(p, p, mixture))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_small_divergence_beside_a_far_word(beta):
     """2.5e-7 between the words that count, with one 40 below them that differs by 35."""
     z = np.array([0.1, 0.0, -0.2, -40.0], np.float32)
