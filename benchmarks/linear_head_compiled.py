@@ -7,7 +7,8 @@ and both temporary memories in MiB:
                   are half as wide as ours; the value also over that of float32 logits
     options       the gradient with one option each: over the plain head's, three products; "none" over four
     masked        a third of the tokens ignored: over all of them
-    distillation  value and gradient of linear_softmax_kl_divergence: over full logits
+    distillation  value and gradient of linear_softmax_kl_divergence: over full logits; of a teacher's 64 best words:
+                  over the plain head's
     pod           whatever the chip, 256 TPU v5e, 2^20 tokens, D 4096, V 128256 over 16 of them: over the share of the
                   three products at peak, with what a device sends, over the bytes that its gradients have
 """
@@ -131,6 +132,10 @@ def distillation(size: Size, chip: str) -> Rows:
     args = x, x, weights, weights
     ours, theirs = (chips.measure(gradient(f), *args, chip=chip) for f in (js.linear_softmax_kl_divergence, plain))
     yield "KL of two heads", ours, theirs
+    k = struct((size[0], 64), jnp.int32), struct((size[0], 64), jnp.float32)
+    of = lambda x, weights, *teacher: js.linear_softmax_top_k_kl_divergence(x, *teacher, weights)
+    few = chips.measure(jax.value_and_grad(of, (0, 1)), x, weights, *k, chip=chip)
+    yield "64 best words", few, chips.measure(gradient(fused), x, labels, weights, chip=chip)
 
 
 def pod(size: Size, chip: str) -> Rows:

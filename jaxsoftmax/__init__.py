@@ -10,6 +10,7 @@ from jaxsoftmax.linear_head import (
     linear_softmax_cross_entropy_with_statistics,
     linear_softmax_kl_divergence,
     linear_softmax_log_probs,
+    linear_softmax_top_k_kl_divergence,
 )
 from jaxsoftmax.losses import (
     brier_loss,
@@ -78,6 +79,7 @@ __all__ = [
     "linear_softmax_cross_entropy_with_statistics",
     "linear_softmax_kl_divergence",
     "linear_softmax_log_probs",
+    "linear_softmax_top_k_kl_divergence",
     "log_cosh",
     "log_softmax",
     "logits_fisher",

@@ -6,7 +6,7 @@ from jaxsoftmax.linear_head.cross_entropy import (
     linear_softmax_cross_entropy_with_statistics,
     linear_softmax_log_probs,
 )
-from jaxsoftmax.linear_head.distillation import linear_softmax_kl_divergence
+from jaxsoftmax.linear_head.distillation import linear_softmax_kl_divergence, linear_softmax_top_k_kl_divergence
 from jaxsoftmax.linear_head.plan import default_chunk_size, predict_temp_bytes
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "linear_softmax_cross_entropy_with_statistics",
     "linear_softmax_kl_divergence",
     "linear_softmax_log_probs",
+    "linear_softmax_top_k_kl_divergence",
     "predict_temp_bytes",
 ]

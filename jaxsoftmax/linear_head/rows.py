@@ -201,13 +201,33 @@ def class_weight(head: Head, class_weights: Array, labels: Array) -> Array:
 
 
 def of_divergence(beta: float, teacher_logits: Any, head: Head, z: Array, constants: Any, options: Arrays) -> Facts:
+    u, slope = prepared(z, options)
+    target, _ = prepared(teacher_logits(head, constants), {**options, **constants[1]}, "target_softcap")
+    losses, g = _divergence(beta, u, target, head.class_axis)
+    return Facts((losses,), (slope * g,))
+
+
+def of_top_k(beta: float, head: Head, z: Array, constants: Any, options: Arrays) -> Facts:
+    """The divergence of k + 1 classes: those whose log q is known, and all others as one, of logit log Σ exp u."""
+    axis, (indices, target) = head.class_axis, constants[0]
+    u, slope = prepared(z, options)
+    local, size = indices - num.first_class(z, axis), z.shape[1]
+    at = jnp.arange(len(z))[:, None], jnp.where((local >= 0) & (local < size), local, size)
+    rest = u.at[at].set(-jnp.inf, mode="drop")
+    others = distribution(rest, axis)
+    log_sum = jnp.where(others.m == -jnp.inf, -jnp.inf, others.m + others.log_total)
+    shares = jnp.where(rest == -jnp.inf, 0.0, others.probs)
+    known, _ = prepared(num.take_class(z, indices, axis), options)
+    losses, g = _divergence(beta, jnp.concatenate([known, log_sum], 1), target, 1)
+    return Facts((losses,), (slope * (shares * g[:, -1:]).at[at].set(g[:, :-1], mode="drop"),))
+
+
+def _divergence(beta: float, u: Array, target: Array, axis: num.Axis) -> tuple[Array, Array]:
     """KL(q ‖ p) with β = 0, KL(p ‖ q) with β = 1, between them β KL(q ‖ M) + (1 - β) KL(p ‖ M), M = β q + (1 - β) p.
 
     Each is a sum over the classes of terms that are never negative, w log(w/r) - w + r, since both add up to 1.
+    Returns it (C,), and its gradient in the logits u of p.
     """
-    axis = head.class_axis
-    u, slope = prepared(z, options)
-    target, _ = prepared(teacher_logits(head, constants), {**options, **constants[1]}, "target_softcap")
     model, teacher = distribution(u, axis), distribution(target, axis)
     p, q = model.probs, teacher.probs
     in_p, in_q = model.v > -jnp.inf, teacher.v > -jnp.inf
@@ -217,7 +237,7 @@ def of_divergence(beta: float, teacher_logits: Any, head: Head, z: Array, consta
         # p and q once more, or the compiler for GPU would keep those that the gradient shares: two arrays of logits.
         losses = _relative(jnp.exp(teacher.log_probs), in_q, -ratio, jnp.exp(model.log_probs))
         g = jnp.where((jnp.abs(ratio) < 1) & in_q, q * jnp.expm1(jnp.clip(ratio, -1, 1)), p - q)
-        return Facts((num.class_sum(losses, axis)[:, 0],), (slope * g,))
+        return num.class_sum(losses, axis)[:, 0], g
     if beta == 1:
         losses, of_p = _relative(p, in_p, ratio, q), ratio
     else:
@@ -227,8 +247,7 @@ def of_divergence(beta: float, teacher_logits: Any, head: Head, z: Array, consta
         losses = beta * _relative(q, in_q, of_q, mixture) + (1 - beta) * _relative(p, in_p, of_p, mixture)
         of_p = (1 - beta) * of_p
     of_p = jnp.where(in_p, of_p, 0.0)
-    g = p * (of_p - num.class_sum(p * of_p, axis))
-    return Facts((num.class_sum(losses, axis)[:, 0],), (slope * g,))
+    return num.class_sum(losses, axis)[:, 0], p * (of_p - num.class_sum(p * of_p, axis))
 
 
 def _relative(w: Array, there: Array, log_ratio: Array, r: Array) -> Array:

@@ -153,6 +153,16 @@ CALLS = {
         "precision": LINEAR["precision"],
         **{name: LINEAR[name] for name in ("vocab_axis", "axis_name", "token_axes", "class_axes")},
     },
+    js.linear_softmax_top_k_kl_divergence: {
+        "x": LINEAR["x"],
+        "target_indices": (np.tile(np.arange(2), (*V.shape[:-1], 1)), (1.0, np.array(1), np.zeros((7, 2), int))),
+        "target_log_probs": (np.full((*V.shape[:-1], 2), -1.0), (*NOT_NUMBERS, np.zeros((7, 2)))),
+        **{name: LINEAR[name] for name in ("weights", "bias", "reduction", "token_weights", "chunk_size")},
+        "temperature": (2.0, POSITIVE),
+        "beta": (0.5, (*NUMBER, -0.1, 1.5)),
+        **{name: LINEAR[name] for name in ("logit_softcap", "precision", "vocab_axis", "axis_name", "token_axes")},
+        "class_axes": LINEAR["class_axes"],
+    },
     js.weighted_mean: {"losses": (Z, LOGITS), "weights": (V, SOFT), "normalizer": (V, TARGETS)},
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import linear_softmax_kl_divergence
+from jaxsoftmax import linear_softmax_kl_divergence, linear_softmax_top_k_kl_divergence
 from tests.linear_head.test_cross_entropy import CHUNK, arguments, assert_close
 
 EXCLUDED = [0.0, 0.0, 0.0, -np.inf]
@@ -49,6 +49,62 @@ def test_equals_full_logits(beta, x64):
         return jax.jvp(jax.value_and_grad(f, range(5)), args, jax.tree.map(jnp.cos, args))
 
     assert_close(*(jax.jit(functools.partial(derivatives, f))() for f in (fused, full)))
+
+
+def words_of_a_teacher(n, k, num_classes):
+    """Distinct classes of each token and their log q, which leave a tail."""
+    words = jnp.stack([jnp.arange(k) * (i + 1) % num_classes for i in range(n)])
+    log_probs = jax.nn.log_softmax(jnp.cos(jnp.arange(n * (k + 1), dtype=jnp.float64)).reshape(n, k + 1) * 3)[:, :k]
+    return words, log_probs
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_top_k_equals_full_logits(beta, x64):
+    """Value, gradient and their derivative, the other words lumped on full logits."""
+    (x, weights, bias, a), _, _ = arguments()
+    words, log_probs = words_of_a_teacher(len(x), 3, weights.shape[1])
+    rows = jnp.arange(len(x))[:, None]
+    is_known = jnp.zeros((len(x), weights.shape[1]), bool).at[rows, words].set(True)
+    target = jnp.concatenate([log_probs, jnp.log1p(-jnp.sum(jnp.exp(log_probs), 1, keepdims=True))], 1)
+
+    def full(x, weights, bias, temperature, c):
+        z = c * jnp.tanh((x @ weights + bias[None]) / c) / temperature
+        others = jax.nn.logsumexp(jnp.where(is_known, -jnp.inf, z), 1, keepdims=True)
+        return jnp.sum(a * divergence(jnp.concatenate([z[rows, words], others], 1), target, beta))
+
+    def fused(x, weights, bias, temperature, c):
+        return linear_softmax_top_k_kl_divergence(
+            x, words, log_probs, weights, bias=bias, temperature=temperature, beta=beta, token_weights=a,
+            logit_softcap=c, chunk_size=CHUNK,
+        )  # fmt: skip
+
+    args = x, weights, bias, jnp.array(1.5), jnp.array(3.0)
+
+    def derivatives(f):
+        return jax.jvp(jax.value_and_grad(f, range(5)), args, jax.tree.map(jnp.cos, args))
+
+    assert_close(*(jax.jit(functools.partial(derivatives, f))() for f in (fused, full)))
+
+
+def test_top_k_of_all_words_is_the_whole_divergence():
+    """And the tail is then of no class; a word out of range makes its token NaN, a sure tail keeps its digits."""
+    x, weights = jnp.array([[1.0, 2.0], [0.5, -1.0]]), jnp.array([[0.3, -1.0, 2.0], [1.0, 0.0, -0.5]])
+    words = jnp.array([[2, 0, 1], [0, 1, 2]])
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(x @ (2 * weights)), words, 1)
+    call = functools.partial(linear_softmax_top_k_kl_divergence, x, reduction="none")
+    whole = linear_softmax_kl_divergence(x, x, weights, 2 * weights, reduction="none")
+    np.testing.assert_allclose(call(words, log_probs, weights), whole, rtol=1e-5)
+    gradient = jax.grad(lambda w: call(words, log_probs, w).sum())(weights)
+    np.testing.assert_allclose(
+        gradient, jax.grad(lambda w: linear_softmax_kl_divergence(x, x, w, 2 * weights))(weights), rtol=1e-5
+    )
+    assert np.isnan(call(words.at[1, 0].set(3), log_probs, weights)).tolist() == [False, True]
+    bias = jnp.array([0.0, -30.0, -31.0])  # the tail has 1e-13 of both
+    found = linear_softmax_top_k_kl_divergence(
+        jnp.zeros((1, 2)), jnp.array([[0]]), jnp.log1p(-jnp.array([[1e-7]])), weights, bias=bias
+    )
+    p, q = np.exp(-30.0) + np.exp(-31.0), -np.expm1(np.float64(np.log1p(-np.float32(1e-7))))
+    np.testing.assert_allclose(found, q * np.log(q / p) + (1 - q) * np.log1p(-q) - (1 - q) * np.log1p(-p), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

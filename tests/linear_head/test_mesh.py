@@ -14,6 +14,7 @@ from jaxsoftmax import (
     linear_softmax_cross_entropy_loss,
     linear_softmax_cross_entropy_with_statistics,
     linear_softmax_kl_divergence,
+    linear_softmax_top_k_kl_divergence,
 )
 from tests.helpers import shard_map
 
@@ -162,17 +163,26 @@ def test_statistics(kind, x64):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
-def test_distillation(kind, x64):
+@pytest.mark.parametrize("top_k", [False, True])
+def test_distillation(top_k, kind, x64):
     mesh, (args, _) = Mesh((2, 4), BOTH, kind), arguments()
-    teacher = jnp.cos(args.x[:, :2]), jnp.sin(args.weights[:2])
+    teacher, of_teacher = (jnp.cos(args.x[:, :2]), jnp.sin(args.weights[:2])), (P("data"), CLASSES)
+    if top_k:
+        words = (jnp.arange(N)[:, None] + jnp.array([[0, 7, 11]])) % V
+        teacher, of_teacher = (words, jnp.log(jnp.array([[0.5, 0.2, 0.1]])) * jnp.ones((N, 1))), (P("data"), P("data"))
 
     def value_and_gradient(x, weights, teacher, **told):
         options = {"chunk_size": 3, "reduction": "mean", **told}
-        f = lambda x, weights: linear_softmax_kl_divergence(x, teacher[0], weights, teacher[1], **options)
+
+        def f(x, weights):
+            if top_k:
+                return linear_softmax_top_k_kl_divergence(x, *teacher, weights, **options)
+            return linear_softmax_kl_divergence(x, teacher[0], weights, teacher[1], **options)
+
         return jax.value_and_grad(f, (0, 1))(x, weights)
 
     wanted = jax.jit(value_and_gradient)(args.x, args.weights, teacher)
-    specs = P("data"), BOTH, (P("data"), CLASSES)
+    specs = P("data"), BOTH, of_teacher
     placed = mesh.place((args.x, args.weights, teacher), specs)
     assert_close(jax.jit(functools.partial(value_and_gradient, **mesh.told))(*placed), wanted)
 
