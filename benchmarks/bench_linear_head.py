@@ -2,8 +2,9 @@
 
 Rows that name MiB or % in place of a time: read that for ms. The error of a bfloat16 gradient is relative to its norm,
 against float64, and stands beside what rounding the exact gradient to bfloat16 costs, which no result of that dtype can
-undercut: so with `precision="highest"`. By default the gradient in the logits is rounded as well, which adds an error of
-at most that size, √2 of it in all. `--gpu-sizes` adds the sizes of large models, in bfloat16. tokamax needs Python 3.12.
+undercut: so with `precision="highest"`. By default the gradient in the logits is rounded as well, which adds an error
+of at most that size, √2 of it in all. `--gpu-sizes` adds the sizes of large models, in bfloat16. tokamax needs Python
+3.12.
 """
 
 import functools
