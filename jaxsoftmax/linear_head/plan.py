@@ -134,11 +134,10 @@ def plan(platform: str, num_tokens, features: int, vocab: int, itemsize: int, or
             budget = max(budget, token * min(2 * features, num_tokens // 4))
         fits = (budget - itemsize * features * slab) // (arrays * token + itemsize * (slab + 3 * features))
         most = min(CPU_TOKENS, max(fits, CPU_LEAST // arrays))
-    most = max(1, min(most, num_tokens))
-    if most < ALIGNMENT:
-        return Plan(most, slab)
-    aligned = -(-num_tokens // -(-num_tokens // most) // ALIGNMENT) * ALIGNMENT
-    return Plan(min(most // ALIGNMENT * ALIGNMENT, aligned), slab)
+    if num_tokens <= most:
+        return Plan(max(1, num_tokens), slab)
+    each = -(-num_tokens // -(-num_tokens // (most // ALIGNMENT * ALIGNMENT)))
+    return Plan(-(-each // ALIGNMENT) * ALIGNMENT, slab)
 
 
 def default_chunk_size(
