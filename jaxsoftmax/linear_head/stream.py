@@ -63,32 +63,21 @@ def _plan(head: Head, theta: Arrays, platform: str, order: int) -> Plan:
     return Plan(chunk, vocab if head.spread > 1 else found.slab)  # to cut slabs, XLA would gather a split one
 
 
-def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: Tokens):
-    wide, given = wide_dtype(theta), theta
-    theta, *directions = (whole(head, arrays, theta) for arrays in (theta, *directions))
-    shape = given["token_weights"].shape[:-1]
-    tokens = Tokens(*jax.tree.map(lambda row: flat(row, len(shape)), tokens[:2]), tokens.shared)
-    num_tokens, counts = math.prod(shape), tokens.valid
-    if num_tokens == 0 or theta["weights"].shape[head.vocab_axis] == 0:
+def _run(head: Head, rows, skip: bool, plan: Plan, given, directions, tokens: Tokens):
+    """Prepare, loop, collect."""
+    shape, vocab = given["token_weights"].shape[:-1], given["weights"].shape[head.vocab_axis]
+    if math.prod(shape) == 0 or vocab == 0:
         return _of_nothing(head, rows, given)
-    if skip and not head.every:
-        nonzero = jnp.any(theta["token_weights"] != 0, 1)
-        counts = nonzero if counts is None else counts & nonzero
-    if head.spread > 1 and isinstance(num_tokens, int):
-        chunks = every_nth(plan.chunk, num_tokens)
-        theta, *directions = (
-            {n: _only(counts, v) if n in LOCAL else v for n, v in a.items()} for a in (theta, *directions)
-        )
-    else:
-        chunks = in_a_row(plan.chunk, num_tokens, counts)
+    chunks, counts, theta, directions, tokens = _prepared(head, skip, plan, given, directions, tokens)
     # What the loop carries varies over the mesh from the start. Numbers are the same on all devices of the classes.
     zero, shared = zero_of((theta, directions, tokens)), zero_of(theta["token_weights"])
     like = lambda name, x: x + (zero if name in SPLIT else shared).astype(x.dtype)
+    theta, *directions = ({n: v if n in LINEAR else like(n, v) for n, v in a.items()} for a in (theta, *directions))
+    num_tokens, wide = theta["x"].shape[0], wide_dtype(given)
     dtype = lambda name: wide if name != "x" or head.exact else given["x"].dtype
     out = {n: like(n, jnp.zeros(theta[n].shape, dtype(n))) for n in rows if n != "token_weights"}
     numbers = like("", jnp.zeros((num_tokens, head.columns), wide))
     indices = like("", jnp.zeros(num_tokens, jnp.int32)) if head.columns > 1 and not directions else None
-    theta, *directions = ({n: v if n in LINEAR else like(n, v) for n, v in a.items()} for a in (theta, *directions))
 
     def step(carry):
         j, numbers, out, indices = carry
@@ -105,12 +94,24 @@ def _run(head: Head, rows, skip: bool, plan: Plan, theta, directions, tokens: To
     if chunks.order is None:
         numbers, indices = jax.tree.map(lambda row: _only(counts, row), (numbers, indices))
     if "token_weights" in rows:
-        out["token_weights"] = numbers[:, : theta["token_weights"].shape[1]]
-    return (
-        numbers.reshape(*shape, head.columns),
-        {n: added_up(head, n, out[n], given[n]).reshape(given[n].shape) for n in rows},
-        None if indices is None else indices.reshape(shape),
-    )
+        out["token_weights"] = numbers[:, : given["token_weights"].shape[-1]]
+    gradient = {n: added_up(head, n, out[n], given[n]).reshape(given[n].shape) for n in rows}
+    return numbers.reshape(*shape, head.columns), gradient, None if indices is None else indices.reshape(shape)
+
+
+def _prepared(head: Head, skip: bool, plan: Plan, given, directions, tokens: Tokens):
+    """The chunks, which tokens count, and all arrays as they are multiplied, with one axis of tokens."""
+    theta, *directions = (whole(head, arrays, given) for arrays in (given, *directions))
+    axes = given["token_weights"].ndim - 1
+    tokens = Tokens(*jax.tree.map(lambda row: flat(row, axes), tokens[:2]), tokens.shared)
+    num_tokens, counts = theta["x"].shape[0], tokens.valid
+    if skip and not head.every:
+        nonzero = jnp.any(theta["token_weights"] != 0, 1)
+        counts = nonzero if counts is None else counts & nonzero
+    if head.spread == 1 or not isinstance(num_tokens, int):
+        return in_a_row(plan.chunk, num_tokens, counts), counts, theta, directions, tokens
+    only = lambda arrays: {n: _only(counts, v) if n in LOCAL else v for n, v in arrays.items()}
+    return every_nth(plan.chunk, num_tokens), counts, only(theta), list(map(only, directions)), tokens
 
 
 def _of_nothing(head: Head, rows, theta):
