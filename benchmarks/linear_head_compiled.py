@@ -29,6 +29,7 @@ import jaxsoftmax as js
 from benchmarks.compiled import chips
 from benchmarks.compiled.cost import Cost
 from benchmarks.compiled.table import size_of, text_of
+from jaxsoftmax.linear_head import default_chunk_size
 
 Size = tuple[int, int, int]  # tokens, features, classes
 Rows = Iterator[tuple[str, Cost, Cost]]  # what, ours, the other
@@ -110,7 +111,7 @@ def with_statistics(x, labels, weights):
 
 
 def chunks_of(size: Size, chip: str) -> int:
-    return -(-size[0] // js.linear_head.default_chunk_size(*size, platform=chips.CHIPS[chip].platform))
+    return -(-size[0] // default_chunk_size(*size, platform=chips.CHIPS[chip].platform))
 
 
 def masked(size: Size, chip: str) -> Rows:

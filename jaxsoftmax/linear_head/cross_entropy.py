@@ -78,8 +78,8 @@ def linear_softmax_cross_entropy_loss(
     l is `softmax_cross_entropy_with_integer_labels`, softcap(z) = c tanh(z / c). Value with gradient takes three
     matrix products, the value alone one. Differentiable in every floating argument, in both modes and to any order.
     On a mesh the work is divided. Where its axes are of type Explicit, types tell how; where they are of type Auto,
-    `token_axes` and `class_axes` do (with neither, XLA divides tokens and classes, but adds up the gradient of the
-    weights once per chunk, holds it twice, and passes over ignored tokens too). Gradients come back split as their
+    `token_axes` and `class_axes` do (with neither, XLA divides tokens and classes, but gradients travel in the loss's
+    dtype, that of x chunk by chunk, and ignored tokens are passed over too). Gradients come back split as their
     arguments.
 
     Args:

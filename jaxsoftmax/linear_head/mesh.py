@@ -205,11 +205,13 @@ def added_up(head: Head, name: str, row: Array, argument: Array) -> Array:
     axes, row = head.axes, row.astype(argument.dtype) if name in ("x", "weights") and not head.exact else row
     if axes.copies and name not in SPLIT:
         row = varying(row / lax.psum(1, axes.classes), frozenset(axes.classes))
+    elif name == "x":
+        row = total(row, () if axes.copies else axes.classes)
     elif name == "weights" and axes.gathered:
         row = total(row, tuple(axis for axis in axes.tokens if axis not in axes.gathered))
         row = lax.psum_scatter(row, axes.gathered, scatter_dimension=1 - head.vocab_axis, tiled=True)
-    else:
-        row = total(row, axes.summed(name))
+    elif name != "token_weights":
+        row = total(row, axes.tokens)
     return row.astype(argument.dtype)
 
 

@@ -45,12 +45,6 @@ class Axes(NamedTuple):
     gathered: tuple[str, ...] = ()
     copies: bool = False
 
-    def summed(self, name: str) -> tuple[str, ...]:
-        """Axes over which what the devices find for the gradient in the argument `name` is to be added up."""
-        if name == "x":
-            return () if self.copies else self.classes
-        return () if name == "token_weights" else self.tokens
-
 
 class Head(NamedTuple):
     """What is static in a linear head: how logits become numbers per token, and how the work is divided.
