@@ -94,6 +94,8 @@ def main() -> None:
             numbers = f"{found.products:.3f} | {found.temp:.1f} | {found.sent:.2f} | {bound(mesh) / 2**20:.2f}"
             print(f"| {name} | {numbers} |", flush=True)
     alone = arguments((1, 1))
+    on_no_mesh = compiled([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in alone]).memory_analysis()
+    print(f"\non no mesh: {on_no_mesh.temp_size_in_bytes / 2**20:.1f} MiB")
     one = processor_time(compiled(alone), alone)
     print()
     for mesh in ((8, 1), (2, 4), (1, 8)):
