@@ -57,19 +57,12 @@ def linear_softmax_kl_divergence(
       target_x: hidden states of the teacher (..., D̃).
       weights: of the student, (D, V), or (V, D) with `vocab_axis=0`.
       target_weights: of the teacher, (D̃, V), or (V, D̃) with `vocab_axis=0`.
-      bias: (V,).
-      target_bias: (V,).
+      bias, target_bias: (V,).
       temperature: T > 0.
       beta: β in [0, 1], a number.
-      logit_softcap: c > 0 of the student's logits, c tanh(z / c); None for no cap.
-      target_softcap: the same of the teacher's.
-      reduction: "none", "sum", or "mean", which divides by the sum of the token weights.
-      token_weights: broadcast to (...). Tokens of weight 0 cost nothing while they are not differentiated.
-      chunk_size: tokens whose logits exist at once; None chooses by `default_chunk_size`.
-      vocab_axis: the axis of both weights that counts the classes.
-      precision: of the matrix products, as in `linear_softmax_cross_entropy_loss`.
-      axis_name, token_axes, class_axes: how the call lies on a mesh, as in `linear_softmax_cross_entropy_loss`; the
-        teacher's arrays are split as the student's.
+      logit_softcap, target_softcap: c > 0 of the student's and the teacher's logits, c tanh(z / c); None for no cap.
+      reduction, token_weights, chunk_size, vocab_axis, precision, axis_name, token_axes, class_axes: as in
+        `linear_softmax_cross_entropy_loss`; the teacher's arrays lie as the student's.
 
     Returns:
       The reduced divergence, or the divergences (...). Differentiable in x, weights, bias, token_weights,

@@ -309,28 +309,6 @@ def test_statistics(x64):
     assert_close(hvp(lambda w: call(x, labels, w)[0]), hvp(lambda w: plain(w)))
 
 
-def test_distillation(x64):
-    """Against Σ q (log q - log p) on full logits, temperature 2, in value, gradient and Hessian-vector product."""
-    (x, weights, bias, a), _, _ = arguments()
-    target_x, target_weights = jnp.cos(x[:, :2]).at[0].mul(90), jnp.sin(weights[:2])
-
-    def plain(x, weights, bias, a):
-        logp = jax.nn.log_softmax((x @ weights + bias[None]) / 2)
-        logq = jax.nn.log_softmax(target_x @ target_weights / 2)
-        return jnp.sum(a * jnp.sum(jnp.exp(logq) * (logq - logp), 1))
-
-    def streamed(x, weights, bias, a):
-        options = {"bias": bias, "token_weights": a, "temperature": 2.0, "chunk_size": CHUNK}
-        return linear_softmax_kl_divergence(x, target_x, weights, target_weights, **options)
-
-    def derivatives(f):
-        grad = jax.value_and_grad(f, (0, 1, 2, 3))
-        args = (x, weights, bias, a)
-        return jax.jvp(grad, args, jax.tree.map(jnp.sin, args))
-
-    assert_close(jax.jit(lambda: derivatives(streamed))(), jax.jit(lambda: derivatives(plain))())
-
-
 @pytest.mark.parametrize("size", one_in(2, [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)]))
 def test_nothing_in_it(size):
     """No tokens, no features, no classes: gradients 0, the loss that of the logits."""

@@ -28,25 +28,25 @@ def divergence(z, target, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_equals_full_logits(beta, x64):
-    """Value, gradient and their derivative, in x, weights, bias, temperature and the student's cap."""
+    """Value, gradient and their derivative, in all that is not the teacher's."""
     (x, weights, bias, a), _, _ = arguments()
     target_x, target_weights = jnp.cos(x[:, :2]).at[0].mul(9), jnp.sin(weights[:2])
     cap = lambda z, c: c * jnp.tanh(z / c)
 
-    def full(x, weights, bias, temperature, c):
+    def full(x, weights, bias, a, temperature, c):
         z, target = cap(x @ weights + bias[None], c), cap(target_x @ target_weights, 4.0)
         return jnp.sum(a * divergence(z / temperature, target / temperature, beta))
 
-    def fused(x, weights, bias, temperature, c):
+    def fused(x, weights, bias, a, temperature, c):
         return linear_softmax_kl_divergence(
             x, target_x, weights, target_weights, bias=bias, temperature=temperature, beta=beta, token_weights=a,
             logit_softcap=c, target_softcap=4.0, chunk_size=CHUNK,
         )  # fmt: skip
 
-    args = x, weights, bias, jnp.array(1.5), jnp.array(3.0)
+    args = x, weights, bias, a, jnp.array(1.5), jnp.array(3.0)
 
     def derivatives(f):
-        return jax.jvp(jax.value_and_grad(f, range(5)), args, jax.tree.map(jnp.cos, args))
+        return jax.jvp(jax.value_and_grad(f, range(6)), args, jax.tree.map(jnp.cos, args))
 
     assert_close(*(jax.jit(functools.partial(derivatives, f))() for f in (fused, full)))
 
