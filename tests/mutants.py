@@ -87,8 +87,8 @@ cross-entropy: class weight dropped from smoothed labels | contract/test_losses.
   - return y if weights is None else weights * y
   + return y
 cross-entropy: smoothing spread over masked classes too | contract/test_losses.py -k 'compressed and integer'
-  - uniform = smooth / jnp.maximum(num.class_sum(exists.astype(z.dtype), axis), 1)
-  + uniform = smooth / num.class_sum(jnp.ones_like(z), axis)
+  - count = jnp.maximum(num.class_sum(exists.astype(y.dtype), axis), 1)
+  + count = num.class_sum(jnp.ones_like(y), axis)
 cross-entropy: z-loss without its square | contract/test_losses.py -k 'combination and integer'
   - * logsumexp_of(wide, axis) ** 2
   + * logsumexp_of(wide, axis)
@@ -186,14 +186,14 @@ linear head: class weight dropped from the gradient | linear_head/test_cross_ent
 linear head: the mean of the tangent dropped from the Hessian | linear_head/test_cross_entropy.py -k equals_full_logits
   - jnp.exp(num.shift(u, m)) * (du - at_top)
   + jnp.exp(num.shift(u, m)) * at_top
-[linear_head/call.py]
+[linear_head/derivatives.py]
 linear head: mean over all tokens | linear_head/test_cross_entropy.py -k 'equals_full_logits or nothing_counted'
   - counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))
   + counted = jnp.sum(jnp.ones_like(a))
-[linear_head/plan.py]
+[linear_head/mesh.py]
 linear head: the gradient in x is not added up over the classes' devices | linear_head/test_mesh.py -k equals_one_device
-  - return () if self.copies else self.classes
-  + return ()
+  - row = total(row, () if axes.copies else axes.classes)
+  + row = total(row, ())
 """
 BLOCK = re.compile(r"(.+) \| (.+)\n((?:  - .*\n)+)((?:  \+ .*\n)+)")
 
