@@ -129,11 +129,18 @@ def mesh_axes(x) -> frozenset[str]:
     return varying_axes(jax.typeof(x))
 
 
-def varying(x: Array, axes: frozenset[str]) -> Array:
-    """x as an array that varies over the mesh axes: each device has a copy of its own to differentiate in."""
-    missing = tuple(axes - mesh_axes(x))
-    if not missing:
-        return x
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, missing, to="varying")
-    return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]  (JAX before 0.10)
+def varying(arrays: Any, axes: frozenset[str]) -> Any:
+    """The arrays of a tree as ones that vary over the mesh axes: each device has a copy of its own to differentiate in.
+
+    A loop inside shard_map asks it of what it starts with ("carry input and carry output must have equal types").
+    """
+
+    def of(x):
+        missing = tuple(axes - mesh_axes(x))
+        if not missing:
+            return x
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]  (JAX before 0.10)
+
+    return jax.tree.map(of, arrays)

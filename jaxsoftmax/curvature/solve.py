@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.plumbing import tied, zeros_like
+from jaxsoftmax._core.plumbing import mesh_axes, tied, varying, zeros_like
 from jaxsoftmax.curvature.vectors import Product, axpy, conformed, dot, exponent, ldexp, norm, scale, scale_of, scaled
 
 
@@ -128,10 +128,9 @@ def _solve(A, M, b, x, tol, max_steps):
         return end, begin.size, again
 
     started, start = x is not None, jax.tree.map(zeros_like, b) if x is None else ldexp(x, -unit)
-    begin = _Iterate(start, b, b, size, size, jnp.int32(0), jnp.array(False))
-    end, true_size, _ = lax.while_loop(
-        lambda state: state[-1], run, (begin, jnp.full_like(size, jnp.inf), jnp.array(True))
-    )
+    steps, no, yes, unknown = varying((jnp.int32(0), False, True, jnp.full_like(size, jnp.inf)), mesh_axes(size))
+    begin = _Iterate(start, b, b, size, size, steps, no)
+    end, true_size, _ = lax.while_loop(lambda state: state[-1], run, (begin, unknown, yes))
     residual = true_size / jnp.where(size == 0, 1.0, size)
     return ldexp(end.x, unit), (end.steps, residual, residual <= tol, ldexp(axpy(-1.0, end.r, b), of_b))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, dtypes
+from jaxsoftmax._core.plumbing import mesh_axes, varying
 
 Product = Callable[[Any], Any]
 
@@ -77,7 +78,8 @@ def scale_of(product: Product, probe: Any) -> Array:
         shift = jnp.where(tries == 0, 0, jnp.where(size < 1, far, -far))
         return shift, _largest(product(ldexp(probe, shift))).astype(first.dtype), tries + 1
 
-    shift, size, _ = lax.while_loop(unknown, attempt, (jnp.int32(0), first, jnp.int32(0)))
+    start = jnp.int32(0), first, jnp.int32(0)  # inside shard_map as different on each device as the probe
+    shift, size, _ = lax.while_loop(unknown, attempt, varying(start, mesh_axes(_largest(probe))))
     return jnp.frexp(size)[1] - shift
 
 
