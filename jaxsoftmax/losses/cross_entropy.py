@@ -255,15 +255,12 @@ def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, 
     return jnp.where(num.class_index(z, axis) == label, -rest, jnp.exp(num.shift(z, m))) / total
 
 
-def _label_gradient_fwd(z, label, m, rest, total, axis):
-    return label_gradient(z, label, m, rest, total, axis), (z, m, total)
-
-
 def _label_gradient_bwd(axis, residuals, g):
-    return jacobian_product(g, probabilities(*residuals, axis), axis), None, None, None, None
+    z, _, m, _, total = residuals
+    return jacobian_product(g, probabilities(z, m, total, axis), axis), None, None, None, None
 
 
-label_gradient.defvjp(_label_gradient_fwd, _label_gradient_bwd)
+label_gradient.defvjp(None, _label_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(2,))

@@ -154,15 +154,12 @@ def _square(errors: Array) -> Array:
     return errors * errors
 
 
-def _square_fwd(errors):
-    return _square(errors), errors
-
-
-def _square_bwd(errors, ct):
+def _square_bwd(residuals, ct):
+    (errors,) = residuals
     return (2 * errors * ct,)
 
 
-_square.defvjp(_square_fwd, _square_bwd)
+_square.defvjp(None, _square_bwd)
 
 
 @custom_vjp

@@ -224,17 +224,14 @@ def dense_jacobian(p: Array) -> Array:
     return jnp.where(_same(diagonal, -2, -1), diagonal, -(p[..., None] * p[..., None, :]))
 
 
-def _dense_jacobian_fwd(p):
-    return dense_jacobian(p), p
-
-
-def _dense_jacobian_bwd(p, g):
+def _dense_jacobian_bwd(residuals, g):
+    (p,) = residuals
     # d(diag(p) - ppᵀ) = diag(dp) - dp pᵀ - p dpᵀ
     rows = jnp.sum(g * p[..., None, :], -1) + jnp.sum(g * p[..., None], -2)
     return (jnp.diagonal(g, axis1=-2, axis2=-1) - rows,)
 
 
-dense_jacobian.defvjp(_dense_jacobian_fwd, _dense_jacobian_bwd)
+dense_jacobian.defvjp(None, _dense_jacobian_bwd)
 
 
 @compiled
