@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, shard_map
+from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, only, shard_map
 from tests.registry import CASES, HEADS, case_id
 
 DEFAULT = CASES[::6]  # the same in every test, since the tests of a case share `computed`
 
 
 def over(cases: list):
-    marked = [case if case in DEFAULT else pytest.param(case, marks=pytest.mark.slow) for case in cases]
-    return pytest.mark.parametrize("case", marked, ids=case_id)
+    return pytest.mark.parametrize("case", only(DEFAULT, cases), ids=case_id)
 
 
 BATCHED = [c for c in CASES if c.batched]
@@ -124,8 +123,7 @@ def test_jit(case, x64):
 
 
 @pytest.mark.slow
-@over(CASES)
-@pytest.mark.parametrize("mode", ["fwd", "rev"])
+@pytest.mark.parametrize("case, mode", [*((c, "rev") for c in CASES), *((c, "fwd") for c in CASES[::3])], ids=case_id)
 def test_order_three(case, mode, x64):
     args = case.cast("float64")
 

@@ -25,7 +25,7 @@ CONCAVE = losses.softmax_entropy
 _rng = np.random.default_rng(5)
 Z, X, V = _rng.normal(size=(3, B, K)) * 1.5
 Y = _rng.dirichlet(np.ones(K), size=B)
-TRANSFORMS = ({}, {"logit_softcap": 2.0}, {"logit_temperature": 1.5}, {"logit_softcap": 2.0, "logit_temperature": 1.5})
+TRANSFORMS = ({}, {"logit_softcap": 2.0, "logit_temperature": 1.5})
 
 
 def arrays(*args) -> tuple:
@@ -51,11 +51,7 @@ def dense(head, logit_softcap=None, logit_temperature=1.0):
 
 
 @pytest.mark.parametrize("head", one_in(3, WITH_HESSIAN), ids=lambda head: head.name)
-@pytest.mark.parametrize(
-    "transform",
-    one_in(4, TRANSFORMS, 3),
-    ids=lambda t: "+".join(t) or "plain",
-)
+@pytest.mark.parametrize("transform", one_in(2, TRANSFORMS, 1), ids=lambda t: "+".join(t) or "plain")
 def test_every_method_against_the_dense_hessian(head, transform, x64):
     (z, v, *args), options = arrays(Z, V, *head.args), options_of(head)
     want = dense(head, **transform)
@@ -85,7 +81,7 @@ def test_every_method_against_the_dense_hessian(head, transform, x64):
 
 
 @pytest.mark.parametrize("head", one_in(3, WITH_HESSIAN, 1), ids=lambda head: head.name)
-@pytest.mark.parametrize("transform", TRANSFORMS[::3], ids=lambda t: "+".join(t) or "plain")
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: "+".join(t) or "plain")
 def test_gauss_newton_is_a_square(head, transform, x64):
     """L Lᵀ = G, L and Lᵀ transposes of each other; G is the Hessian where that is convex and nothing caps it."""
     (z, v, *args), options = arrays(Z, V, *head.args), options_of(head)

@@ -209,5 +209,5 @@ CASES = [
 ]
 
 
-def case_id(case: Case) -> str:
-    return case.name
+def case_id(case) -> str:
+    return getattr(case, "name", case)
