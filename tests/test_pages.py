@@ -7,11 +7,12 @@ import importlib.util
 import inspect
 import io
 import re
-import sys
 import tomllib
 from decimal import Decimal
 from pathlib import Path
 
+import api_pages
+import digits
 import jax
 import pytest
 
@@ -19,11 +20,6 @@ import jaxsoftmax
 from jaxsoftmax import losses
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-
-import api_pages  # noqa: E402 (after the path)
-import digits  # noqa: E402
-
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]

@@ -1,14 +1,11 @@
 """The examples in Equinox and Flax NNX: they learn, and the fused head gives the losses of the full one."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the frameworks, on other JAX versions than their own

@@ -1,15 +1,10 @@
 """examples/backprop_by_hand.py and examples/second_order.py: short runs, what they print, the pictures they leave."""
 
 import re
-import sys
-from pathlib import Path
 
+import backprop_by_hand
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import backprop_by_hand  # noqa: E402 (after the path)
-import second_order  # noqa: E402
+import second_order
 
 
 @pytest.mark.slow

@@ -1,14 +1,10 @@
 """The MeanFlow example: the loss falls, and there is a picture."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the framework, on other JAX versions than its own

@@ -12,20 +12,17 @@ import sys
 import time
 from pathlib import Path
 
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_digits
+from _common import FileError, load_checkpoint, read_idx, read_idx_pair, save_checkpoint
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import _common  # noqa: E402 (after the path)
-import train_digits  # noqa: E402
-from _common import FileError, load_checkpoint, read_idx, read_idx_pair, save_checkpoint  # noqa: E402
-
 QUICK = ["--epochs", "2", "--hidden", "16", "--batch-size", "256"]
 
 

@@ -2,16 +2,12 @@
 
 import pydoc_data.topics
 import re
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import train_language_model as example  # noqa: E402 (after the path)
+import train_language_model as example
 
 QUICK = ["--vocabulary", "600", "--features", "16", "--hidden", "32", "--steps", "60", "--batch-size", "512"]
 
