@@ -43,6 +43,7 @@ OTHERS = {
     ("jensen_shannon_divergence", "value"): 4,
     # (z - max z)/T is rounded, and of the size of 24 in a tail, in float64 of 280; T = 2.5 is no power of 2.
     ("softmax_kl_divergence(options)", "hvp"): 40,
+    ("softmax_entropy(options)", "hvp"): 40,
     ("softmax_kl_divergence(options)", "hvp", "float64"): 400,
     ("jensen_shannon_divergence(options)", "hvp"): 60,
     ("jensen_shannon_divergence(options)", "hvp", "float64"): 400,
