@@ -213,11 +213,12 @@ def of_top_k(beta: float, head: Head, z: Array, constants: Any, options: Arrays)
     u, slope = prepared(z, options)
     local, size = indices - num.first_class(z, axis), z.shape[1]
     at = jnp.arange(len(z))[:, None], jnp.where((local >= 0) & (local < size), local, size)
+    known, _ = prepared(num.take_class(z, indices, axis), options)
+    known, u = lax.optimization_barrier((known, u))  # taken before the scatter, which needs no copy of u then
     rest = u.at[at].set(-jnp.inf, mode="drop")
     others = distribution(rest, axis)
     log_sum = jnp.where(others.m == -jnp.inf, -jnp.inf, others.m + others.log_total)
     shares = jnp.where(rest == -jnp.inf, 0.0, others.probs)
-    known, _ = prepared(num.take_class(z, indices, axis), options)
     losses, g = _divergence(beta, jnp.concatenate([known, log_sum], 1), target, 1)
     return Facts((losses,), (slope * (shares * g[:, -1:]).at[at].set(g[:, :-1], mode="drop"),))
 
