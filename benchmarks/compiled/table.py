@@ -39,6 +39,10 @@ class Found:
     undecided: bool
 
     @property
+    def key(self) -> tuple:
+        return self.name, self.mode, self.dtype, self.size
+
+    @property
     def ratio(self) -> float:
         return self.seconds[0] / self.seconds[1]
 
@@ -71,7 +75,9 @@ def found(pair: rows.Pair, mode: str, dtype: str, size: tuple[int, ...], chip: s
     )
 
 
-def lines(pairs: Sequence[rows.Pair], options: argparse.Namespace) -> Iterator[tuple[str, list[Found]]]:
+def lines(
+    pairs: Sequence[rows.Pair], options: argparse.Namespace, known: dict[tuple, Found]
+) -> Iterator[tuple[str, list[Found]]]:
     """For each function, dtype and size: the line of the table, and what stands in it."""
     wanted = [
         (pair, dtype, size, [mode for mode in pair.modes if mode in options.mode])
@@ -84,7 +90,7 @@ def lines(pairs: Sequence[rows.Pair], options: argparse.Namespace) -> Iterator[t
         row = []
         for mode in modes:
             progress(f"{done} of {everything} compared; {pair.name} {mode} {dtype} {text_of(size)}")
-            row.append(found(pair, mode, dtype, size, options.chip))
+            row.append(known.get((pair.name, mode, dtype, size)) or found(pair, mode, dtype, size, options.chip))
             done += 1
         progress("")
         cells = {result.mode: result.cell() for result in row}
@@ -136,6 +142,17 @@ def ratios_alone(results: list[Found]) -> str:
     )
 
 
+def read(path: Path, chip: str) -> dict[tuple, Found]:
+    """What an interrupted run left in its file, by what is compared."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if (record["chip"], record["jax"]) != (chip, jax.__version__):
+        raise ValueError(f"{path} has bounds on {record['chip']} by jax {record['jax']}: name another file")
+    rows_ = (Found(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in record["rows"])
+    return {r.key: r for r in rows_}
+
+
 def size_of(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.replace("×", "x").split("x"))
 
@@ -152,21 +169,26 @@ def main(arguments: Sequence[str]) -> None:
         "--size", nargs="+", type=size_of, metavar="N×K", help=f"of {[*map(text_of, rows.SIZES)]} (all)"
     )
     parser.add_argument("--ratios", action="store_true", help="print the short table of the documentation at the end")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well, after each of them")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the rows here too; what it holds is not compiled again"
+    )
     options = parser.parse_args(arguments)
     try:
         pairs = rows.names(tuple(options.names))
         chips.devices(options.chip)
+        known = read(options.json, options.chip) if options.json else {}
     except (ValueError, ImportError) as error:
         raise SystemExit(str(error)) from None
     print(f"bounds on {options.chip}, jax {jax.__version__}; ratio (kernels, passes), ours for theirs\n")
     print(f"| | | {' | '.join(options.mode)} |\n|---|---|{'---|' * len(options.mode)}", flush=True)
     results: list[Found] = []
-    for line, row in lines(pairs, options):
+    for line, row in lines(pairs, options, known):
         print(line, flush=True)
         results += row
+        known |= {r.key: r for r in row}
         if options.json:
-            record = {"chip": options.chip, "jax": jax.__version__, "rows": [dataclasses.asdict(r) for r in results]}
+            held = [dataclasses.asdict(r) for r in known.values()]
+            record = {"chip": options.chip, "jax": jax.__version__, "rows": held}
             options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("", summary(results, options.chip), sep="\n")
     if options.ratios:
