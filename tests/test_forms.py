@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 import jaxsoftmax as js
-from jaxsoftmax._core import forms, forms_of_two
+from jaxsoftmax._core import centring, forms, forms_of_two
 
 INF = np.inf
 Z = np.array(
@@ -22,9 +22,9 @@ MASK = np.array([[True, True, False]] * len(Z))
 
 @pytest.fixture
 def as_elsewhere(monkeypatch):
-    """Programs lowered for this CPU get the lines that other machines get."""
+    """Programs lowered for this CPU get the lines that a GPU gets."""
     chosen = jax.lax.platform_dependent
-    plain = lambda *args, default, **_: default(*args)
+    plain = lambda *args, default, cuda=None, **_: (cuda or default)(*args)
 
     def switch(on: bool):
         jax.clear_caches()  # rules are traced once
@@ -43,6 +43,8 @@ def everything(dtype):
         "integer": lambda z: js.softmax_cross_entropy_with_integer_labels(z, LABELS),
         "soft": lambda z: js.softmax_cross_entropy(z, y),
         "entropy": js.softmax_entropy,
+        "focal": lambda z: js.focal_loss_with_integer_labels(z, LABELS),
+        "poly": lambda z: js.poly_loss_cross_entropy(z, y),
         "brier": lambda z: js.brier_loss(z, y),
         "kl": lambda z: js.softmax_kl_divergence(z, x),
         "jensen_shannon": lambda z: js.jensen_shannon_divergence(z, x),
@@ -84,7 +86,6 @@ PAIRS = {
     "shift": (lambda z, m: jnp.exp(forms.shift(z, m)), arguments(Z)),
     "leave_top_out": (functools.partial(forms.leave_top_out, axis=1), arguments(Z)),
     "maximum": (functools.partial(forms.maximum, axes=(1,)), [jnp.asarray(Z, jnp.bfloat16)]),
-    "result": (forms.result, [jnp.asarray([*Z[3], np.nan, -0.0], jnp.float32)]),
     "apart": (lambda *a: jnp.clip(forms_of_two.apart(*a)[2], -1e30, 1e30), arguments(Z, X)),
 }
 
@@ -97,6 +98,18 @@ def test_each_pair(as_elsewhere, name):
         as_elsewhere(on)
         found.append(np.asarray(jax.jit(lambda *a: form(*a))(*args), np.float64))
     np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", [centring._in_one_kernel, centring._in_one_pass, centring._in_two_passes])
+def test_each_form_of_a_vector_measured_from_its_mean(form):
+    """v - r, 0 at the top class, and its mean under p."""
+    p = np.array([[0.25, 0.5, 0.25], [1 - 1e-6, 1e-6, 0.0], [0.0, 1.0, 0.0]], np.float32)
+    v = np.array([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0], [7.0, 1e20, 8.0]], np.float32)
+    w, mean = form(jnp.asarray(v), jnp.asarray(p), axis=1, above=0.5)
+    top = p > 0.5
+    expected = np.where(top, 0.0, v - np.sum(v, -1, where=top, keepdims=True))
+    np.testing.assert_allclose(w, expected, rtol=1e-6)
+    np.testing.assert_allclose(mean, np.sum(p * expected, -1, keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.6 leaves a choice by a constant, which XLA takes out")

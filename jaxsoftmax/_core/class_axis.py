@@ -10,7 +10,9 @@ through them. What crosses the mesh is one number per example and reduction, the
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from jax import Array, lax
 from jaxsoftmax._core import checks, dtypes, forms
 from jaxsoftmax._core.plumbing import aligned, mesh_axes, sharded_like, split_axes_of
 
-below, on_gpu, result, settled, shift = forms.below, forms.on_gpu, forms.result, forms.settled, forms.shift
+below, on_gpu, settled, shift = forms.below, forms.on_gpu, forms.settled, forms.shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +141,19 @@ def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
 def total(e: Array, known: Array, axis: Axis) -> Array:
     """Σe; over a mesh what is `known` of it, since a sum crosses."""
     return known if is_split(axis) else forms.total(e, known, positions(axis))
+
+
+def in_one_kernel(x: Array, axis: Axis) -> bool:
+    """Whether a row of x is short enough for XLA's GPU compiler to make one kernel of what is done with it."""
+    size = math.prod(x.shape[i] for i in positions(axis))
+    return not is_split(axis) and isinstance(size, int) and size <= forms.ROWS
+
+
+def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array) -> tuple:
+    """`known` = find(*arrays, axis) and the arrays, for a derivative beside the value."""
+    if not in_one_kernel(arrays[0], axis):
+        return known, *arrays
+    return forms.afresh(functools.partial(find, axis=axis), known, *arrays)
 
 
 def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:

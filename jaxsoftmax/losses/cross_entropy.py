@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import jacobian_product, less
+from jaxsoftmax._core.centring import gradient_product, jacobian_product, less
 from jaxsoftmax._core.plumbing import sharded_like, traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
@@ -242,8 +242,13 @@ def _label_loss_fwd(z, label, axis):
 
 
 def _label_loss_bwd(axis, residuals, ct):
-    ct, (z, label, m, rest, total) = num.shared_cotangent(ct, axis), residuals
-    return ct * label_gradient(z, label, m, rest, total, axis), None
+    return gradient_product(ct, label_gradient, _label_loss_along, axis, *residuals), None
+
+
+def _label_loss_along(z, label, m, rest, total, t, axis):
+    at_label, e = num.class_index(z, axis) == label, jnp.exp(num.shift(z, m))
+    others = num.class_sum(jnp.where(at_label, 0.0, e * t), axis)
+    return (others - rest * num.class_sum(jnp.where(at_label, t, 0.0), axis)) / total
 
 
 label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
@@ -270,8 +275,7 @@ def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
     # A choice at each class would end XLA's kernel. y is multiplied by numbers below the limit, twice at -inf.
     limit = dtypes.largest(m.dtype)
     below = jnp.minimum(-num.below(z, m), 0.9999 * limit)
-    surprise = jnp.log1p(s) + below
-    return num.class_sum(y * surprise * jnp.maximum(below - 0.9998 * limit, 1), axis)
+    return num.class_sum(y * (jnp.log1p(s) + below) * jnp.maximum(below - 0.9998 * limit, 1), axis)
 
 
 def _soft_label_loss_fwd(z, y, axis):
@@ -280,6 +284,7 @@ def _soft_label_loss_fwd(z, y, axis):
 
 def _soft_label_loss_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
+    (m, s), z = num.afresh(moments, (m, s), axis, z)
     (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     surprise = -log_softmax_of(z, axis)
     return scaled_soft_label_gradient(ct, z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)

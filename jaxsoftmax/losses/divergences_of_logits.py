@@ -205,6 +205,7 @@ def _kl_fwd(x, z, axis):
 
 def _kl_bwd(axis, residuals, ct):
     ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
+    sums, x, z = num.afresh(compare, sums, axis, x, z)
     ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
     _, q = distributions(x, z, sums, axis)
     dz = -4 * jacobian_product(ratio / 4, q, axis)  # differences of ρ/4 do not overflow
@@ -227,6 +228,7 @@ def _jensen_shannon_fwd(x, z, axis):
 
 def _jensen_shannon_bwd(axis, residuals, ct):
     ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
+    sums, x, z = num.afresh(compare, sums, axis, x, z)
     ratio = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3)  # p or q is 0 beyond
     p, q = distributions(x, z, sums, axis)
     dx, dz = (jacobian_product(log_double_sigmoid(v), of, axis) for v, of in ((ratio, p), (-ratio, q)))

@@ -140,6 +140,7 @@ def _entropy_fwd(z, axis):
 
 def _entropy_bwd(axis, residuals, ct):
     z, m, s = residuals
+    (m, s), z = num.afresh(moments, (m, s), axis, z)
     return (entropy_gradient(num.shared_cotangent(ct, axis), z, m, s, axis),)
 
 
@@ -192,6 +193,7 @@ def _brier_fwd(z, y, axis):
 
 def _brier_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
+    (m, s), z = num.afresh(moments, (m, s), axis, z)
     (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     return brier_gradient(ct, z, y, m, s, axis), -ct * error(z, y, m, s, axis)
 

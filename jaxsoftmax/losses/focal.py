@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import centred, jacobian_product
+from jaxsoftmax._core.centring import centred, gradient_product, jacobian_product
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
@@ -160,8 +160,13 @@ def _margin_fwd(z, label, axis):
 
 
 def _margin_bwd(axis, residuals, ct):
-    ct, (z, label, m, rest) = num.shared_cotangent(ct, axis), residuals
-    return ct * margin_gradient(z, label, m, rest, axis), None
+    return gradient_product(ct, margin_gradient, _margin_along, axis, *residuals), None
+
+
+def _margin_along(z, label, m, rest, t, axis):
+    at_label, e = num.class_index(z, axis) == label, jnp.exp(num.shift(z, m))
+    of_label, of_others = (num.class_sum(jnp.where(at_label, *pair), axis) for pair in ((t, 0.0), (0.0, e * t)))
+    return (1 + 0 * rest) * of_label - of_others / _left(rest)
 
 
 margin.defvjp(_margin_fwd, _margin_bwd)
@@ -176,8 +181,11 @@ def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: num.Axi
 @custom_vjp(nondiff_argnums=(4,))
 def others(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
     """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
-    left = jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
-    return num.other_classes(z, label, axis) * jnp.exp(num.shift(z, m)) / left
+    return num.other_classes(z, label, axis) * jnp.exp(num.shift(z, m)) / _left(rest)
+
+
+def _left(rest: Array) -> Array:
+    return jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
 
 
 def _others_fwd(z, label, m, rest, axis):
@@ -204,6 +212,7 @@ def _missed_fwd(z, y, axis):
 
 def _missed_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
+    (m, s), z = num.afresh(moments, (m, s), axis, z)
     return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * one_minus_p(z, m, s, axis)
 
 

@@ -20,7 +20,7 @@ from jaxsoftmax._core import dtypes
 Exact = float | Literal["at most 2"] | None
 
 Solver = Callable[[Callable[[Array], Array], Array], Array]  # (newton, start) -> solution
-ROUNDS, FUSED = 8, 16384
+ROUNDS = 8
 
 
 def solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
@@ -36,8 +36,7 @@ def solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
         once = lambda state: (~state[0], loop(z, alpha))  # a branch would copy p
         return lax.while_loop(lambda state: state[0], once, (jnp.any(jnp.isnan(p)), p))[1]
 
-    num_classes = z.shape[axis.positions[0]]
-    if exact is None or axis.mesh_axes or not isinstance(num_classes, int) or num_classes > FUSED:
+    if exact is None or not num.in_one_kernel(z, axis):
         return loop(z, alpha)
     return num.on_gpu(in_one_kernel, loop, z, alpha)
 

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core.centring import about_centred, centred_transpose, jacobian_product
+from jaxsoftmax._core.centring import about_centred, centred_transpose, gradient_product, jacobian_product
 from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
@@ -224,7 +224,7 @@ def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
 
 def _probabilities_fwd(z, m, total, axis):
     p = probabilities(z, m, total, axis)
-    return num.result(p), p
+    return p, p
 
 
 def _probabilities_bwd(axis, p, g):
@@ -234,10 +234,22 @@ def _probabilities_bwd(axis, p, g):
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
+@custom_vjp(nondiff_argnums=(1,))
 def softmax_of(z: Array, axis: num.Axis) -> Array:
-    m = num.top(z, axis)
-    total = num.class_sum(jnp.exp(num.shift(lax.stop_gradient(z), m)), axis)
-    return probabilities(z, m, total, axis)
+    e = jnp.exp(num.shift(z, num.top(z, axis)))
+    return e / num.class_sum(e, axis)
+
+
+def _softmax_fwd(z, axis):
+    p = softmax_of(z, axis)
+    return p, num.afresh(softmax_of, p, axis, z)[0]
+
+
+def _softmax_bwd(axis, p, g):
+    return (jacobian_product(g, p, axis),)
+
+
+softmax_of.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 @custom_vjp(nondiff_argnums=(1,))
@@ -248,7 +260,7 @@ def log_softmax_of(z: Array, axis: num.Axis) -> Array:
 
 def _log_softmax_fwd(z, axis):
     logp = log_softmax_of(z, axis)
-    return num.result(logp), logp
+    return logp, num.afresh(log_softmax_of, logp, axis, z)[0]
 
 
 def _log_softmax_bwd(axis, logp, g):
@@ -292,7 +304,11 @@ def _logsumexp_fwd(z, axis):
 
 def _logsumexp_bwd(axis, residuals, g):
     z, m, s = residuals
-    return (num.shared_cotangent(g, axis) * probabilities(z, m, 1 + s, axis),)
+    return (gradient_product(g, probabilities, _mean_of, axis, z, m, 1 + s),)
+
+
+def _mean_of(z, m, total, t, axis):
+    return num.class_sum(jnp.exp(num.shift(z, m)) * t, axis) / total
 
 
 logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
