@@ -28,6 +28,25 @@ def cost(text: str, chip: Chip = GPU, rounds: int = 1):
     return cost_of(parse("HloModule test, entry_computation_layout={(f32[8]{0})->f32[8]{0}}\n" + text), chip, rounds)
 
 
+def test_a_fusion_that_runs_beside_others_reads_what_it_slices():
+    text = """
+%take (p: f32[64,8], i: s32[]) -> f32[2,8] {
+  %p = f32[64,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %r = f32[2,8]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={2,8}
+}
+
+ENTRY %main (x: f32[64,8], i: s32[]) -> f32[2,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %s = ((f32[64,8]{1,0}, s32[]), f32[2,8]{1,0}, u32[]) fusion-start(%x, %i), kind=kLoop, calls=%take
+  ROOT %d = f32[2,8]{1,0} fusion-done(%s)
+}
+"""
+    assert cost(text).bytes == 2 * 64 + 4
+
+
 @pytest.mark.parametrize(
     "text, nbytes",
     [

@@ -150,7 +150,9 @@ class _Counter:
         results = [self.in_memory(a) for a in op.result]
         operands = [sum(map(self.in_memory, kind)) for kind in here.operands(op)]
         match op.opcode:
-            case "fusion":
+            case "fusion" | "fusion-start":
+                if op.opcode == "fusion-start":  # its result is ((operands…), results…, flag)
+                    op = dataclasses.replace(op, result=op.result[sum(map(len, here.operands(op))) :])
                 inner = self.program.computations[next(op.called("calls"))]
                 read = (self.share(inner, inner.parameters[i]) * size for i, size in enumerate(operands))
                 return math.fsum(read) + self.written(inner, op)
@@ -184,7 +186,7 @@ class _Counter:
             return 0  # in place
         if op.opcode in SAME:
             return self.taken(here, op.name)
-        if op.opcode == "fusion":
+        if op.opcode in ("fusion", "fusion-start"):
             inner = self.program.computations[next(op.called("calls"))]
             return self.taken(inner, inner.parameters[i])
         return size
