@@ -16,7 +16,7 @@ import jax
 import optax
 
 from benchmarks import BENCHMARKS, GPU_SIZES, Row
-from benchmarks.compiled import table
+from benchmarks.compiled import attention, table
 
 COLUMNS = f"{'name':52} {'size':>12} {'ours ms':>10} {'theirs ms':>10} {'ratio':>6} {'goal':>5}"
 
@@ -64,7 +64,7 @@ def main() -> None:
 def accelerators() -> None:
     """The bounds; this process runs nothing on a device, and looks for none."""
     jax.config.update("jax_platforms", "cpu")
-    table.main(sys.argv[2:])
+    attention.main(sys.argv[3:]) if sys.argv[2:3] == ["attention"] else table.main(sys.argv[2:])
 
 
 if __name__ == "__main__":
