@@ -1,11 +1,12 @@
-"""A function of rows, a block of queries at a time, that is never held whole, in no mode and at no order.
+"""Derivatives of attention, a block of queries at a time, that are never held whole, in no mode and at no order.
 
-Over blocks i, with arrays that have a row per query (x) and arrays that all queries share (w):
+All that is wanted are derivatives of one scalar, F = <g, o(x)>, in its arguments x (query, key, value, bias) and g:
 
-    y_i = f(x_i, w),    ẏ_i = ∂f(x_i, w)[ẋ_i, ẇ],    x̄_i = ∂fᵀ[ȳ_i],    w̄ = Σ_i ∂fᵀ[ȳ_i].
+    o = ∂F/∂g,    ȯ = ∂/∂g DF[ẋ],    x̄ = ∂F/∂x,    the gradient of a tangent  ∂/∂x DF[ẋ],    …
 
-Each derivative is again a function of rows with results per query and sums, so that one loop does for all of them. It
-is only ever evaluated, and never transposed: a derivative differentiates the body, inside a block.
+A pass over the blocks finds gradients of F, or of its derivatives along directions; forward mode of it has a direction
+more, and reverse mode as well: <c, ∂F/∂x> = DF[c], whose gradient is wanted. So one loop does for every mode and order.
+It is only ever evaluated, and never transposed: what it does within a block is forward mode.
 """
 
 import dataclasses
@@ -21,25 +22,18 @@ from jax.custom_derivatives import SymbolicZero
 from jaxsoftmax._core.dtypes import compute_dtype
 from jaxsoftmax._core.plumbing import mesh_axes, varying, zeros_like
 from jaxsoftmax._linear_map import linear_map
-from jaxsoftmax.attention.rows import HINTS, Arrays, Block, Body
+from jaxsoftmax.attention.rows import HINTS, Arrays, Attention, Block, Wanted
 
-# The axes of an array along the queries and along the keys, by its name up to "@"; None where it has none.
+# The axes of an array along the queries and along the keys, by its name; None where it has none.
 AXES = {
-    "query": (1, None),
-    "out": (1, None),
-    "gap": (1, None),
-    "lse": (3, None),
-    "top": (3, None),
-    "query_segments": (1, None),
-    "key": (None, 1),
-    "value": (None, 1),
-    "key_segments": (None, 1),
-    "bias": (3, 4),
-    "mask": (3, 4),
+    **dict.fromkeys(("query", "out", "gap", "query_segments", "bad_query"), (1, None)),
+    **dict.fromkeys(("key", "value", "key_segments", "bad_key"), (None, 1)),
+    **dict.fromkeys(("lse", "top"), (3, None)),
+    **dict.fromkeys(("bias", "mask"), (3, 4)),
 }
-BUDGET = 456 << 20  # bytes of one float32 array of a block's logits
+BUDGET = 684 << 20  # bytes of a block's logits in float32 and of its probabilities
 LEAST = 128  # queries of a block, whatever the budget says
-EXTENTS = 10  # how many numbers of keys the blocks of a causal call may have, each a loop to compile
+EXTENTS = 5  # how many numbers of keys the blocks of a causal call may have, each a loop to compile
 HIGHER = 2  # derivatives of derivatives hold so many times as many arrays of logits
 
 
@@ -57,22 +51,25 @@ class Plan:
 
     Args:
       queries, keys: how many there are.
-      per_query: bytes of a float32 array of the logits of one query, of all heads and examples, to all keys.
+      per_logit: bytes of logits in float32 and of probabilities of one query and key, of all heads and examples.
       causal: whether no query sees a key behind its own position.
       window: how many keys before and behind its own position a query sees, or None.
     """
 
     queries: int
     keys: int
-    per_query: int
+    per_logit: int
     causal: bool
     window: tuple[int, int] | None
 
-    def rows(self, level: int) -> int:
-        """Queries of a block."""
-        most = max(LEAST, BUDGET // max(1, self.per_query)) // (1 if level < 2 else HIGHER)
+    def rows(self, order: int) -> int:
+        """Queries of a block, in derivatives of this order."""
+        seen = self.keys if self.window is None else min(self.keys, 2 * max(LEAST, sum(self.window)))
+        most = max(LEAST, BUDGET // max(1, self.per_logit * seen)) // (1 if order < 2 else HIGHER)
         if self.window is not None:
-            most = min(most, max(LEAST, sum(self.window)))
+            most = min(most, max(LEAST, sum(self.window) // 2))
+        if self.causal and self.queries >= 4 * LEAST:  # two blocks of as many keys: XLA would undo a loop of one
+            most = min(most, max(LEAST, -(-self.queries // (16 * EXTENTS)) * 8))
         if most >= self.queries:
             return self.queries
         blocks = -(-self.queries // max(8, most))
@@ -81,7 +78,7 @@ class Plan:
     @property
     def is_uneven(self) -> bool:
         """Whether the last block has fewer queries than others."""
-        return any(self.queries % self.rows(level) for level in (0, 1, 2))
+        return any(self.queries % self.rows(order) for order in (1, 2))
 
     def groups(self, rows: int) -> list[Group]:
         blocks = -(-self.queries // rows)
@@ -89,7 +86,7 @@ class Plan:
             return [Group(0, blocks, min(self.keys, rows + sum(self.window)))]
         if not self.causal:
             return [Group(0, blocks, self.keys)]
-        each = -(-blocks // EXTENTS)
+        each = max(2, -(-blocks // EXTENTS))
         starts = range(0, blocks, each)
         return [Group(i, min(each, blocks - i), min(self.keys, (i + each) * rows)) for i in starts]
 
@@ -100,138 +97,144 @@ class Plan:
         return jnp.clip(constants.get("first", 0) + query - self.window[0], 0, self.keys - keys)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def by_blocks(body: Body, plan: Plan, args: Arrays, constants: Arrays) -> Arrays:
-    """The body's value for all queries: results per query by name, or sums where the name has no axis of queries."""
-    return _evaluate(body, plan, args, constants)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def by_blocks(
+    body: Attention, plan: Plan, wanted: tuple[Wanted, ...], args: Arrays, along: tuple[Arrays, ...], constants: Arrays
+) -> list[Array]:
+    """What is wanted of F: for ("key", (0, 1)) the gradient in the key of F's derivative along two of the directions.
+
+    Args:
+      body: the function.
+      plan: how it is divided.
+      wanted: what is to come back: "out" for the gradient in g, hints.
+      args: the arguments by name, g being "out", where a gradient in another is wanted.
+      along: directions, whose missing names are zero.
+      constants: what is not differentiated.
+    """
+    return _evaluate(body, plan, wanted, args, along, constants)
 
 
 @functools.partial(by_blocks.defjvp, symbolic_zeros=True)
-def _by_blocks_jvp(body: Body, plan: Plan, primals, tangents):
-    args, constants = primals
-    moving = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
-    asked, body, level = body, body.telling(), body.level + 1
-    out = by_blocks(body, plan, args, constants)
-    known = {name: lax.stop_gradient(x) for name, x in out.items() if name in HINTS}
-    results = {name: jax.typeof(x) for name, x in out.items() if name not in HINTS}
+def _by_blocks_jvp(body: Attention, plan: Plan, wanted, primals, tangents):
+    args, along, constants = primals
+    moving = [{n: t for n, t in of.items() if not isinstance(t, SymbolicZero)} for of in (tangents[0], *tangents[1])]
+    hints = tuple((name, ()) for name in HINTS if name not in constants)
+    told = dict.fromkeys((*wanted, *hints))
+    out = dict(zip(told, by_blocks(body, plan, tuple(told), args, along, constants)))
+    known = {name: lax.stop_gradient(x) for (name, _), x in out.items() if name in HINTS}
+    results = [key for key in wanted if key[0] not in HINTS]
 
-    def forth(given, tangents):
-        args, constants = given
-        return _told(level, by_blocks(Push(body), plan, {**args, **_tagged(level, tangents)}, constants))
+    def forth(given, moving):
+        args, along, constants = given
+        new, total = len(along), [jnp.zeros(out[key].shape, out[key].dtype) for key in results]
+        for i, direction in enumerate(
+            moving
+        ):  # after that of the arguments those of the directions, in whose place it is
+            asked = {
+                j: (name, (*of, new) if i == 0 else tuple(new if k == i - 1 else k for k in of))
+                for j, (name, of) in enumerate(results)
+                if i == 0 or i - 1 in of
+            }
+            if direction and asked:
+                found = by_blocks(body, plan, tuple(asked.values()), args, (*along, direction), constants)
+                for j, x in zip(asked, found):
+                    total[j] = total[j] + x
+        return total
 
     def back(given, cotangents):
-        args, constants = given
-        cotangents = {n: _zeros(results[n], args) if c is None else c for n, c in cotangents.items()}
-        pull = Pull(body, tuple(moving))
-        return _told(level, by_blocks(pull, plan, {**args, **_tagged(level, cotangents)}, constants))
+        args, along, constants = given
+        total = jax.tree.map(lambda _: None, moving)
+        for of in dict.fromkeys(of for _, of in results):
+            c = {name: c for (name, other), c in zip(results, cotangents) if other == of and c is not None}
+            if "out" in args:  # <c, ∂F/∂x> is a derivative of F; without g, <c, ∂F/∂g> is F
+                over, directions, of_c = args, (*along, c), (*of, len(along))
+            else:
+                over, directions, of_c = {**args, **c}, along, of
+            places = {(0, name): (name, of_c) for name in moving[0]}
+            for i in of:
+                places |= {(i + 1, name): (name, tuple(k for k in of_c if k != i)) for name in moving[i + 1]}
+            asked = tuple(dict.fromkeys(places.values()))
+            found = dict(zip(asked, by_blocks(body, plan, asked, over, directions, constants)))
+            for (i, name), key in places.items():
+                total[i][name] = found[key] if total[i][name] is None else total[i][name] + found[key]
+        return [{n: zeros_like(moving[i][n]) if x is None else x for n, x in of.items()} for i, of in enumerate(total)]
 
-    pushed = linear_map(forth, back, (args, {**constants, **known}), moving, results)
-    told = known if asked == body else {}
-    return {name: out[name] for name in (*results, *told)}, {**pushed, **jax.tree.map(_zero_tangent, told)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Derivative(Body):
-    of: Body
-
-    @property
-    def level(self) -> int:
-        return self.of.level + 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Push(_Derivative):
-    """The derivatives of a body's results along the arguments that are tagged with the level."""
-
-    def value(self, block: Block, args: Arrays) -> Arrays:
-        return _tagged(self.level, self.of.push(block, *_split(self.level, args)))
-
-    def plain(self, block: Block, args: Arrays) -> Arrays:
-        return _tagged(self.level, Body.push(self.of, block, *_split(self.level, args)))
+    types = [jax.typeof(out[key]) for key in results]
+    pushed = linear_map(forth, back, (args, along, {**constants, **known}), moving, types)
+    moved = dict(zip(results, pushed))
+    return [out[key] for key in wanted], [moved[key] if key in moved else _zero_tangent(out[key]) for key in wanted]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pull(_Derivative):
-    """The cotangents of a body's named arguments, from those of its results, which are tagged with the level."""
-
-    names: tuple[str, ...]
-
-    def value(self, block: Block, args: Arrays) -> Arrays:
-        args, cotangents = _split(self.level, args)
-        return _tagged(self.level, self.of.pull(block, args, self.names, cotangents))
-
-    def plain(self, block: Block, args: Arrays) -> Arrays:
-        args, cotangents = _split(self.level, args)
-        return _tagged(self.level, Body.pull(self.of, block, args, self.names, cotangents))
-
-
-def _tagged(level: int, arrays: Arrays) -> Arrays:
-    return {f"{name}@{level}": x for name, x in arrays.items()}
-
-
-def _told(level: int, arrays: Arrays) -> Arrays:
-    return {name.removesuffix(f"@{level}"): x for name, x in arrays.items()}
-
-
-def _split(level: int, args: Arrays) -> tuple[Arrays, Arrays]:
-    """The arguments without the tag, and with it."""
-    tagged = {name: x for name, x in args.items() if name.endswith(f"@{level}")}
-    return {name: x for name, x in args.items() if name not in tagged}, _told(level, tagged)
-
-
-def _evaluate(body: Body, plan: Plan, args: Arrays, constants: Arrays) -> Arrays:
-    rows = plan.rows(body.level)
+def _evaluate(body: Attention, plan: Plan, wanted, args: Arrays, along: tuple[Arrays, ...], constants: Arrays):
+    if body.masked:
+        (args, *along), constants = _finite([args, *along], constants)
+    rows = plan.rows(max(len(of) + (name not in ("out", *HINTS)) for name, of in wanted))
     blocks = -(-plan.queries // rows)
     if blocks == 1:
-        out = body.value(Block(constants, 0, 0), args)
-        return {name: x.astype(_total(name, args, x.dtype).dtype) for name, x in out.items()}
+        out = body.results(Block(constants, 0, 0), wanted, args, along)
+        return [x.astype(_total(name, args, x.dtype).dtype) for (name, _), x in zip(wanted, out)]
     more = blocks * rows - plan.queries
-    args, constants = (
-        {name: _padded(x, _axes(name, x)[0], more) for name, x in arrays.items()} for arrays in (args, constants)
-    )
+    given = [{name: _padded(x, _axes(name, x)[0], more) for name, x in a.items()} for a in (constants, args, *along)]
 
-    def results(group: Group, i, args: Arrays) -> tuple[Arrays, tuple]:
+    def results(group: Group, given, i) -> tuple[list[Array], tuple]:
         query = i * rows
-        key = plan.first_key(query, group.keys, constants)
-        at = query, rows, key, group.keys
-        taken = ({name: _take(name, x, at) for name, x in arrays.items()} for arrays in (args, constants))
-        args_here, constants_here = taken
-        return body.value(Block(constants_here, query, key), args_here), at
+        at = query, rows, plan.first_key(query, group.keys, constants), group.keys
+        constants_here, args_here, *along_here = [{name: _take(name, x, at) for name, x in a.items()} for a in given]
+        return body.results(Block(constants_here, query, at[2]), wanted, args_here, along_here), at
 
     groups = plan.groups(rows)
-    types = jax.eval_shape(lambda: results(groups[0], 0, args)[0])
-    total = {name: _total(name, args, kind.dtype) for name, kind in types.items()}
-    sums = {name: x.astype(compute_dtype(x.dtype)) for name, x in total.items() if _axes(name, x)[0] is None}
-    out = {**total, **sums}
-    for group in groups:
+    types = jax.eval_shape(lambda: results(groups[0], given, 0)[0])
+    total = [_total(name, given[1], kind.dtype) for (name, _), kind in zip(wanted, types)]
+    names = [name for name, _ in wanted]
+    out = [x if _axes(n, x)[0] is not None else x.astype(compute_dtype(x.dtype)) for n, x in zip(names, total)]
+    behind = [[] for _ in names]  # sums of keys that no further block sees
+    for group in reversed(groups):
+        near = given
+        if len(groups) > 1:
+            near = [
+                {n: x if _axes(n, x)[0] else _cut(x, _axes(n, x)[1], group.keys) for n, x in a.items()} for a in given
+            ]
+            for i, name in enumerate(names):
+                if _axes(name, out[i]) == (None, 1):
+                    behind[i].append(out[i][:, group.keys :])
+                    out[i] = out[i][:, : group.keys]
 
-        def step(i, out, args=args, group=group):
-            found, at = results(group, i, args)
-            return {name: _put(name, out[name], x, at) for name, x in found.items()}
+        def step(i, out, near=near, group=group):
+            found, at = results(group, near, i)
+            return [_put(name, whole, x, at) for name, whole, x in zip(names, out, found)]
 
-        out = (
-            step(group.first, out)
-            if group.count == 1
-            else lax.fori_loop(group.first, group.first + group.count, step, out)
-        )
-    return {name: _cut(x, _axes(name, x)[0], plan.queries).astype(total[name].dtype) for name, x in out.items()}
+        out = lax.fori_loop(group.first, group.first + group.count, step, out)
+    out = [jnp.concatenate([x, *reversed(more)], 1) if more else x for x, more in zip(out, behind)]
+    return [_cut(x, _axes(n, x)[0], plan.queries).astype(whole.dtype) for n, x, whole in zip(names, out, total)]
+
+
+def _finite(arrays: list[Arrays], constants: Arrays) -> tuple[list[Arrays], Arrays]:
+    """The arrays with 0 for what is not finite, since 0 times it is to be 0, and which queries and keys had such."""
+    bad = {}
+    for of in arrays:
+        for name, x in of.items():
+            if name in ("query", "out", "key", "value"):
+                kind = "bad_query" if name in ("query", "out") else "bad_key"
+                here = ~jnp.isfinite(x).all(-1)
+                bad[kind] = bad[kind] | here if kind in bad else here
+    finite = lambda name, x: x if name == "bias" else jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+    return [{name: finite(name, x) for name, x in of.items()} for of in arrays], {**constants, **bad}
 
 
 def _total(name: str, args: Arrays, dtype) -> Array:
     """Zeros for a result, that lie on a mesh as the argument of this name does, or as the queries do."""
-    query, base = args["query"], name.split("@")[0]
-    if base in ("lse", "top"):
+    query = args["query"]
+    if name in ("lse", "top"):
         like = jnp.moveaxis(query[..., 0], 1, -1)
     else:
-        like, dtype = (query if base in ("out", "gap") else args[base]), None
+        like, dtype = (query if name in ("out", "gap") else args[name]), None
     zeros = zeros_like(like) if dtype is None else zeros_like(like).astype(dtype)
     return varying(zeros, frozenset().union(*map(mesh_axes, args.values())))
 
 
 def _axes(name: str, x: Array) -> tuple:
     """The axes of x along the queries and along the keys, None where it has none or is the same along it."""
-    axes = AXES.get(name.split("@")[0], (None, None))
-    return tuple(axis if axis is None or x.shape[axis] > 1 else None for axis in axes)
+    return tuple(axis if axis is None or x.shape[axis] > 1 else None for axis in AXES.get(name, (None, None)))
 
 
 def _take(name: str, x: Array, at: tuple) -> Array:
@@ -265,11 +268,6 @@ def _padded(x: Array, axis: int | None, more: int) -> Array:
 
 def _cut(x: Array, axis: int | None, size: int) -> Array:
     return x if axis is None or x.shape[axis] == size else lax.slice_in_dim(x, 0, size, axis=axis)
-
-
-def _zeros(kind, args: Arrays) -> Array:
-    """A cotangent of a result of this type."""
-    return varying(jnp.zeros(kind.shape, kind.dtype), frozenset().union(*map(mesh_axes, args.values())))
 
 
 def _zero_tangent(x: Array):

@@ -142,24 +142,24 @@ def dot_product_attention(
     masked = is_causal or window is not None or by_arrays
     if window is not None and is_causal:
         window = window[0], 0
-    plan = Plan(*logits[2:], 4 * math.prod(logits) // max(1, queries), is_causal and not names, window)
-    uneven = queries if masked and plan.is_uneven else None
-    empties = bias is not None or by_arrays or (window is not None and queries > logits[3] + window[0])
-    body = Attention(q.dtype, float(scale), softcap, is_causal, window, uneven, masked, empties, return_residual)
-    out = _evaluate(body, plan, args, constants)
-    result = out["out"].reshape(batch, queries, heads, width)
-    lse = None
-    if return_residual:
-        lse = jnp.moveaxis(lax.stop_gradient(out["lse"]), -1, 1).reshape(batch, queries, heads).astype(q.dtype)
+    plan = Plan(*logits[2:], (4 + q.dtype.itemsize) * batch * heads, is_causal and not names, window)
+    short = window is not None and (plan.is_uneven or queries > logits[3] + window[0])  # of keys
+    empties = bias is not None or by_arrays or short
+    body = Attention(q.dtype, float(scale), softcap, is_causal, window, masked, empties)
+    out, *told = _evaluate(body, plan, ("out", "lse") if return_residual else ("out",), args, constants)
+    result, lse = out.reshape(batch, queries, heads, width), None
+    if told:
+        lse = jnp.moveaxis(lax.stop_gradient(told[0]), -1, 1).reshape(batch, queries, heads).astype(q.dtype)
         lse = jnp.where(lse == jnp.inf, -jnp.inf, lse)
     result = result if examples else result[0]
     return result if lse is None else (result, lse if examples else lse[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _evaluate(body: Attention, plan: Plan, args: Arrays, constants: Arrays) -> Arrays:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _evaluate(body: Attention, plan: Plan, names: tuple[str, ...], args: Arrays, constants: Arrays) -> list[Array]:
     around = frozenset().union(*map(mesh_axes, jax.tree.leaves((args, constants))))
-    return by_blocks(body, plan, {name: varying(x, around) for name, x in args.items()}, constants)
+    args = {name: varying(x, around) for name, x in args.items()}
+    return by_blocks(body, plan, tuple((name, ()) for name in names), args, (), constants)
 
 
 def _heads(name: str, x: ArrayLike) -> Array:

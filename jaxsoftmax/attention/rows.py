@@ -1,25 +1,33 @@
-"""Attention of a block of queries to whole rows of keys, and its first derivatives in closed form.
+"""Attention of a block of queries to whole rows of keys, and its derivatives.
 
-    o = P v,    ȯ = P∘(ż - c) (v - o) + P v̇,    dz = P∘(g (v - o)ᵀ),    dv = Pᵀ g,    P = softmax(z),
+With P = softmax(z) the rows' probabilities, o = P v, and g the cotangent of o,
 
-for any c per row. What is small beside a 1 is measured from the key with the row's largest logit, its top: c = ż_top,
-and o = v_top + gap, where the gap Σ p (v - v_top) has no term of the top.
+    ȯ = P∘(ż - c) (v - o) + P v̇,    ∂<g, o>/∂z = P∘(g (v - o)ᵀ),    ∂<g, o>/∂v = Pᵀ g,
+
+for any c per row, v - o row by row. What is small beside a 1 is measured from the row's largest logit, its top:
+c = ż_top, and o = v_top + gap, where the gap Σ p (v - v_top) has no term of the top. Their derivatives are forward mode
+of a softmax and its Jacobian, P∘(x - <p, x>) measured in the same way; reverse mode needs no others (`blocks`).
+
+Query-like arrays are (B, T, K, G, H), key-like ones (B, S, K, H), logits (B, K, G, T, S): G heads of the queries for
+each of the K heads of the keys. Operands of products are rounded to their dtype, sums are at least float32.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core.class_axis import class_index
 from jaxsoftmax._core.dtypes import compute_dtype
-from jaxsoftmax.attention.products import Products
-from jaxsoftmax.losses.softcap import capped
-from jaxsoftmax.maps.softmax import probabilities
+from jaxsoftmax.losses.softcap import cap_derivatives, capped
 
 Arrays = dict[str, Array]
+Wanted = tuple[str, tuple[int, ...]]  # the gradient of <g, o> in the argument of this name, "out" for o itself, along …
 HINTS = ("lse", "top", "gap")  # what the value tells its derivatives of each query; lse is inf where it sees no key
 
 
@@ -37,41 +45,8 @@ class Block(NamedTuple):
     key: Array | int
 
 
-class Body:
-    """What is done with a block: a function of arrays by name, and its derivatives.
-
-    A subclass has `plain`, which JAX differentiates, and may say the value and the derivatives in better words.
-
-    """
-
-    @property
-    def level(self) -> int:
-        """How many derivatives it is of another body."""
-        return 0
-
-    def telling(self) -> "Body":
-        """The body whose value tells the HINTS that its derivatives need."""
-        return self
-
-    def value(self, block: Block, args: Arrays) -> Arrays:
-        return self.plain(block, args)
-
-    def plain(self, block: Block, args: Arrays) -> Arrays:
-        raise NotImplementedError
-
-    def push(self, block: Block, args: Arrays, tangents: Arrays) -> Arrays:
-        """The derivatives of the results along the tangents."""
-        return _along(lambda args: self.plain(block, args), args, tangents)[1]
-
-    def pull(self, block: Block, args: Arrays, names: tuple[str, ...], cotangents: Arrays) -> Arrays:
-        """The cotangents of the named arguments, in at least float32."""
-        moving = {name: args[name].astype(compute_dtype(args[name].dtype)) for name in names}
-        out, back = jax.vjp(lambda moving: self.plain(block, {**args, **moving}), moving)
-        return back({name: c.astype(out[name].dtype) for name, c in cotangents.items()})[0]
-
-
 @dataclasses.dataclass(frozen=True)
-class Attention(Body):
+class Attention:
     """softmax(scale q kᵀ + bias) v under masks.
 
     Args:
@@ -80,10 +55,8 @@ class Attention(Body):
       softcap: c where scaled logits are c tanh(logits / c), else None.
       causal: whether no query sees a key behind its own position.
       window: how many keys before and behind its own position a query sees, or None.
-      queries: how many queries there are, where a block may have more, else None.
       masked: whether anything is masked.
       empties: whether a query may see no key; where none does, XLA knows the softmax as one kernel on GPU.
-      hints: whether the value tells the HINTS.
     """
 
     dtype: jnp.dtype
@@ -91,36 +64,43 @@ class Attention(Body):
     softcap: float | None
     causal: bool
     window: tuple[int, int] | None
-    queries: int | None
     masked: bool
     empties: bool
-    hints: bool = False
 
-    def telling(self) -> "Attention":
-        return dataclasses.replace(self, hints=True)
+    def results(self, block: Block, wanted: Sequence[Wanted], args: Arrays, along: Sequence[Arrays]) -> list[Array]:
+        """What is wanted of <g, o>, g the argument "out": gradients, o, hints, or their derivatives along some."""
+        found = {}
+        for of in dict.fromkeys(of for _, of in wanted):
+            names = tuple(name for name, other in wanted if other == of)
+            here = self._along(block, names, args, [along[i] for i in of])
+            found |= {(name, of): x for name, x in here.items()}
+        return [found[key] for key in wanted]
 
-    @property
-    def narrow(self) -> jnp.dtype:
-        """The dtype of P and what it is multiplied with: that of the operands, but for float16 with its short range."""
-        return compute_dtype(self.dtype) if self.dtype == jnp.float16 else self.dtype
+    def _along(self, block: Block, names: tuple[str, ...], args: Arrays, directions: list[Arrays]) -> Arrays:
+        told = tuple(name for name in names if name in ("out", *HINTS))
+        pulled = tuple(name for name in names if name not in told)
+        if not directions:
+            return {
+                **(self.value(block, args, told) if told else {}),
+                **(self.pull(block, args, pulled) if pulled else {}),
+            }
+        if len(directions) == 1 and not pulled:
+            return self.push(block, args, directions[0])
+        f = lambda args: self.plain(block, names, args)
+        for direction in directions:
+            f = functools.partial(_derivative, f, direction)
+        return f(args)
 
-    @property
-    def products(self) -> Products:
-        return Products(self.dtype, finite=self.masked)
-
-    def value(self, block: Block, args: Arrays) -> Arrays:
-        z, value = self._logits(block, args), args["value"]
-        m = jnp.max(z, -1, keepdims=True)
-        shifted = jnp.exp(z - (jnp.where(m == -jnp.inf, 0.0, m) if self.empties else m))
-        if not self.hints:
-            total = jnp.sum(shifted, -1, keepdims=True)
-            p = shifted / (jnp.where(total == 0, 1.0, total) if self.empties else total)
-            return {"out": self.products.rows(p, value).astype(self.dtype)}
-        m, top = m[..., 0], jnp.argmax(z, -1).astype(jnp.int32)
+    def value(self, block: Block, args: Arrays, names: tuple[str, ...]) -> Arrays:
+        z, value = self._masked(block, self._logits(args)), args["value"]
+        if names == ("out",):
+            return {"out": self._rows(_softmax(self.empties, z), value).astype(self.dtype)}
+        m, top = _largest(z)
+        shifted = jnp.exp(z - (jnp.where(m == -jnp.inf, 0.0, m) if self.empties else m)[..., None])
         others = jnp.where(class_index(z, 4) == top[..., None], 0.0, shifted)
         rest = jnp.sum(others, -1)
         v_top = self._at(top, value)
-        gap = (self.products.rows(others, value) - _row(rest) * v_top) / _row(1 + rest)
+        gap = (self._rows(others, value) - _row(rest) * v_top) / _row(1 + rest)
         return {
             "out": jnp.where(_row(m) == -jnp.inf, 0.0, v_top + gap).astype(self.dtype),
             "lse": jnp.where(m == -jnp.inf, jnp.inf, m + jnp.log1p(rest)),
@@ -128,76 +108,104 @@ class Attention(Body):
             "gap": gap.astype(self.dtype),
         }
 
-    def plain(self, block: Block, args: Arrays) -> Arrays:
-        lse = block.constants["lse"][..., None]
-        p = probabilities(self._logits(block, args), lse, jnp.ones_like(lse), 4)
-        return {"out": self.products.rows(p, args["value"]).astype(self.dtype)}
-
-    def push(self, block: Block, args: Arrays, tangents: Arrays) -> Arrays:
-        z, dz = _along(lambda args: self._logits(block, args), args, tangents)
-        p, value, out = self._probabilities(block, z), args["value"], jnp.zeros((), z.dtype)
-        empty = block.constants["lse"] == jnp.inf
-        if dz is not None:
-            c = jnp.where(empty, 0.0, _along(lambda args: self._logit_at_top(block, args), args, tangents)[1])
-            y = p * _unless_top((dz - c[..., None]).astype(self.narrow), p)
-            o = jnp.where(_row(empty), 0.0, self._at(self._top(block), value) + block.constants["gap"].astype(z.dtype))
-            out = self.products.rows(y, value) - _row(jnp.sum(y, -1, dtype=z.dtype)) * o
-        if "value" in tangents:
-            out = out + self.products.rows(p, tangents["value"])
+    def push(self, block: Block, args: Arrays, direction: Arrays) -> Arrays:
+        wide = compute_dtype(self.dtype)
+        p, value, out = self._probabilities(block, self._logits(args)), args["value"], jnp.zeros((), wide)
+        moving = {name: x for name, x in direction.items() if name in ("query", "key", "bias")}
+        if moving:
+            empty = block.constants["lse"] == jnp.inf
+            c = jnp.where(empty, 0.0, _derivative(lambda args: self._logit_at_top(block, args), moving, args))
+            dz = _derivative(self._logits, moving, args) - c[..., None]
+            y = self._seen_of(block, p * _unless_top(dz.astype(p.dtype), p))
+            o = jnp.where(_row(empty), 0.0, self._at(self._top(block), value) + block.constants["gap"].astype(wide))
+            out = self._rows(y, value) - _row(jnp.sum(y, -1, dtype=wide)) * o
+        if "value" in direction:
+            out = out + self._rows(p, direction["value"])
         return {"out": out.astype(self.dtype)}
 
-    def pull(self, block: Block, args: Arrays, names: tuple[str, ...], cotangents: Arrays) -> Arrays:
-        query, key, value, g = args["query"], args["key"], args["value"], cotangents["out"]
-        bias = {name: args[name] for name in ("bias",) if name in args}
-        raw = self.products.logits(query, key)
-        z, back = jax.vjp(lambda raw, bias: self._logits_of(block, raw, args, bias), raw, bias)
-        p, wide, out = self._probabilities(block, z), g.astype(z.dtype), {}
+    def pull(self, block: Block, args: Arrays, names: tuple[str, ...]) -> Arrays:
+        raw = self._product(args["query"], args["key"])
+        p, value, g, out = self._probabilities(block, self._capped(raw, args)), args["value"], args["out"], {}
         if {"query", "key", "bias"} & {*names}:
             of_gap, of_top = (
-                jnp.einsum("btkgh,btkgh->bkgt", wide, x)[..., None]
-                for x in (block.constants["gap"].astype(z.dtype), self._at(self._top(block), value))
+                jnp.einsum("btkgh,btkgh->bkgt", g.astype(raw.dtype), x.astype(raw.dtype))[..., None]
+                for x in (block.constants["gap"], self._at(self._top(block), value))
             )
-            y = _unless_top((self.products.logits(g, value) - of_top).astype(self.narrow), p)
-            draw, dbias = back((p * (y - of_gap.astype(self.narrow))).astype(z.dtype))
-            pulled = {
-                "query": lambda: self.products.rows(draw, key),
-                "key": lambda: self.products.keys(draw, query),
-                "bias": lambda: dbias["bias"],
-            }
-            out = {name: pulled[name]() for name in names if name in pulled}
+            y = _unless_top((self._product(g, value) - of_top).astype(p.dtype), p)
+            dz = self._seen_of(block, p * (y - of_gap.astype(p.dtype)))
+            out = self._through(raw, dz.astype(raw.dtype), args, names)
         if "value" in names:
-            if self.masked:  # what is not finite in g is missing in the product
-                p = jnp.where(z == -jnp.inf, jnp.zeros((), p.dtype), p + _nan_of(wide).astype(p.dtype)[..., None])
-            out["value"] = self.products.keys(p, g)
+            out["value"] = self._keys(p, g)
         return out
 
-    def _logits(self, block: Block, args: Arrays) -> Array:
-        return self._logits_of(block, self.products.logits(args["query"], args["key"]), args, args)
+    def plain(self, block: Block, names: tuple[str, ...], args: Arrays) -> Arrays:
+        """What is wanted without hints, for forward mode: a softmax and its Jacobian."""
+        raw, value, out = self._product(args["query"], args["key"]), args["value"], {}
+        z = self._masked(block, self._capped(raw, args))
+        p = self._seen_of(block, _softmax(self.empties, z))
+        if "out" in names:
+            out["out"] = self._rows(p, value).astype(self.dtype)
+        if {"query", "key", "bias"} & {*names}:
+            dz = p * _centred(p, self._product(args["out"], value), jnp.argmax(z, -1))
+            out |= self._through(raw, self._seen_of(block, dz), args, names)
+        if "value" in names:
+            out["value"] = self._keys(p, args["out"])
+        return out
 
-    def _logits_of(self, block: Block, raw: Array, args: Arrays, bias: Arrays) -> Array:
-        """Logits, of products, that are -inf where a key is not seen, and NaN where it is and is not finite."""
-        z = self._finished(raw, bias.get("bias"))
-        if not self.masked:
-            return z
-        of_key = sum(_nan_of(args[name].astype(z.dtype)) for name in ("key", "value"))
-        z = z + _nan_of(args["query"].astype(z.dtype))[..., None] + jnp.moveaxis(of_key, 1, -1)[:, :, None, None]
-        return jnp.where(self._seen(block, *z.shape[-2:]), z, -jnp.inf)
+    def _through(self, raw: Array, dz: Array, args: Arrays, names: tuple[str, ...]) -> Arrays:
+        """The cotangents of query, key and bias from that of the logits."""
+        draw = dz * self.scale
+        if self.softcap is not None:
+            draw = draw * cap_derivatives(raw * self.scale, self.softcap)[0]
+        pulled = {
+            "query": lambda: self._rows(draw, args["key"]),
+            "key": lambda: self._keys(draw, args["query"]),
+            "bias": lambda: _summed_to(dz, args["bias"].shape),
+        }
+        return {name: pulled[name]() for name in names if name in pulled}
 
-    def _finished(self, raw: Array, bias: Array | None) -> Array:
-        z = raw * self.scale
+    def _logits(self, args: Arrays) -> Array:
+        return self._capped(self._product(args["query"], args["key"]), args)
+
+    def _capped(self, raw: Array, args: Arrays) -> Array:
+        """Logits, of products."""
+        z, bias = raw * self.scale, args.get("bias")
         z = z if self.softcap is None else capped(z, self.softcap)
         return z if bias is None else z + bias.astype(z.dtype)
 
+    def _masked(self, block: Block, z: Array) -> Array:
+        """Logits: -inf where a key is not seen, NaN where it is and something there is not finite."""
+        return self._seen_of(block, z, -jnp.inf)
+
     def _logit_at_top(self, block: Block, args: Arrays) -> Array:
-        top = self._top(block)
-        raw = jnp.einsum("btkgh,btkgh->bkgt", self._wide(args["query"]), self._at(top, args["key"]))
-        bias = args.get("bias")
-        if bias is not None and bias.shape[-1] > 1:
-            bias = jnp.take_along_axis(bias, top[..., None], -1, mode="clip")
-        return self._finished(raw, None if bias is None else bias[..., 0])
+        top, wide, bias = self._top(block), compute_dtype(self.dtype), args.get("bias")
+        raw = jnp.einsum("btkgh,btkgh->bkgt", args["query"].astype(wide), self._at(top, args["key"]))
+        if bias is None:
+            return self._capped(raw, {})
+        bias = jnp.take_along_axis(bias, top[..., None], -1, mode="clip") if bias.shape[-1] > 1 else bias
+        return self._capped(raw, {"bias": bias[..., 0]})
 
     def _probabilities(self, block: Block, z: Array) -> Array:
-        return jnp.exp(z - block.constants["lse"][..., None]).astype(self.narrow)
+        """In the operands' dtype, but for float16 with its short range."""
+        p = jnp.exp(z - block.constants["lse"][..., None])
+        p = p.astype(compute_dtype(self.dtype) if self.dtype == jnp.float16 else self.dtype)
+        return self._seen_of(block, p)  # last, so that a GPU makes p with the product, and does not write z
+
+    def _product(self, a: Array, b: Array) -> Array:
+        """a bᵀ."""
+        return _product(a.astype(self.dtype), b.astype(self.dtype))
+
+    def _rows(self, z: Array, b: Array) -> Array:
+        """z b."""
+        return jnp.moveaxis(self._einsum("bkgts,bskh->bkgth", z, b), 3, 1)
+
+    def _keys(self, z: Array, a: Array) -> Array:
+        """zᵀ a."""
+        return self._einsum("bkgts,bkgth->bskh", z, jnp.moveaxis(a, 1, 3))
+
+    def _einsum(self, how: str, z: Array, x: Array) -> Array:
+        z, x = z.astype(self.dtype), x.astype(self.dtype)
+        return jnp.einsum(how, z, x, preferred_element_type=compute_dtype(self.dtype))
 
     def _top(self, block: Block) -> Array:
         return block.constants["top"] - block.key
@@ -205,20 +213,23 @@ class Attention(Body):
     def _at(self, top: Array, x: Array) -> Array:
         """Of key-like x, each query's row: (B, T, K, G, H)."""
         index = jnp.moveaxis(top, -1, 1)[..., None]
-        return self._wide(jnp.take_along_axis(x[:, :, :, None], index, 1, mode="clip"))
+        return jnp.take_along_axis(x[:, :, :, None], index, 1, mode="clip").astype(compute_dtype(self.dtype))
 
-    def _wide(self, x: Array) -> Array:
-        return self.products.operand(x).astype(compute_dtype(self.dtype))
+    def _seen_of(self, block: Block, x: Array, otherwise: float = 0.0) -> Array:
+        """x where the query sees the key, NaN where something there is not finite."""
+        if not self.masked:
+            return x
+        bad = jnp.moveaxis(block.constants["bad_query"], 1, -1)[..., None]
+        bad = bad | jnp.moveaxis(block.constants["bad_key"], 1, -1)[:, :, None, None]
+        otherwise, nan = (jnp.asarray(number, x.dtype) for number in (otherwise, jnp.nan))
+        return jnp.where(self._seen(block, *x.shape[-2:]), jnp.where(bad, nan, x), otherwise)
 
     def _seen(self, block: Block, queries: int, keys: int) -> Array:
         """Which keys each query sees, broadcasting to the logits."""
         given = block.constants
-        t = block.query + jnp.arange(queries, dtype=jnp.int32)[:, None]
+        t = block.query + given.get("first", 0) + jnp.arange(queries, dtype=jnp.int32)[:, None]
         s = block.key + jnp.arange(keys, dtype=jnp.int32)[None, :]
         seen = [given[name] for name in ("mask",) if name in given]
-        if self.queries is not None:
-            seen.append(_of_batch(t < self.queries))
-        t = t + given["first"] if "first" in given else t
         if self.causal:
             seen.append(_of_batch(s <= t))
         if self.window is not None:
@@ -228,14 +239,63 @@ class Attention(Body):
                 seen.append(_of_batch(position[None] < given[name][:, None, None]))
         if "query_segments" in given:
             seen.append(_of_batch(given["query_segments"][:, :, None] == given["key_segments"][:, None, :]))
-        return _all(seen)
+        return functools.reduce(jnp.logical_and, seen)
 
 
-def _along(f, args: Arrays, tangents: Arrays):
-    """f(args) and its derivative along the tangents."""
-    moving = {name: args[name] for name in tangents}
-    tangents = {name: t.astype(args[name].dtype) for name, t in tangents.items()}
-    return jax.jvp(lambda moving: f({**args, **moving}), (moving,), (tangents,))
+@jax.custom_jvp
+def _product(a: Array, b: Array) -> Array:
+    # With the queries' axes in the order of the logits', which XLA would otherwise transpose.
+    a = jnp.moveaxis(a, 1, 3)
+    return jnp.einsum("bkgth,bskh->bkgts", a, b, preferred_element_type=compute_dtype(a.dtype))
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    if isinstance(da, SymbolicZero):
+        return _product(a, b), _product(a, db)
+    if isinstance(db, SymbolicZero):
+        return _product(a, b), _product(da, b)
+    # One product of twice the depth: no second array of logits.
+    return _product(a, b), _product(jnp.concatenate([da, a], -1), jnp.concatenate([b, db], -1))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(empties: bool, z: Array) -> Array:
+    """Rows of probabilities; with `empties`, 0 in one without a key."""
+    m = jnp.max(z, -1, keepdims=True)
+    shifted = jnp.exp(z - (jnp.where(m == -jnp.inf, 0.0, m) if empties else m))
+    total = jnp.sum(shifted, -1, keepdims=True)
+    return shifted / (jnp.where(total == 0, 1.0, total) if empties else total)
+
+
+@_softmax.defjvp
+def _softmax_jvp(empties: bool, primals, tangents):
+    (z,), (dz,), p = primals, tangents, _softmax(empties, *primals)
+    return p, p * _centred(p, dz, jnp.argmax(z, -1))
+
+
+def _centred(p: Array, x: Array, top: Array) -> Array:
+    """x - <p, x> of each row, measured from its top, where that is small beside x."""
+    x = x - jnp.take_along_axis(x, top[..., None], -1, mode="clip")
+    return x - jnp.sum(p * x, -1, keepdims=True)
+
+
+def _largest(z: Array) -> tuple[Array, Array]:
+    """The largest number of each row and where it stands, of one reading of the rows."""
+
+    def larger(a, b):
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
+
+    return lax.reduce((z, class_index(z, 4)), (jnp.array(-jnp.inf, z.dtype), jnp.int32(0)), larger, (4,))
+
+
+def _derivative(f, direction: Arrays, args: Arrays):
+    """The derivative of f(args) along those arrays of the direction that are arguments."""
+    moving = {name: args[name] for name in direction if name in args}
+    tangents = {name: direction[name].astype(x.dtype) for name, x in moving.items()}
+    return jax.jvp(lambda moving: f({**args, **moving}), (moving,), (tangents,))[1]
 
 
 def _unless_top(y: Array, p: Array) -> Array:
@@ -244,10 +304,9 @@ def _unless_top(y: Array, p: Array) -> Array:
     return jnp.maximum(jnp.minimum(y, bound), -bound)
 
 
-def _nan_of(x: Array) -> Array:
-    """NaN for each row of x that is not finite, else 0: (B, S, K) of key-like x, (B, K, G, T) of query-like x."""
-    nan = jnp.sum(0.0 * x, -1)
-    return nan if x.ndim == 4 else jnp.moveaxis(nan, 1, -1)
+def _summed_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """x, summed over the axes along which an array of this shape is broadcast to it."""
+    return jnp.sum(x, [i for i, (n, m) in enumerate(zip(x.shape, shape)) if n != m], keepdims=True)
 
 
 def _row(x: Array) -> Array:
@@ -258,10 +317,3 @@ def _row(x: Array) -> Array:
 def _of_batch(seen: Array) -> Array:
     """(T, S) or (B, T, S) -> (B, 1, 1, T, S)."""
     return jnp.expand_dims(seen, (1, 2) if seen.ndim == 3 else (0, 1, 2))
-
-
-def _all(conditions: list[Array]) -> Array:
-    out = conditions[0]
-    for condition in conditions[1:]:
-        out = out & condition
-    return out
