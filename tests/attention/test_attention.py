@@ -1,6 +1,8 @@
 """Attention by blocks against the equations on whole arrays: values, both modes, orders, masks, meshes, memory."""
 
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxsoftmax import SoftmaxJacobian, dot_product_attention
 from jaxsoftmax.attention import blocks
 from tests.helpers import enable_x64, one_in, shard_map
+from tests.meshes import KINDS, around, mesh_of, placed
 
 B, T, S, N, K, H = 2, 19, 17, 4, 2, 3  # three ragged blocks of eight queries
 SEGMENTS = np.arange(T) // 5, np.arange(S) // 5
@@ -210,10 +213,10 @@ def test_without_examples_and_under_vmap():
 
 def test_export():
     (b,) = export.symbolic_shape("b")
-    q, k, v, g = arguments(jnp.float32)
-    gradient = jax.grad(lambda q, k, v: jnp.sum(dot_product_attention(q, k, v, is_causal=True) ** 2))
+    q, k, v = (x[:, :16] for x in arguments(jnp.float32)[:3])
+    gradient = jax.jit(jax.grad(lambda q, k, v: jnp.sum(dot_product_attention(q, k, v) ** 2)))
     kinds = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (q, k, v)]
-    got = export.export(jax.jit(gradient))(*kinds).call(q, k, v)
+    got = export.export(gradient)(*kinds).call(q, k, v)
     np.testing.assert_allclose(got, gradient(q, k, v), atol=1e-5)
 
 
@@ -229,6 +232,61 @@ def test_sequence_split_over_a_mesh(options):
         for f in (over, functools.partial(dot_product_attention, **options))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *(f(q, k, v) for f in for_both))
+
+
+@pytest.mark.parametrize("shape", one_in(8, list(itertools.product((1, B), (1, N), (1, T), (1, S)))))
+def test_gradient_in_a_bias_of_every_shape(shape):
+    """It is that of the whole bias, summed over the axes that it is broadcast along."""
+    with enable_x64():
+        q, k, v, g = arguments()
+        bias = jax.random.normal(jax.random.key(1), shape, jnp.float64)
+        of = lambda f, bias: jax.grad(lambda bias: jnp.sum(f(q, k, v, bias, is_causal=True) * g))(bias)
+        wanted = jax.jit(functools.partial(of, plain))(jnp.broadcast_to(bias, (B, N, T, S)))
+        axes = tuple(i for i, n in enumerate(shape) if n == 1)
+        assert_same(jax.jit(functools.partial(of, dot_product_attention))(bias), wanted.sum(axes, keepdims=True))
+
+
+def test_under_scan_and_checkpoint_and_debug_nans():
+    arrays = [x[:, :16, :1, :2] for x in arguments(jnp.float32)]
+
+    def gradient(f, q, k, v, g):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x, is_causal=True)) * g), (0, 1, 2))(q, k, v)
+
+    again = lambda *x, **options: jax.checkpoint(functools.partial(dot_product_attention, **options))(*x)
+    wanted = jax.jit(functools.partial(gradient, dot_product_attention))(*arrays)
+    step = lambda carry, x: (carry, gradient(again, *x))
+    with jax.debug_nans(True):
+        got = jax.jit(lambda *x: jax.lax.scan(step, None, x)[1])(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
+
+
+def test_without_jit():
+    q, k, v = (x[0, :16, :1, :2] for x in arguments(jnp.float32)[:3])
+    with jax.disable_jit():
+        got = dot_product_attention(q, k, v)
+    np.testing.assert_allclose(got, jax.jit(dot_product_attention)(q, k, v), atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="argmax does not lower in the shard_map of JAX 0.6.0")
+@pytest.mark.parametrize("kind", [*KINDS, "shard_map"])
+def test_examples_and_heads_split_over_a_mesh_send_nothing(kind):
+    arrays = [x[:, :16] for x in arguments(jnp.float32)]
+    mesh = mesh_of("Auto" if kind == "shard_map" else kind, b=2, n=2)
+
+    def f(q, k, v):
+        return dot_product_attention(q, k, v, is_causal=True)
+
+    def every(f, q, k, v, g):
+        return jax.vjp(f, q, k, v)[1](g), jax.jvp(f, (q, k, v), (g, v, k))
+
+    split = P("b", None, "n")
+    over = shard_map(f, mesh=mesh, in_specs=(split,) * 3, out_specs=split) if kind == "shard_map" else f
+    with around(mesh):
+        program = jax.jit(functools.partial(every, over)).lower(*placed(mesh, arrays, [split] * 4)).compile()
+        got = program(*placed(mesh, arrays, [split] * 4))
+    assert not re.search("all-|reduce-scatter|collective", program.as_text())
+    wanted = jax.jit(functools.partial(every, f))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.device_get(got), wanted)
 
 
 def test_a_row_is_an_operator():
