@@ -34,6 +34,7 @@ AXES = {
 BUDGET = 684 << 20  # bytes of a block's logits in float32 and of its probabilities
 LEAST = 128  # queries of a block, whatever the budget says
 EXTENTS = 5  # how many numbers of keys the blocks of a causal call may have, each a loop to compile
+EXAMPLES = 8  # what a symbolic number of examples counts for in the budget
 HIGHER = 2  # derivatives of derivatives hold so many times as many arrays of logits
 
 
@@ -127,9 +128,7 @@ def _by_blocks_jvp(body: Attention, plan: Plan, wanted, primals, tangents):
     def forth(given, moving):
         args, along, constants = given
         new, total = len(along), [jnp.zeros(out[key].shape, out[key].dtype) for key in results]
-        for i, direction in enumerate(
-            moving
-        ):  # after that of the arguments those of the directions, in whose place it is
+        for i, direction in enumerate(moving):  # a direction more, of the arguments, or another in the place of one
             asked = {
                 j: (name, (*of, new) if i == 0 else tuple(new if k == i - 1 else k for k in of))
                 for j, (name, of) in enumerate(results)
@@ -146,6 +145,8 @@ def _by_blocks_jvp(body: Attention, plan: Plan, wanted, primals, tangents):
         total = jax.tree.map(lambda _: None, moving)
         for of in dict.fromkeys(of for _, of in results):
             c = {name: c for (name, other), c in zip(results, cotangents) if other == of and c is not None}
+            if not c:
+                continue
             if "out" in args:  # <c, ∂F/∂x> is a derivative of F; without g, <c, ∂F/∂g> is F
                 over, directions, of_c = args, (*along, c), (*of, len(along))
             else:
@@ -186,14 +187,12 @@ def _evaluate(body: Attention, plan: Plan, wanted, args: Arrays, along: tuple[Ar
     types = jax.eval_shape(lambda: results(groups[0], given, 0)[0])
     total = [_total(name, given[1], kind.dtype) for (name, _), kind in zip(wanted, types)]
     names = [name for name, _ in wanted]
-    out = [x if _axes(n, x)[0] is not None else x.astype(compute_dtype(x.dtype)) for n, x in zip(names, total)]
+    out = [x if _axes(n, x)[0] else x.astype(compute_dtype(x.dtype)) for n, x in zip(names, total)]
     behind = [[] for _ in names]  # sums of keys that no further block sees
     for group in reversed(groups):
         near = given
         if len(groups) > 1:
-            near = [
-                {n: x if _axes(n, x)[0] else _cut(x, _axes(n, x)[1], group.keys) for n, x in a.items()} for a in given
-            ]
+            near = [{name: _first_keys(name, x, group.keys) for name, x in a.items()} for a in given]
             for i, name in enumerate(names):
                 if _axes(name, out[i]) == (None, 1):
                     behind[i].append(out[i][:, group.keys :])
@@ -247,17 +246,20 @@ def _take(name: str, x: Array, at: tuple) -> Array:
 
 def _put(name: str, out: Array, x: Array, at: tuple) -> Array:
     """The result of all blocks with that of one block in its place, or added."""
-    query, rows, key, keys = at
-    of_query, of_key = _axes(name, out)
+    query, _, key, _ = at
     starts = [0] * out.ndim
-    if of_query is not None:
-        starts[of_query] = query
-    if of_key is not None:
-        starts[of_key] = key
-    if of_query is None:
-        x = x.astype(out.dtype)
-        x = x + (out if x.shape == out.shape else lax.dynamic_slice(out, starts, x.shape))
-    return x if x.shape == out.shape else lax.dynamic_update_slice(out, x.astype(out.dtype), starts)
+    for axis, start in zip(_axes(name, out), (query, key)):
+        if axis is not None:
+            starts[axis] = start
+    x = x.astype(out.dtype)
+    x = x if _axes(name, out)[0] else x + lax.dynamic_slice(out, starts, x.shape)
+    return lax.dynamic_update_slice(out, x, starts)
+
+
+def _first_keys(name: str, x: Array, keys: int) -> Array:
+    """x, cut once for all blocks where it is the same for all of them."""
+    of_query, of_key = _axes(name, x)
+    return x if of_query else _cut(x, of_key, keys)
 
 
 def _padded(x: Array, axis: int | None, more: int) -> Array:

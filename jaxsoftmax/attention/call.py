@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core.plumbing import mesh_axes, varying
-from jaxsoftmax.attention.blocks import Plan, by_blocks
+from jaxsoftmax.attention.blocks import EXAMPLES, Plan, by_blocks
 from jaxsoftmax.attention.rows import Arrays, Attention
 
 __all__ = ["dot_product_attention"]
@@ -142,7 +142,8 @@ def dot_product_attention(
     masked = is_causal or window is not None or by_arrays
     if window is not None and is_causal:
         window = window[0], 0
-    plan = Plan(*logits[2:], (4 + q.dtype.itemsize) * batch * heads, is_causal and not names, window)
+    per_logit = (4 + q.dtype.itemsize) * heads * (batch if isinstance(batch, int) else EXAMPLES)
+    plan = Plan(*logits[2:], per_logit, is_causal and not names, window)
     short = window is not None and (plan.is_uneven or queries > logits[3] + window[0])  # of keys
     empties = bias is not None or by_arrays or short
     body = Attention(q.dtype, float(scale), softcap, is_causal, window, masked, empties)

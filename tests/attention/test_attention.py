@@ -43,7 +43,7 @@ SOME = ("plain", "causal", "everything")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of eight queries."""
-    monkeypatch.setattr(blocks, "BUDGET", 0)
+    monkeypatch.setattr(blocks, "BUDGET", 1)
     monkeypatch.setattr(blocks, "LEAST", 8)
 
 

@@ -183,6 +183,7 @@ CASES = [
     Whole("logsumexp_all", lambda z: js.logsumexp(z, keepdims=True), (Z,)),
     Case("logsumexp_b", lambda z, b: js.logsumexp(z, -1, b=b, return_sign=True)[0], (Z, V)),
     Whole("logsumexp_where", lambda z: js.logsumexp(z, -1, where=MASK), (Z,)),
+    Case("dot_product_attention", js.dot_product_attention, tuple(x.reshape(-1, 2, 1, 2) for x in (Z, V, Y))),
     Case("sparsemax", js.sparsemax, (Z,), kinks=True),
     Case("entmax15", js.entmax15, (Z,), kinks=True),
     Case("entmax", js.entmax, (Z, np.array([1.25, 1.5, 1.75])), kinks=True),
