@@ -34,13 +34,15 @@ def traced_once(fun: Function) -> Function:
 
 
 def typed_like(z: Array, x: Array) -> Array:
-    """x, of the shape of z, on a mesh typed as z is, as a rule's cotangent for x will be."""
-    x = sharded_like(z, x)
-    return jnp.where(lax.stop_gradient(z) > 0, x, x)
+    """x, of the shape of z, on a mesh typed as z is: a rule's cotangent for x will be of the type of z.
+
+    Without it JAX says "Custom JVP rule must produce … {V:(rows,columns)} but got … {V:rows}".
+    """
+    return varying(sharded_like(z, x), mesh_axes(z))
 
 
 def sharded_like(z: Array, x: Array) -> Array:
-    """x, split as z is by mesh axes of type Explicit."""
+    """x, split as z is by mesh axes of type Explicit ("select `which` must … have the same sharding as cases")."""
     wanted = getattr(jax.typeof(z), "sharding", None)
     if wanted is None or wanted.spec == jax.typeof(x).sharding.spec:
         return x
