@@ -168,7 +168,7 @@ def _by_blocks_jvp(body: Attention, plan: Plan, wanted, primals, tangents):
 
 def _evaluate(body: Attention, plan: Plan, wanted, args: Arrays, along: tuple[Arrays, ...], constants: Arrays):
     if body.masked:
-        (args, *along), constants = _finite([args, *along], constants)
+        args, along, constants = _finite(args, along, constants)
     rows = plan.rows(max(len(of) + (name not in ("out", *HINTS)) for name, of in wanted))
     blocks = -(-plan.queries // rows)
     if blocks == 1:
@@ -207,17 +207,17 @@ def _evaluate(body: Attention, plan: Plan, wanted, args: Arrays, along: tuple[Ar
     return [_cut(x, _axes(n, x)[0], plan.queries).astype(whole.dtype) for n, x, whole in zip(names, out, total)]
 
 
-def _finite(arrays: list[Arrays], constants: Arrays) -> tuple[list[Arrays], Arrays]:
+def _finite(args: Arrays, along: tuple[Arrays, ...], constants: Arrays) -> tuple[Arrays, tuple[Arrays, ...], Arrays]:
     """The arrays with 0 for what is not finite, since 0 times it is to be 0, and which queries and keys had such."""
     bad = {}
-    for of in arrays:
+    for of in (args, *along):
         for name, x in of.items():
-            if name in ("query", "out", "key", "value"):
-                kind = "bad_query" if name in ("query", "out") else "bad_key"
-                here = ~jnp.isfinite(x).all(-1)
+            if name != "bias":
+                kind, here = "bad_query" if name in ("query", "out") else "bad_key", ~jnp.isfinite(x).all(-1)
                 bad[kind] = bad[kind] | here if kind in bad else here
     finite = lambda name, x: x if name == "bias" else jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-    return [{name: finite(name, x) for name, x in of.items()} for of in arrays], {**constants, **bad}
+    args, *rest = ({name: finite(name, x) for name, x in of.items()} for of in (args, *along))
+    return args, tuple(rest), {**constants, **bad}
 
 
 def _total(name: str, args: Arrays, dtype) -> Array:

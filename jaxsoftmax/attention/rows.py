@@ -221,8 +221,8 @@ class Attention:
             return x
         bad = jnp.moveaxis(block.constants["bad_query"], 1, -1)[..., None]
         bad = bad | jnp.moveaxis(block.constants["bad_key"], 1, -1)[:, :, None, None]
-        otherwise, nan = (jnp.asarray(number, x.dtype) for number in (otherwise, jnp.nan))
-        return jnp.where(self._seen(block, *x.shape[-2:]), jnp.where(bad, nan, x), otherwise)
+        x = jnp.where(bad, jnp.asarray(jnp.nan, x.dtype), x)
+        return jnp.where(self._seen(block, *x.shape[-2:]), x, jnp.asarray(otherwise, x.dtype))
 
     def _seen(self, block: Block, queries: int, keys: int) -> Array:
         """Which keys each query sees, broadcasting to the logits."""
