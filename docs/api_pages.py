@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxsoftmax
-from jaxsoftmax._core.class_axis import ClassAxis
+from jaxsoftmax._core.classes import ClassAxis
 
 # Parts in reading order, with the title of their page.
 ROOMS = {

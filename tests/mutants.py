@@ -48,8 +48,8 @@ log_softmax: wrong axis | contract/test_transformations.py -k log_softmax
   - return centred_transpose(g, jnp.exp(logp), axis, above=0.75)
   + return centred_transpose(g, jnp.exp(logp), 0, above=0.75)
 log_softmax: log1p becomes log | contract/test_accuracy_optimized.py -k 'float32 and log_softmax'
-  - return num.below(z, m) - jnp.log1p(s)
-  + return num.below(z, m) - jnp.log(1 + s)
+  - return classes.below(z, m) - jnp.log1p(s)
+  + return classes.below(z, m) - jnp.log(1 + s)
 softmax: mask forgotten in the result | contract/test_special_values.py -k 'mask and softmax'
   - return out if mask is None else jnp.where(mask, out, absent)
   + return out
@@ -61,14 +61,14 @@ log_softmax: keeps its logits as well for the backward pass | maps/test_softmax.
   + )
 [_core/centring.py]
 products: mean with the top class counted twice | contract/test_three_way.py
-  - num.class_sum(below_half(p, above) * (v - r), axis)
-  + num.class_sum(below_half(p, above) * (v - r) + 1e-6 * is_top(p) * v, axis)
+  - classes.sum(below_half(p, above) * (v - r), axis)
+  + classes.sum(below_half(p, above) * (v - r) + 1e-6 * is_top(p) * v, axis)
 products with J: one threshold for both directions | contract/test_losses.py -m 'optimized and not slow' -k memory
   - for above in (0.5, 0.5625)
   + for above in (0.5, 0.5)
 products with J: p may leave the simplex | contract/test_transformations.py -k 'quotients and softmax_vjp'
-  - along = -num.class_sum(dp * out, axis) / total
-  + along = -num.class_sum(dp * v, axis) / total
+  - along = -classes.sum(dp * out, axis) / total
+  + along = -classes.sum(dp * v, axis) / total
 [_core/forms.py]
 sums over the classes: top class not left out | contract/test_accuracy_optimized.py -k 'float32 and softmax'
   - return jnp.where(total < 2, rest, total - 1)
@@ -78,17 +78,17 @@ half precision: a wide copy for the maximum | maps/test_softmax.py -m 'optimized
   + plain(z)
 [losses/cross_entropy.py]
 labels: off by one | contract/test_losses.py -k 'combination and integer'
-  - return jnp.where(num.class_index(z, axis) == label, -rest,
-  + return jnp.where(num.class_index(z, axis) == label + 1, -rest,
+  - return jnp.where(classes.index(z, axis) == label, -rest,
+  + return jnp.where(classes.index(z, axis) == label + 1, -rest,
 cross-entropy: class weight dropped | contract/test_losses.py -k 'combination and integer'
-  - loss = loss if weights is None else loss * num.take_class(weights, labels, axis)
+  - loss = loss if weights is None else loss * classes.take(weights, labels, axis)
   + loss = loss * 1
 cross-entropy: class weight dropped from smoothed labels | contract/test_losses.py -k 'combination and integer'
   - return y if weights is None else weights * y
   + return y
 cross-entropy: smoothing spread over masked classes too | contract/test_losses.py -k 'compressed and integer'
-  - count = jnp.maximum(num.class_sum(exists.astype(y.dtype), axis), 1)
-  + count = num.class_sum(jnp.ones_like(y), axis)
+  - count = jnp.maximum(classes.sum(exists.astype(y.dtype), axis), 1)
+  + count = classes.sum(jnp.ones_like(y), axis)
 cross-entropy: z-loss without its square | contract/test_losses.py -k 'combination and integer'
   - * logsumexp_of(wide, axis) ** 2
   + * logsumexp_of(wide, axis)
@@ -99,12 +99,12 @@ cross-entropy: half of the second derivative | contract/test_accuracy_optimized.
   - return jacobian_product(g, probabilities(z, m, total, axis), axis), None, None, None, None
   + return 0.5 * jacobian_product(g, probabilities(z, m, total, axis), axis), None, None, None, None
 soft labels: mass of 1 assumed | contract/test_three_way.py -k soft
-  - mass = num.class_sum(y, axis)
-  + mass = jnp.ones_like(num.class_sum(y, axis))
+  - mass = classes.sum(y, axis)
+  + mass = jnp.ones_like(classes.sum(y, axis))
 soft labels: p - y where p is near 1 | contract/test_accuracy_optimized.py -k 'float32 and softmax_cross_entropy'
   - return less(y, p, s / (1 + s), mass)
   + return mass * p - y
-[_core/class_axis.py]
+[_core/classes.py]
 labels: outside the range they count as class 0 | contract/test_special_values.py -k integer_labels
   - return jnp.where(valid, labels.astype(jnp.int32), -1)
   + return jnp.where(valid, labels.astype(jnp.int32), 0)
@@ -166,8 +166,8 @@ linear_map: its derivative in the residuals is left out | test_linear_map.py -k 
   + moving = {}
 [operators/diagonal_low_rank.py]
 damped solve: weight of the mean left out | losses/test_hessian.py -k every_method
-  - b = self._kappa + num.class_sum(
-  + b = 0 * self._kappa + num.class_sum(
+  - b = self._kappa + classes.sum(
+  + b = 0 * self._kappa + classes.sum(
 factor: square root of the excess | losses/test_hessian.py -k 'square or psd'
   - / (1 + jnp.sqrt(1 - square)))
   + / (1 + jnp.sqrt(1 + square)))
@@ -184,8 +184,8 @@ linear head: class weight dropped from the gradient | linear_head/test_cross_ent
   - loss, of_u = of_label * loss, of_label * of_u
   + loss, of_u = of_label * loss, of_u
 linear head: the mean of the tangent dropped from the Hessian | linear_head/test_cross_entropy.py -k equals_full_logits
-  - jnp.exp(num.shift(u, m)) * (du - at_top)
-  + jnp.exp(num.shift(u, m)) * at_top
+  - jnp.exp(classes.shift(u, m)) * (du - at_top)
+  + jnp.exp(classes.shift(u, m)) * at_top
 [linear_head/derivatives.py]
 linear head: mean over all tokens | linear_head/test_cross_entropy.py -k 'equals_full_logits or nothing_counted'
   - counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core import dtypes
+from jaxsoftmax._core import classes, dtypes
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._linear_map import linear_map
 
@@ -29,11 +28,13 @@ def below_half(p: Array, above: float = 0.5) -> Array:
     return p * jnp.floor((1 + above) - p)
 
 
-AXIS = num.ClassAxis((-1,))  # the class axis where nothing else is said
+AXIS = classes.ClassAxis((-1,))  # the class axis where nothing else is said
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 4))
-def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0, above: float = 0.5) -> Array:
+def about_centred(
+    v: Array, p: Array, axis: classes.Axis = AXIS, total: Array | float = 1.0, above: float = 0.5
+) -> Array:
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
     With v measured from its value r at the top class, where p > 1/2, the mean <p, v - r> has no term of the size of v
@@ -43,10 +44,10 @@ def about_centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | floa
     in_two_passes, in_one_pass, in_one_kernel = (
         functools.partial(form, axis=axis, above=above) for form in (_in_two_passes, _in_one_pass, _in_one_kernel)
     )
-    if num.is_split(axis):
+    if classes.is_split(axis):
         w, mean = in_two_passes(v, p)
     else:
-        on_gpu = in_one_kernel if num.in_one_kernel(p, axis) else in_one_pass
+        on_gpu = in_one_kernel if classes.in_one_kernel(p, axis) else in_one_pass
         w, mean = lax.platform_dependent(v, p, cpu=in_two_passes, tpu=in_one_pass, default=on_gpu)
     return w - mean / total
 
@@ -58,20 +59,20 @@ def _in_one_kernel(v, p, axis, above):
     with a product in place of the choice in its HVP (26 for 4).
     """
     top = p > above
-    w = jnp.where(top, 0.0, v - num.class_sum(jnp.where(top, v, 0.0), axis))
-    return w, num.class_sum(p * w, axis)
+    w = jnp.where(top, 0.0, v - classes.sum(jnp.where(top, v, 0.0), axis))
+    return w, classes.sum(p * w, axis)
 
 
 def _in_one_pass(v, p, axis, above):
     """The same where each pass over the classes costs time: Σp(v - r) = Σ_{others} pv - r Σ_{others} p."""
-    r, moment, rest = (num.class_sum(x, axis) for x in (is_top(p) * v, below_half(p) * v, below_half(p)))
+    r, moment, rest = (classes.sum(x, axis) for x in (is_top(p) * v, below_half(p) * v, below_half(p)))
     return jnp.floor((1 + above) - p) * (v - r), moment - r * rest
 
 
 def _in_two_passes(v, p, axis, above):
     """The same in fewer sums: on a CPU each costs time, on a mesh it crosses."""
-    r = num.class_sum(is_top(p, above) * v, axis)
-    return jnp.floor((1 + above) - p) * (v - r), num.class_sum(below_half(p, above) * (v - r), axis)
+    r = classes.sum(is_top(p, above) * v, axis)
+    return jnp.floor((1 + above) - p) * (v - r), classes.sum(below_half(p, above) * (v - r), axis)
 
 
 @functools.partial(about_centred.defjvp, symbolic_zeros=True)
@@ -81,14 +82,14 @@ def _about_centred_jvp(axis, above, primals, tangents):
     out = about_centred(v, p, axis, total, above)
     if isinstance(dp, SymbolicZero):
         return out, about_centred(jnp.zeros_like(v) if isinstance(dv, SymbolicZero) else dv, p, axis, total, above)
-    along = -num.class_sum(dp * out, axis) / total
+    along = -classes.sum(dp * out, axis) / total
     if isinstance(dv, SymbolicZero):
         return out, typed_like(out, jnp.broadcast_to(along, out.shape))
     return out, about_centred(dv, p, axis, total, above) + along
 
 
 def jacobian_product(
-    v: Array, p: Array, axis: num.Axis, total: Array | float = 1.0, weights: Array | None = None
+    v: Array, p: Array, axis: classes.Axis, total: Array | float = 1.0, weights: Array | None = None
 ) -> Array:
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
@@ -108,7 +109,9 @@ def jacobian_product(
     return linear_map(forth, back, residuals, v, jax.typeof(v))
 
 
-def gradient_product(ct: Array, gradient: Callable, along: Callable, axis: num.Axis, z: Array, *known: Array) -> Array:
+def gradient_product(
+    ct: Array, gradient: Callable, along: Callable, axis: classes.Axis, z: Array, *known: Array
+) -> Array:
     """ct ∇f, for one number f per slice, with a transpose of its own: t ↦ <∇f, t>.
 
     A chain of sums goes over the classes once more for <∇f, t>: `along(z, *known, t, axis)` finds it by sums that stand
@@ -116,14 +119,14 @@ def gradient_product(ct: Array, gradient: Callable, along: Callable, axis: num.A
     """
 
     def forth(residuals, ct):
-        return num.shared_cotangent(ct, axis) * gradient(*residuals, axis)
+        return classes.shared_cotangent(ct, axis) * gradient(*residuals, axis)
 
     def plain(residuals, t):
-        return num.class_sum(gradient(*residuals, axis) * t, axis)
+        return classes.sum(gradient(*residuals, axis) * t, axis)
 
     @jax.custom_jvp
     def back(residuals, t):
-        if num.is_split(axis):
+        if classes.is_split(axis):
             return plain(residuals, t)
         beside = lambda residuals, t: along(*residuals, t, axis)
         return lax.platform_dependent(residuals, t, cpu=plain, default=beside)
@@ -136,24 +139,24 @@ def gradient_product(ct: Array, gradient: Callable, along: Callable, axis: num.A
     return linear_map(forth, back, (z, *known), ct, jax.typeof(wide))
 
 
-def rounded_one(p: Array, axis: num.Axis) -> Array:
+def rounded_one(p: Array, axis: classes.Axis) -> Array:
     """Σp as computed; 1 where all p are 0."""
-    total = num.class_sum(p, axis)
+    total = classes.sum(p, axis)
     return jnp.where(total == 0, 1.0, total)
 
 
-def complement(p: Array, axis: num.Axis = AXIS) -> Array:
+def complement(p: Array, axis: classes.Axis = AXIS) -> Array:
     """1 - p, where p > 1/2 as the sum of the others."""
-    return jnp.where(p > 0.5, num.class_sum(below_half(p), axis), 1 - p)
+    return jnp.where(p > 0.5, classes.sum(below_half(p), axis), 1 - p)
 
 
-def centred(v: Array, p: Array, axis: num.Axis = AXIS, total: Array | float = 1.0) -> Array:
+def centred(v: Array, p: Array, axis: classes.Axis = AXIS, total: Array | float = 1.0) -> Array:
     """Pv = v - <p,v>, measured again from what rounding left: to a few eps of |Pv|."""
     v = about_centred(v, p, axis, total)
-    return v - num.class_sum(p * v, axis) / total
+    return v - classes.sum(p * v, axis) / total
 
 
-def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS, above: float = 0.5) -> Array:
+def centred_transpose(y: Array, p: Array, axis: classes.Axis = AXIS, above: float = 0.5) -> Array:
     """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
     on_cpu, plain = (functools.partial(f, axis=axis, above=above) for f in (_transpose_on_cpu, _transpose))
     return lax.platform_dependent(y, p, cpu=on_cpu, default=plain)
@@ -162,13 +165,13 @@ def centred_transpose(y: Array, p: Array, axis: num.Axis = AXIS, above: float = 
 def _transpose(y, p, axis, above):
     at_top = p > above
     sums = jnp.where(at_top, y, 0.0), jnp.where(at_top, 0.0, y), jnp.where(at_top, 0.0, p)
-    top, others, rest = (num.class_sum(x, axis) for x in sums)
+    top, others, rest = (classes.sum(x, axis) for x in sums)
     return jnp.where(at_top, rest, 1.0) * y - p * (others + jnp.where(at_top, 0.0, top))
 
 
 def _transpose_on_cpu(y, p, axis, above):
     at_top = is_top(p, above)
-    top, others, rest = (num.class_sum(x, axis) for x in (at_top * y, y - at_top * y, p - at_top * p))
+    top, others, rest = (classes.sum(x, axis) for x in (at_top * y, y - at_top * y, p - at_top * p))
     return (1 - at_top + at_top * rest) * y - p * (others + (1 - at_top) * top)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core.class_axis import class_index
+from jaxsoftmax._core import classes
 from jaxsoftmax._core.dtypes import compute_dtype
 from jaxsoftmax.losses.softcap import cap_derivatives, capped
 
@@ -97,7 +97,7 @@ class Attention:
             return {"out": self._rows(_softmax(self.empties, z), value).astype(self.dtype)}
         m, top = _largest(z)
         shifted = jnp.exp(z - (jnp.where(m == -jnp.inf, 0.0, m) if self.empties else m)[..., None])
-        others = jnp.where(class_index(z, 4) == top[..., None], 0.0, shifted)
+        others = jnp.where(classes.index(z, 4) == top[..., None], 0.0, shifted)
         rest = jnp.sum(others, -1)
         v_top = self._at(top, value)
         gap = (self._rows(others, value) - _row(rest) * v_top) / _row(1 + rest)
@@ -288,7 +288,7 @@ def _largest(z: Array) -> tuple[Array, Array]:
         first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
         return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
 
-    return lax.reduce((z, class_index(z, 4)), (jnp.array(-jnp.inf, z.dtype), jnp.int32(0)), larger, (4,))
+    return lax.reduce((z, classes.index(z, 4)), (jnp.array(-jnp.inf, z.dtype), jnp.int32(0)), larger, (4,))
 
 
 def _derivative(f, direction: Arrays, args: Arrays):

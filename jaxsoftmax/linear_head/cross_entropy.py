@@ -15,8 +15,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes
 from jaxsoftmax.linear_head import rows
 from jaxsoftmax.linear_head.derivatives import evaluate
 from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
@@ -262,9 +261,9 @@ def _prepared(
     if class_weights is not None:
         theta["class_weights"] = checks.class_weights(class_weights, vocab).astype(wide)
     axes = split_by(axis_name, theta["weights"])
-    known, valid = num.class_labels(labels, vocab * lax.psum(1, axes.classes)), None
+    known, valid = classes.labels(labels, vocab * lax.psum(1, axes.classes)), None
     if ignore_index is not None:
-        valid = ~num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
+        valid = ~classes.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         known = jnp.where(valid, known, 0)
     checked(reduction, chunk_size, precision)
     head = Head(rows.of_labels, 1, axis, chunk_size, precision, token_weights is None, axes=axes)

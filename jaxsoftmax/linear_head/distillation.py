@@ -15,8 +15,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes
 from jaxsoftmax.linear_head.cross_entropy import checked, layer, split_by
 from jaxsoftmax.linear_head.derivatives import evaluate
 from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
@@ -166,7 +165,7 @@ def linear_softmax_top_k_kl_divergence(
     checks.same_shape("target_log_probs", log_probs, "target_indices", indices.shape)
     checked(reduction, chunk_size, precision)
     axes = split_by(axis_name, theta["weights"])
-    known = num.class_labels(indices, vocab * lax.psum(1, axes.classes))
+    known = classes.labels(indices, vocab * lax.psum(1, axes.classes))
     log_sum = jnp.minimum(jax.nn.logsumexp(log_probs, -1, keepdims=True), 0.0)
     tail = jnp.where(log_sum > -0.5, jnp.log(-jnp.expm1(log_sum)), jnp.log1p(-jnp.exp(log_sum)))
     tokens = Tokens((known, lax.stop_gradient(jnp.concatenate([log_probs, tail], -1))), None)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.class_axis import ClassAxis
+from jaxsoftmax._core.classes import ClassAxis
 
 Arrays = Mapping[str, Array]
 MeshAxes = str | Sequence[str] | None

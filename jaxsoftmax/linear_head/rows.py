@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core import dtypes
+from jaxsoftmax._core import classes, dtypes
 from jaxsoftmax._core.scalar_functions import exp_remainder
 from jaxsoftmax.linear_head.plan import Arrays, Head
 from jaxsoftmax.losses.softcap import cap_derivatives, capped
@@ -36,14 +35,14 @@ class Facts(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def moments(u: Array, axis: num.Axis) -> tuple[Array, Array]:
+def moments(u: Array, axis: classes.Axis) -> tuple[Array, Array]:
     """m = max u and s = Σ exp(u - m) over every class but the one that attains m; -1 where all u are -inf."""
     m_here, s_here = _online_on(("cuda",), _moments_plainly, u)
-    if not isinstance(axis, num.ClassAxis):
+    if not isinstance(axis, classes.ClassAxis):
         return m_here, s_here
-    m = num.class_max(m_here, axis)
-    shares = s_here * jnp.exp(num.shift(m_here, m))
-    return m, num.class_sum(shares, axis) + num.leave_top_out(m_here, m, axis)
+    m = classes.max(m_here, axis)
+    shares = s_here * jnp.exp(classes.shift(m_here, m))
+    return m, classes.sum(shares, axis) + classes.leave_top_out(m_here, m, axis)
 
 
 @moments.defjvp
@@ -53,10 +52,10 @@ def _moments_jvp(axis, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _moments_along(u: Array, du: Array, axis: num.Axis) -> tuple[Array, ...]:
+def _moments_along(u: Array, du: Array, axis: classes.Axis) -> tuple[Array, ...]:
     """m and s, and along u̇ ṁ = u̇ at the top class and ṡ = Σ exp(u - m) (u̇ - ṁ)."""
     plainly = functools.partial(_along_plainly, axis)
-    if isinstance(axis, num.ClassAxis):
+    if isinstance(axis, classes.ClassAxis):
         return plainly(u, du)
     return _online_on(("cuda", "tpu"), plainly, u, du)
 
@@ -67,20 +66,20 @@ def _moments_along_jvp(axis, primals, tangents):
 
 
 def _moments_plainly(u: Array) -> tuple[Array, Array]:
-    m = num.class_max(u, 1)
-    e = jnp.exp(num.shift(u, m))
+    m = classes.max(u, 1)
+    e = jnp.exp(classes.shift(u, m))
     tops = jnp.floor(e)
-    return m, num.class_sum(e - tops, 1) + (num.class_sum(tops, 1) - 1)
+    return m, classes.sum(e - tops, 1) + (classes.sum(tops, 1) - 1)
 
 
 def _along_plainly(axis, u: Array, du: Array) -> tuple[Array, ...]:
     m, s = moments(u, axis)
-    if isinstance(axis, num.ClassAxis):
-        top = num.class_argmax(u, m, axis)
+    if isinstance(axis, classes.ClassAxis):
+        top = classes.argmax(u, m, axis)
     else:  # its argmax, inside a linear map, is one that shard_map of JAX 0.6.0 does not follow
-        top = jnp.min(jnp.where(u == m, num.class_index(u, axis), u.shape[1]), 1, keepdims=True)
-    at_top = num.take_class(du, top, axis)
-    return m, s, at_top, num.class_sum(jnp.exp(num.shift(u, m)) * (du - at_top), axis)
+        top = jnp.min(jnp.where(u == m, classes.index(u, axis), u.shape[1]), 1, keepdims=True)
+    at_top = classes.take(du, top, axis)
+    return m, s, at_top, classes.sum(jnp.exp(classes.shift(u, m)) * (du - at_top), axis)
 
 
 def _online_on(platforms: tuple[str, ...], plainly: Callable, *args: Array) -> tuple[Array, ...]:
@@ -126,12 +125,12 @@ class Distribution(NamedTuple):
         return self.v - self.log_total
 
 
-def distribution(u: Array, axis: num.Axis) -> Distribution:
+def distribution(u: Array, axis: classes.Axis) -> Distribution:
     m, s = moments(u, axis)
     limit = lax.stop_gradient(m)  # where m is finite, the total does not depend on it
-    total = num.one_infinity(1 + s, limit)
+    total = classes.one_infinity(1 + s, limit)
     undefined = lax.stop_gradient(total - total)  # NaN where the softmax has no limit
-    return Distribution(m, s, total, jnp.log1p(s) + undefined, num.shift(u, m))
+    return Distribution(m, s, total, jnp.log1p(s) + undefined, classes.shift(u, m))
 
 
 def prepared(z: Array, options: Arrays, cap: str = "logit_softcap") -> tuple[Array, Array | float]:
@@ -150,17 +149,17 @@ def of_labels(head: Head, z: Array, constants: Any, options: Arrays) -> Facts:
     u, slope = prepared(z, options)
     d = distribution(u, axis)
     p, lse = d.probs, d.m + d.log_total
-    at_label, _ = prepared(num.take_class(z, jnp.maximum(labels, 0), axis), options)
-    gap = jnp.where((d.m == jnp.inf) & (at_label < jnp.inf), -jnp.inf, num.shift(at_label, d.m))
-    one = num.undefined(labels < 0, jnp.ones_like(gap))  # NaN for a label that is no class
-    nll, is_label = one * (d.log_total - gap), num.class_index(z, axis) == labels
+    at_label, _ = prepared(classes.take(z, jnp.maximum(labels, 0), axis), options)
+    gap = jnp.where((d.m == jnp.inf) & (at_label < jnp.inf), -jnp.inf, classes.shift(at_label, d.m))
+    one = classes.undefined(labels < 0, jnp.ones_like(gap))  # NaN for a label that is no class
+    nll, is_label = one * (d.log_total - gap), classes.index(z, axis) == labels
     g = one * jnp.where(is_label, -(d.s - jnp.expm1(gap)) / d.total, p)
     loss, of_loss, by_class = _with_options(head, u, d, options, labels, nll, g)
     numbers, gradients, index = [loss], [of_loss], None
     if head.columns > 1:
         v = jnp.maximum(d.v, -dtypes.largest(z.dtype))
-        mean, index = num.class_sum(jnp.exp(d.v) * v, axis) / d.total, num.class_argmax(u, d.m, axis)
-        of_top = jnp.where(num.class_index(z, axis) == index, d.s / d.total, -p)
+        mean, index = classes.sum(jnp.exp(d.v) * v, axis) / d.total, classes.argmax(u, d.m, axis)
+        of_top = jnp.where(classes.index(z, axis) == index, d.s / d.total, -p)
         numbers += [-nll, lse, d.log_total - mean, -d.log_total]
         gradients += [-g, p, p * (mean - v), of_top]
     flat = tuple(number[:, 0] for number in numbers)
@@ -176,14 +175,14 @@ def _with_options(head: Head, u: Array, d: Distribution, options: Arrays, labels
     if weights is not None:
         weights = weights[None, :]
         of_label = class_weight(head, options["class_weights"], labels[:, 0])[:, None]
-        by_class = jnp.where(num.class_index(u, axis) == labels, loss, 0.0)
+        by_class = jnp.where(classes.index(u, axis) == labels, loss, 0.0)
         loss, of_u = of_label * loss, of_label * of_u
     if smooth is not None:
         exists, each = u > -jnp.inf, 1.0 if weights is None else weights
         below = jnp.where(exists, -d.v, 0.0)
         there = jnp.where(exists, each, 0.0).astype(u.dtype)
-        mass, soft = (num.class_sum(x, axis) for x in (there, there * below))
-        count = jnp.maximum(mass if weights is None else num.class_sum(exists.astype(u.dtype), axis), 1)
+        mass, soft = (classes.sum(x, axis) for x in (there, there * below))
+        count = jnp.maximum(mass if weights is None else classes.sum(exists.astype(u.dtype), axis), 1)
         mass, target, infinite = mass / count, there / count, jnp.where((d.m == jnp.inf) & (count > 1), jnp.inf, 0.0)
         loss = loss + smooth * (mass * d.log_total + soft / count + infinite)
         of_u = of_u + smooth * (mass * d.probs - target)
@@ -197,7 +196,7 @@ def _with_options(head: Head, u: Array, d: Distribution, options: Arrays, labels
 
 def class_weight(head: Head, class_weights: Array, labels: Array) -> Array:
     """The class weight of each label (C,); NaN for one that is no class."""
-    return num.take_class(class_weights[None, :], labels[None, :], head.class_axis)[0]
+    return classes.take(class_weights[None, :], labels[None, :], head.class_axis)[0]
 
 
 def of_divergence(beta: float, teacher_logits: Any, head: Head, z: Array, constants: Any, options: Arrays) -> Facts:
@@ -211,10 +210,10 @@ def of_top_k(beta: float, head: Head, z: Array, constants: Any, options: Arrays)
     """The divergence of k + 1 classes: those whose log q is known, and all others as one, of logit log Σ exp u."""
     axis, (indices, target) = head.class_axis, constants[0]
     u, slope = prepared(z, options)
-    local, size = indices - num.first_class(z, axis), z.shape[1]
+    local, size = indices - classes.first(z, axis), z.shape[1]
     at = jnp.arange(len(z))[:, None], jnp.where((local >= 0) & (local < size), local, size)
-    known, _ = prepared(num.take_class(z, indices, axis), options)
-    if not num.is_split(axis):  # a barrier makes `known` as different on the devices of the classes as u is
+    known, _ = prepared(classes.take(z, indices, axis), options)
+    if not classes.is_split(axis):  # a barrier makes `known` as different on the devices of the classes as u is
         known, u = lax.optimization_barrier((known, u))  # taken before the scatter, which needs no copy of u then
     rest = u.at[at].set(-jnp.inf, mode="drop")
     others = distribution(rest, axis)
@@ -224,7 +223,7 @@ def of_top_k(beta: float, head: Head, z: Array, constants: Any, options: Arrays)
     return Facts((losses,), (slope * (shares * g[:, -1:]).at[at].set(g[:, :-1], mode="drop"),))
 
 
-def _divergence(beta: float, u: Array, target: Array, axis: num.Axis) -> tuple[Array, Array]:
+def _divergence(beta: float, u: Array, target: Array, axis: classes.Axis) -> tuple[Array, Array]:
     """KL(q ‖ p) with β = 0, KL(p ‖ q) with β = 1, between them β KL(q ‖ M) + (1 - β) KL(p ‖ M), M = β q + (1 - β) p.
 
     Each is a sum over the classes of terms that are never negative, w log(w/r) - w + r, since both add up to 1.
@@ -239,7 +238,7 @@ def _divergence(beta: float, u: Array, target: Array, axis: num.Axis) -> tuple[A
         # p and q once more, or the compiler for GPU would keep those that the gradient shares: two arrays of logits.
         losses = _relative(jnp.exp(teacher.log_probs), in_q, -ratio, jnp.exp(model.log_probs))
         g = jnp.where((jnp.abs(ratio) < 1) & in_q, q * jnp.expm1(jnp.clip(ratio, -1, 1)), p - q)
-        return num.class_sum(losses, axis)[:, 0], g
+        return classes.sum(losses, axis)[:, 0], g
     if beta == 1:
         losses, of_p = _relative(p, in_p, ratio, q), ratio
     else:
@@ -249,7 +248,7 @@ def _divergence(beta: float, u: Array, target: Array, axis: num.Axis) -> tuple[A
         losses = beta * _relative(q, in_q, of_q, mixture) + (1 - beta) * _relative(p, in_p, of_p, mixture)
         of_p = (1 - beta) * of_p
     of_p = jnp.where(in_p, of_p, 0.0)
-    return num.class_sum(losses, axis)[:, 0], p * (of_p - num.class_sum(p * of_p, axis))
+    return classes.sum(losses, axis)[:, 0], p * (of_p - classes.sum(p * of_p, axis))
 
 
 def _relative(w: Array, there: Array, log_ratio: Array, r: Array) -> Array:

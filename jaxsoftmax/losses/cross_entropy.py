@@ -17,15 +17,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import gradient_product, jacobian_product, less
 from jaxsoftmax._core.plumbing import sharded_like, traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.likelihood import Likelihood
-from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import AxisLike, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -80,7 +79,7 @@ def softmax_cross_entropy_with_integer_labels(
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     label_smoothing: ArrayLike = 0.0,
@@ -166,22 +165,24 @@ def _of_labels(label_smoothing, class_weights, logits, axes) -> tuple:
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> Array:
     """The integer-label loss per example; options that are None are off."""
-    (logits, mask), axis = num.one_axis(axes, logits, mask)
-    z = num.present(logits, mask, axis)
-    labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
+    (logits, mask), axis = classes.one_axis(axes, logits, mask)
+    z = classes.present(logits, mask, axis)
+    labels = jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), axis.positions)
     wide, weights = dtypes.widen(z)[0], _weights(z, class_weights, axis)
     if smooth is not None:
-        loss = soft_label_loss(wide, _weighed(wide, num.one_hot(wide, labels, axis), class_weights, smooth, axis), axis)
+        loss = soft_label_loss(
+            wide, _weighed(wide, classes.one_hot(wide, labels, axis), class_weights, smooth, axis), axis
+        )
     else:
         # With a term more, the gradients of both are added before the one rounding.
         loss = label_loss(z if penalty is None else wide, labels, axis)
-        loss = loss if weights is None else loss * num.take_class(weights, labels, axis)
+        loss = loss if weights is None else loss * classes.take(weights, labels, axis)
     if penalty is not None:
         loss = loss + jnp.asarray(penalty, loss.dtype) * logsumexp_of(wide, axis) ** 2
-    return num.absent_examples(loss, mask, axis)
+    return classes.absent_examples(loss, mask, axis)
 
 
-def _weights(z: Array, class_weights: Array | None, axis: num.ClassAxis) -> Array | None:
+def _weights(z: Array, class_weights: Array | None, axis: classes.ClassAxis) -> Array | None:
     """The class weights beside z."""
     if class_weights is None:
         return None
@@ -190,23 +191,23 @@ def _weights(z: Array, class_weights: Array | None, axis: num.ClassAxis) -> Arra
     return sharded_like(z, jnp.broadcast_to(weights, z.shape))
 
 
-def _smoothed(z: Array, y: Array, smooth: Array, axis: num.ClassAxis) -> Array:
+def _smoothed(z: Array, y: Array, smooth: Array, axis: classes.ClassAxis) -> Array:
     """(1 - smooth) y + smooth / (number of classes there are)."""
     exists = lax.stop_gradient(z) > -jnp.inf
-    count = jnp.maximum(num.class_sum(exists.astype(y.dtype), axis), 1)
+    count = jnp.maximum(classes.sum(exists.astype(y.dtype), axis), 1)
     smooth = sharded_like(count, jnp.expand_dims(smooth.astype(y.dtype), axis.positions))
     return (1 - smooth) * y + jnp.where(exists, smooth / count, 0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _soft_loss(logits, labels, mask, class_weights, smooth, axes) -> Array:
-    (logits, labels, mask), axis = num.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
-    z = num.present(logits, mask, axis)
-    y = _weighed(z, num.zero_absent(labels, mask), class_weights, smooth, axis)
-    return num.absent_examples(soft_label_loss(z, y, axis), mask, axis)
+    (logits, labels, mask), axis = classes.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
+    z = classes.present(logits, mask, axis)
+    y = _weighed(z, classes.zero_absent(labels, mask), class_weights, smooth, axis)
+    return classes.absent_examples(soft_label_loss(z, y, axis), mask, axis)
 
 
-def _weighed(z: Array, y: Array, class_weights: Array | None, smooth: Array | None, axis: num.ClassAxis) -> Array:
+def _weighed(z: Array, y: Array, class_weights: Array | None, smooth: Array | None, axis: classes.ClassAxis) -> Array:
     """The labels that smoothing and class weights make of y."""
     y, weights = y if smooth is None else _smoothed(z, y, smooth, axis), _weights(z, class_weights, axis)
     return y if weights is None else weights * y
@@ -217,21 +218,21 @@ def _weighed(z: Array, y: Array, class_weights: Array | None, smooth: Array | No
 
 
 @traced_once
-def label_sums(z: Array, label: Array, axis: num.Axis) -> tuple[Array, Array, Array, Array]:
+def label_sums(z: Array, label: Array, axis: classes.Axis) -> tuple[Array, Array, Array, Array]:
     """(gap, m, R, S): z_label - m of the maximum m, Σ exp(z - m) without the label's class, and with it.
 
     All are NaN but m for a label that is no class. Never differentiated.
     """
-    z, m = lax.stop_gradient(z), num.top(z, axis)
-    gap = num.below(num.take_class(z, label, axis), m)
-    e = jnp.exp(num.shift(z, m))
-    rest = num.class_sum(e * num.other_classes(z, label, axis), axis)
-    total = num.undefined(label < 0, num.total(e, rest + jnp.exp(gap), axis))
+    z, m = lax.stop_gradient(z), classes.top(z, axis)
+    gap = classes.below(classes.take(z, label, axis), m)
+    e = jnp.exp(classes.shift(z, m))
+    rest = classes.sum(e * classes.others(z, label, axis), axis)
+    total = classes.undefined(label < 0, classes.total(e, rest + jnp.exp(gap), axis))
     return gap, m, rest + (total - total), total  # NaN where the total is
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def label_loss(z: Array, label: Array, axis: num.Axis) -> Array:
+def label_loss(z: Array, label: Array, axis: classes.Axis) -> Array:
     """-log softmax(z)_label, with the class axis kept."""
     gap, _, rest, total = label_sums(z, label, axis)
     return jnp.where(gap > -1, jnp.log1p(rest / jnp.exp(gap)), jnp.log(total) - gap)
@@ -246,18 +247,18 @@ def _label_loss_bwd(axis, residuals, ct):
 
 
 def _label_loss_along(z, label, m, rest, total, t, axis):
-    at_label, e = num.class_index(z, axis) == label, jnp.exp(num.shift(z, m))
-    others = num.class_sum(jnp.where(at_label, 0.0, e * t), axis)
-    return (others - rest * num.class_sum(jnp.where(at_label, t, 0.0), axis)) / total
+    at_label, e = classes.index(z, axis) == label, jnp.exp(classes.shift(z, m))
+    others = classes.sum(jnp.where(at_label, 0.0, e * t), axis)
+    return (others - rest * classes.sum(jnp.where(at_label, t, 0.0), axis)) / total
 
 
 label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
 
 
 @custom_vjp(nondiff_argnums=(5,))
-def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: num.Axis) -> Array:
+def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: classes.Axis) -> Array:
     """p - e_label from the known sums; differentiable in z, which fixes them."""
-    return jnp.where(num.class_index(z, axis) == label, -rest, jnp.exp(num.shift(z, m))) / total
+    return jnp.where(classes.index(z, axis) == label, -rest, jnp.exp(classes.shift(z, m))) / total
 
 
 def _label_gradient_bwd(axis, residuals, g):
@@ -269,13 +270,13 @@ label_gradient.defvjp(None, _label_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def soft_label_loss(z: Array, y: Array, axis: num.Axis) -> Array:
+def soft_label_loss(z: Array, y: Array, axis: classes.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
     # A choice at each class would end XLA's kernel. y is multiplied by numbers below the limit, twice at -inf.
     limit = dtypes.largest(m.dtype)
-    below = jnp.minimum(-num.below(z, m), 0.9999 * limit)
-    return num.class_sum(y * (jnp.log1p(s) + below) * jnp.maximum(below - 0.9998 * limit, 1), axis)
+    below = jnp.minimum(-classes.below(z, m), 0.9999 * limit)
+    return classes.sum(y * (jnp.log1p(s) + below) * jnp.maximum(below - 0.9998 * limit, 1), axis)
 
 
 def _soft_label_loss_fwd(z, y, axis):
@@ -283,8 +284,8 @@ def _soft_label_loss_fwd(z, y, axis):
 
 
 def _soft_label_loss_bwd(axis, residuals, ct):
-    ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
-    (m, s), z = num.afresh(moments, (m, s), axis, z)
+    ct, (z, y, m, s) = classes.shared_cotangent(ct, axis), residuals
+    (m, s), z = classes.afresh(moments, (m, s), axis, z)
     (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     surprise = -log_softmax_of(z, axis)
     return scaled_soft_label_gradient(ct, z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
@@ -294,24 +295,24 @@ soft_label_loss.defvjp(_soft_label_loss_fwd, _soft_label_loss_bwd)
 
 
 @custom_vjp(nondiff_argnums=(4,))
-def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+def soft_label_gradient(z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """(Σy) p - y; where p > 1/2, Σ_{others} y - (Σy)(1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
-    mass = num.class_sum(y, axis)
+    mass = classes.sum(y, axis)
     return less(y, p, s / (1 + s), mass)
 
 
 def _soft_label_gradient_bwd(axis, residuals, g):
     z, y, m, s = residuals
     p = probabilities(z, m, 1 + s, axis)
-    return num.class_sum(y, axis) * jacobian_product(g, p, axis), num.class_sum(p * g, axis) - g, None, None
+    return classes.sum(y, axis) * jacobian_product(g, p, axis), classes.sum(p * g, axis) - g, None, None
 
 
 soft_label_gradient.defvjp(None, _soft_label_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(5,))
-def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """ct times `soft_label_gradient`; its derivative in z is multiplied once per example, by ct Σy.
 
     Two rules, since forward mode transposes this one in ct, and differentiates what stands inside as it is.
@@ -321,9 +322,9 @@ def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array
 
 def _scaled_bwd(axis, residuals, g):
     ct, z, y, m, s = residuals
-    p, scale = probabilities(z, m, 1 + s, axis), ct * num.class_sum(y, axis)
-    by_ct = num.local_sum(g * soft_label_gradient(z, y, m, s, axis), axis)
-    return by_ct, scale * jacobian_product(g, p, axis), ct * (num.class_sum(p * g, axis) - g), None, None
+    p, scale = probabilities(z, m, 1 + s, axis), ct * classes.sum(y, axis)
+    by_ct = classes.local_sum(g * soft_label_gradient(z, y, m, s, axis), axis)
+    return by_ct, scale * jacobian_product(g, p, axis), ct * (classes.sum(p * g, axis) - g), None, None
 
 
 scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
@@ -349,17 +350,17 @@ def _safe_curvature(logits, labels, axis_name) -> Curvature:
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axis) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, axis)
-    label = num.class_labels(labels, num.num_classes(z, axis))[..., None]
-    weight = num.class_sum(_weighed(z, num.one_hot(z, label, axis), class_weights, smooth, axis), axis)
+    z = classes.present(*dtypes.widen(logits), mask, axis)
+    label = classes.labels(labels, classes.number(z, axis))[..., None]
+    weight = classes.sum(_weighed(z, classes.one_hot(z, label, axis), class_weights, smooth, axis), axis)
     return categorical(z, only_examples(mask, weight, axis), draw_labels, _label_score, axis, penalty, mask)
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _soft_operators(logits, labels, mask, class_weights, smooth, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z = num.present(logits, mask, axis)
-    weight = num.class_sum(_weighed(z, num.zero_absent(y, mask), class_weights, smooth, axis), axis)
+    z = classes.present(logits, mask, axis)
+    weight = classes.sum(_weighed(z, classes.zero_absent(y, mask), class_weights, smooth, axis), axis)
     return categorical(z, only_examples(mask, weight, axis), draw_one_hot, soft_label_score, axis)
 
 
@@ -368,7 +369,7 @@ def categorical(
     weight: Array,
     draw: Callable,
     score: Callable,
-    axis: num.ClassAxis,
+    axis: classes.ClassAxis,
     penalty: Any = None,
     mask: Array | None = None,
 ) -> Curvature:
@@ -392,7 +393,7 @@ def draw_one_hot(key: Array, z: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _label_score(z: Array, labels: Array) -> Array:
-    label = num.class_labels(labels, z.shape[-1])[..., None]
+    label = classes.labels(labels, z.shape[-1])[..., None]
     return jax.grad(lambda z: jnp.sum(label_loss(z, label, z.ndim - 1)))(z)
 
 

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax._core.forms_of_two import apart, apart_plainly, divergence_terms, sums_on_cpu
 from jaxsoftmax._core.forms_of_two import log_ratio as log_ratio_of
@@ -30,14 +29,14 @@ from jaxsoftmax.losses.head import checked_logits
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
-from jaxsoftmax.maps.softmax import Axis, AxisName, log_softmax_of, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import AxisLike, AxisName, log_softmax_of, probabilities, softmax_of
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 
 def softmax_kl_divergence(
     logits: ArrayLike,
     target_logits: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     *,
@@ -76,7 +75,7 @@ def softmax_kl_divergence(
 def jensen_shannon_divergence(
     logits: ArrayLike,
     target_logits: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     *,
@@ -119,9 +118,9 @@ def _arguments(logits, target_logits, axis, where, temperature, axis_name) -> tu
 
 @functools.partial(jax.jit, static_argnames=("divergence", "axes"), inline=True)
 def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
-    (x, z, mask), axis = num.one_axis(axes, *dtypes.widen(logits, targets), mask)
-    x, z = (tempered(num.present(a, mask, axis), temperature, axis) for a in (x, z))
-    return num.absent_examples(divergence(x, z, axis), mask, axis)
+    (x, z, mask), axis = classes.one_axis(axes, *dtypes.widen(logits, targets), mask)
+    x, z = (tempered(classes.present(a, mask, axis), temperature, axis) for a in (x, z))
+    return classes.absent_examples(divergence(x, z, axis), mask, axis)
 
 
 # Rules. x and z are floating arrays of at least float32.
@@ -156,7 +155,7 @@ class Sums(NamedTuple):
 
 
 @traced_once
-def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
+def compare(x: Array, z: Array, axis: classes.Axis) -> Sums:
     """The sums over the classes. Never differentiated.
 
     With δ̄ = Σ q δ and d = δ - δ̄, KL(q‖p) = log Σ q exp(d) = log1p(Σ q (exp(d) - 1 - d)), which keeps its digits for
@@ -164,39 +163,39 @@ def compare(x: Array, z: Array, axis: num.Axis) -> Sums:
     """
     x, z = lax.stop_gradient((x, z))
     plain = functools.partial(_sums, axis=axis)
-    if num.is_split(axis):
+    if classes.is_split(axis):
         return Sums(*plain(x, z))
-    on_cpu = functools.partial(sums_on_cpu, axis=num.positions(axis)[0] % x.ndim)
+    on_cpu = functools.partial(sums_on_cpu, axis=classes.positions(axis)[0] % x.ndim)
     return Sums(*lax.platform_dependent(x, z, cpu=on_cpu, default=plain))
 
 
-def _sums(x: Array, z: Array, axis: num.Axis) -> tuple[Array, ...]:
-    top_x, top_z = num.class_max(x, axis), num.class_max(z, axis)
+def _sums(x: Array, z: Array, axis: classes.Axis) -> tuple[Array, ...]:
+    top_x, top_z = classes.max(x, axis), classes.max(z, axis)
     below_x, below_z, gap = apart_plainly(x, z, top_x, top_z)
     of_x, of_z = jnp.exp(below_x), jnp.exp(below_z)
-    total_x, total_z = num.class_sum(of_x, axis), num.class_sum(of_z, axis)
-    mean = num.class_sum(jnp.where(of_z > 0, of_z * gap, 0.0), axis) / total_z
+    total_x, total_z = classes.sum(of_x, axis), classes.sum(of_z, axis)
+    mean = classes.sum(jnp.where(of_z > 0, of_z * gap, 0.0), axis) / total_z
     grown = of_x * (jnp.exp(jnp.minimum(-mean, 80)) / total_z)  # q exp(d)
-    near = num.class_sum(divergence_terms(of_z / total_z, gap - mean, grown), axis)
+    near = classes.sum(divergence_terms(of_z / total_z, gap - mean, grown), axis)
     return top_x, total_x, top_z, total_z, mean, jnp.log1p(near)
 
 
-def classes(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
+def class_by_class(x: Array, z: Array, sums: Sums) -> tuple[Array, Array, Array]:
     """p, q and ρ = log p - log q, class by class; ρ is huge, but finite, where just one of the two excludes a class."""
     below_x, below_z, gap = apart(x, z, sums.top_x, sums.top_z)
     ratio = jnp.clip(sums.ratio(gap), -dtypes.largest(x.dtype) / 16, dtypes.largest(x.dtype) / 16)
     return jnp.exp(below_x) / sums.total_x, jnp.exp(below_z) / sums.total_z, ratio
 
 
-def distributions(x: Array, z: Array, sums: Sums, axis: num.Axis) -> tuple[Array, Array]:
+def distributions(x: Array, z: Array, sums: Sums, axis: classes.Axis) -> tuple[Array, Array]:
     """p and q, differentiable in x and z, which fix the sums."""
     return probabilities(x, sums.top_x, sums.total_x, axis), probabilities(z, sums.top_z, sums.total_z, axis)
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def kl(x: Array, z: Array, axis: num.Axis) -> Array:
+def kl(x: Array, z: Array, axis: classes.Axis) -> Array:
     """KL(q‖p), with the class axis kept."""
-    return compare(x, z, axis).kl if x.size else num.class_sum(x, axis)
+    return compare(x, z, axis).kl if x.size else classes.sum(x, axis)
 
 
 def _kl_fwd(x, z, axis):
@@ -204,8 +203,8 @@ def _kl_fwd(x, z, axis):
 
 
 def _kl_bwd(axis, residuals, ct):
-    ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
-    sums, x, z = num.afresh(compare, sums, axis, x, z)
+    ct, (x, z, sums) = classes.shared_cotangent(ct, axis), residuals
+    sums, x, z = classes.afresh(compare, sums, axis, x, z)
     ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
     _, q = distributions(x, z, sums, axis)
     dz = -4 * jacobian_product(ratio / 4, q, axis)  # differences of ρ/4 do not overflow
@@ -216,10 +215,10 @@ kl.defvjp(_kl_fwd, _kl_bwd)
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def jensen_shannon(x: Array, z: Array, axis: num.Axis) -> Array:
+def jensen_shannon(x: Array, z: Array, axis: classes.Axis) -> Array:
     """½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, with the class axis kept."""
-    p, q, ratio = classes(x, z, compare(x, z, axis))
-    return num.class_sum((p + q) / 2 * missing_bits(ratio), axis)
+    p, q, ratio = class_by_class(x, z, compare(x, z, axis))
+    return classes.sum((p + q) / 2 * missing_bits(ratio), axis)
 
 
 def _jensen_shannon_fwd(x, z, axis):
@@ -227,8 +226,8 @@ def _jensen_shannon_fwd(x, z, axis):
 
 
 def _jensen_shannon_bwd(axis, residuals, ct):
-    ct, (x, z, sums) = num.shared_cotangent(ct, axis), residuals
-    sums, x, z = num.afresh(compare, sums, axis, x, z)
+    ct, (x, z, sums) = classes.shared_cotangent(ct, axis), residuals
+    sums, x, z = classes.afresh(compare, sums, axis, x, z)
     ratio = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3)  # p or q is 0 beyond
     p, q = distributions(x, z, sums, axis)
     dx, dz = (jacobian_product(log_double_sigmoid(v), of, axis) for v, of in ((ratio, p), (-ratio, q)))
@@ -239,9 +238,9 @@ jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
 
 
 @custom_vjp(nondiff_argnums=(3,))
-def difference(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
+def difference(x: Array, z: Array, sums: Sums, axis: classes.Axis) -> Array:
     """p - q: q (exp(ρ) - 1) where the two are close; differentiable in x and z, which fix the sums."""
-    p, q, ratio = classes(x, z, sums)
+    p, q, ratio = class_by_class(x, z, sums)
     return jnp.where((jnp.abs(ratio) < 1) & (q > 0), q * jnp.expm1(ratio), p - q)
 
 
@@ -254,9 +253,9 @@ difference.defvjp(None, _difference_bwd)
 
 
 @custom_vjp(nondiff_argnums=(3,))
-def log_ratio(x: Array, z: Array, sums: Sums, axis: num.Axis) -> Array:
+def log_ratio(x: Array, z: Array, sums: Sums, axis: classes.Axis) -> Array:
     """ρ = log p - log q; differentiable in x and z, which fix the sums."""
-    return classes(x, z, sums)[2]
+    return class_by_class(x, z, sums)[2]
 
 
 def _log_ratio_bwd(axis, residuals, g):
@@ -278,9 +277,9 @@ def _kl_curvature(**arguments) -> Curvature:
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
     (x,) = dtypes.widen(logits)
-    x = tempered(num.present(x, mask, axis), temperature, axis)
+    x = tempered(classes.present(x, mask, axis), temperature, axis)
     p = softmax_of(x, axis)
-    count = only_examples(mask, jnp.ones_like(num.class_max(lax.stop_gradient(p), axis)), axis)
+    count = only_examples(mask, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis)
     hessian, model = SoftmaxJacobian(p, count, axis=axis), Likelihood(x, count, _draw_target_logits, _target_score)
     return in_logits(Curvature(hessian, hessian, SoftmaxJacobian(p, count, model, axis)), temperature)
 
@@ -301,7 +300,7 @@ def _jensen_shannon_curvature(**arguments) -> Curvature:
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _jensen_shannon_operators(logits, targets, mask, temperature, axis) -> Curvature:
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
-    x, z = (tempered(num.present(a, mask, axis), temperature, axis) for a in dtypes.widen(logits, targets))
+    x, z = (tempered(classes.present(a, mask, axis), temperature, axis) for a in dtypes.widen(logits, targets))
     ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)
     gradient = jacobian_product(log_double_sigmoid(ratio), p, axis) / 2
     return in_logits(of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask, axis), temperature)

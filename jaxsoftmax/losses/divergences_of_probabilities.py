@@ -13,19 +13,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.scalar_functions import exp_remainder
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
-from jaxsoftmax.maps.softmax import Axis, AxisName
+from jaxsoftmax.maps.softmax import AxisLike, AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
 def kl_divergence(
     log_predictions: ArrayLike,
     targets: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     axis_name: AxisName = None,
@@ -58,7 +57,7 @@ def kl_divergence(
 def kl_divergence_with_log_targets(
     log_predictions: ArrayLike,
     log_targets: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     axis_name: AxisName = None,
@@ -91,7 +90,7 @@ def kl_divergence_with_log_targets(
 def generalized_kl_divergence(
     log_predictions: ArrayLike,
     targets: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     axis_name: AxisName = None,
@@ -132,7 +131,7 @@ def _divergence(term, *arguments) -> Array:
 
 def _arguments(log_predictions, targets, name, axis, axis_name, where) -> tuple:
     log_predictions = checks.as_loss_float("log_predictions", log_predictions)
-    axes = num.class_axis(axis, log_predictions, axis_name, "log_predictions")
+    axes = classes.axis_of(axis, log_predictions, axis_name, "log_predictions")
     targets = checks.class_probabilities(targets, log_predictions, axes.positions, name)
     mask = checks.as_loss_mask("where", where, log_predictions.shape, axes.positions, of_classes=True)
     return log_predictions, targets, mask, axes
@@ -140,9 +139,9 @@ def _arguments(log_predictions, targets, name, axis, axis_name, where) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("term", "axes"), inline=True)
 def _sum_of_terms(term, log_predictions, targets, mask, axes) -> Array:
-    (logq, t, mask), axis = num.one_axis(axes, *dtypes.widen(log_predictions, targets), mask)
-    terms = term(num.zero_absent(logq, mask), num.zero_absent(t, mask))
-    return jnp.squeeze(num.class_sum(num.zero_absent(terms, mask), axis), axis.positions)
+    (logq, t, mask), axis = classes.one_axis(axes, *dtypes.widen(log_predictions, targets), mask)
+    terms = term(classes.zero_absent(logq, mask), classes.zero_absent(t, mask))
+    return jnp.squeeze(classes.sum(classes.zero_absent(terms, mask), axis), axis.positions)
 
 
 # Rules, element by element.
@@ -225,7 +224,7 @@ def _log_kl_curvature(log_predictions, log_targets, axis, where, axis_name) -> C
     return _no_curvature(*on_last_axis(*arguments))
 
 
-def _no_curvature(log_predictions: Array, _, __, axis: num.ClassAxis) -> Curvature:
+def _no_curvature(log_predictions: Array, _, __, axis: classes.ClassAxis) -> Curvature:
     zero = DiagonalPlusLowRank(jnp.zeros_like(*dtypes.widen(log_predictions)), axis=axis)
     return Curvature(zero, zero)
 
@@ -234,5 +233,5 @@ def _no_curvature(log_predictions: Array, _, __, axis: num.ClassAxis) -> Curvatu
 def _generalized_kl_curvature(log_predictions, targets, axis, where, axis_name) -> Curvature:
     arguments = _arguments(log_predictions, targets, "targets", axis, axis_name, where)
     log_predictions, _, mask, axis = on_last_axis(*arguments)
-    hessian = DiagonalPlusLowRank(num.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask), axis=axis)
+    hessian = DiagonalPlusLowRank(classes.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask), axis=axis)
     return Curvature(hessian, hessian)

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import below_half
 from jaxsoftmax._core.plumbing import aligned, typed_like
 from jaxsoftmax.autodiff import custom_vjp
@@ -156,7 +155,7 @@ def _arguments(logits, labels, alpha, axis, where, ignore_index, axis_name) -> t
 
 def _sparsemax_arguments(scores, labels, ignore_index, axis_name) -> tuple:
     scores = checks.as_loss_float("scores", scores)
-    axes = num.class_axis(-1, scores, axis_name, "scores")
+    axes = classes.axis_of(-1, scores, axis_name, "scores")
     labels, mask = checks.class_indices(labels, scores, axes.positions), None
     labels, mask = without_ignored(labels, mask, ignore_index, scores, axes)
     alphas, exact = as_order(2.0, scores.shape, axes)
@@ -168,28 +167,28 @@ def _loss(logits, labels, alpha, mask, exact, axes) -> Array:
     """The loss per example for class indices or distributions."""
     indices = jnp.issubdtype(labels.dtype, jnp.integer)
     if indices:
-        (z, mask), axis = num.one_axis(axes, dtypes.widen(logits)[0], mask)
+        (z, mask), axis = classes.one_axis(axes, dtypes.widen(logits)[0], mask)
         y = one_hot(z, labels, axis)
     else:
-        (z, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
-        y = num.undefined(y < 0, y)
-    z = num.present(z, mask, axis)
+        (z, y, mask), axis = classes.one_axis(axes, *dtypes.widen(logits, labels), mask)
+        y = classes.undefined(y < 0, y)
+    z = classes.present(z, mask, axis)
     alpha = order_of(z, alpha, exact, axis)
     p = entmax_of(z, alpha, exact, axis)
     on_absent = 0.0
     if mask is not None:
-        on_absent = jnp.where(num.class_any(~mask & (y > 0), axis), jnp.inf, 0.0)
+        on_absent = jnp.where(classes.any(~mask & (y > 0), axis), jnp.inf, 0.0)
         y = jnp.where(mask, y, 0.0)
     loss = fenchel_young(z, typed_like(z, y), alpha, p, axis, indices) + on_absent
     if indices:
-        loss = loss * (1 + 0 * num.class_max(y, axis))  # NaN at every order for a label that is no class
-    return num.absent_examples(loss, mask, axis)
+        loss = loss * (1 + 0 * classes.max(y, axis))  # NaN at every order for a label that is no class
+    return classes.absent_examples(loss, mask, axis)
 
 
-def one_hot(z: Array, labels: Array, axis: num.Axis) -> Array:
+def one_hot(z: Array, labels: Array, axis: classes.Axis) -> Array:
     """e_label along the class axis; NaN throughout for a label that is no class."""
-    return num.one_hot(
-        z, jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), num.positions(axis)), axis
+    return classes.one_hot(
+        z, jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), classes.positions(axis)), axis
     )
 
 
@@ -197,7 +196,7 @@ def one_hot(z: Array, labels: Array, axis: num.Axis) -> Array:
 
 
 @custom_vjp(nondiff_argnums=(4, 5))
-def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: num.Axis, sums_to_one: bool) -> Array:
+def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: classes.Axis, sums_to_one: bool) -> Array:
     """L(z, y) from p, the α-entmax of z, with the class axis kept. p maximises, so it has no part in the gradient.
 
     As the sum of Bregman divergences L is defined for every y ≥ 0, which makes its slope in y well defined. Letters are
@@ -214,22 +213,22 @@ def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: num.Axis, su
     slack = jnp.where(x == -jnp.inf, jnp.inf, jnp.maximum(-x - 1 / beta, 0.0))
     absent = y < jnp.finfo(y.dtype).tiny
     terms = jnp.where(absent, p**alpha / alpha, bregman + y * jnp.where(absent, 0.0, slack))
-    return num.class_sum(terms, axis)
+    return classes.sum(terms, axis)
 
 
 def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
     z, y, alpha, p = residuals
     beta, finfo = alpha - 1, jnp.finfo(z.dtype)
     # p - y; where p > 1/2, (1 - y) - Σ_{others} p, which keeps its digits when p and y are near 1.
-    slope = jnp.where(p > 0.5, (1 - y) - num.class_sum(below_half(p), axis), p - y)
+    slope = jnp.where(p > 0.5, (1 - y) - classes.sum(below_half(p), axis), p - y)
     label_slope = deformed_log(jnp.log(jnp.maximum(y, finfo.tiny)), beta) - bounded(dual(z, alpha, p, axis))
-    alpha_slope = num.class_sum(_entropy_slope(p, alpha) - _entropy_slope(y, alpha), axis)
+    alpha_slope = classes.sum(_entropy_slope(p, alpha) - _entropy_slope(y, alpha), axis)
     if not sums_to_one:
-        excess, (pi, _) = num.class_sum(y, axis) - 1, escort(p, alpha, axis)
+        excess, (pi, _) = classes.sum(y, axis) - 1, escort(p, alpha, axis)
         kappa = deformed_log(log_support(p), beta, 1)
         slope += excess * pi
-        alpha_slope += excess * (1 / alpha**2 - num.class_sum(pi * kappa, axis))
-    shared = num.shared_cotangent(ct, axis)
+        alpha_slope += excess * (1 / alpha**2 - classes.sum(pi * kappa, axis))
+    shared = classes.shared_cotangent(ct, axis)
     return shared * slope, shared * label_slope, ct * alpha_slope, None
 
 
@@ -243,12 +242,12 @@ def _entropy_slope(p: Array, alpha: Array) -> Array:
 
 
 @custom_vjp(nondiff_argnums=(3,))
-def dual(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
+def dual(z: Array, alpha: Array, p: Array, axis: classes.Axis) -> Array:
     """z - ψ: ln_β(p) on the support, at most -1/β off it. Differentiable in z and α, which fix p."""
-    m, u = num.class_max(z, axis), num.class_max(p, axis)
-    rest = jnp.where(u > 0.5, num.class_sum(below_half(p), axis), 0.0)
+    m, u = classes.max(z, axis), classes.max(p, axis)
+    rest = jnp.where(u > 0.5, classes.sum(below_half(p), axis), 0.0)
     top = deformed_log(jnp.where(u > 0.5, log1p(-rest), log_support(u)), alpha - 1)
-    return top + num.below(z, m)
+    return top + classes.below(z, m)
 
 
 def _dual_fwd(z, alpha, p, axis):
@@ -258,8 +257,8 @@ def _dual_fwd(z, alpha, p, axis):
 def _dual_bwd(axis, residuals, g):
     # From dp = q∘(dz - dψ - κ dα) and Σdp = 0: dψ = <π, dz - κ dα>.
     alpha, p = residuals
-    (pi, _), total = escort(p, alpha, axis), num.class_sum(g, axis)
-    return g - pi * total, total * num.local_sum(pi * deformed_log(log_support(p), alpha - 1, 1), axis), None
+    (pi, _), total = escort(p, alpha, axis), classes.sum(g, axis)
+    return g - pi * total, total * classes.local_sum(pi * deformed_log(log_support(p), alpha - 1, 1), axis), None
 
 
 dual.defvjp(_dual_fwd, _dual_bwd)
@@ -268,7 +267,7 @@ dual.defvjp(_dual_fwd, _dual_bwd)
 @functools.partial(jax.jit, inline=True)
 def _binary_loss(logits: Array, labels: Array) -> Array:
     z, y = dtypes.widen(logits, labels)
-    return _binary(z, typed_like(z, num.undefined((y < 0) | (y > 1), y)))
+    return _binary(z, typed_like(z, classes.undefined((y < 0) | (y > 1), y)))
 
 
 @custom_vjp
@@ -305,11 +304,11 @@ def _sparsemax_curvature(**arguments) -> Curvature:
 
 @functools.partial(jax.jit, static_argnames=("exact", "axis"), inline=True)
 def _entmax_operators(logits, labels, alpha, mask, exact, axis) -> Curvature:
-    z = num.present(*dtypes.widen(logits), mask, axis)
+    z = classes.present(*dtypes.widen(logits), mask, axis)
     alpha = order_of(z, alpha, exact, axis)
     pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        total = total + 0.0 * num.class_sum(one_hot(z, labels, axis), axis)  # NaN for a label that is no class
+        total = total + 0.0 * classes.sum(one_hot(z, labels, axis), axis)  # NaN for a label that is no class
     hessian = SoftmaxJacobian(pi, only_examples(mask, total, axis), axis=axis)
     return Curvature(hessian, hessian)
 
@@ -319,5 +318,5 @@ def _binary_curvature(logits, labels) -> Curvature:
     loss = sparsemax_loss(logits, labels)
     z = jnp.broadcast_to(checks.as_loss_float("logits", logits), loss.shape)
     diagonal = jnp.where(jnp.abs(z) < 1, 0.5, jnp.zeros_like(loss))
-    hessian = DiagonalPlusLowRank(num.undefined(jnp.isnan(loss), diagonal))
+    hessian = DiagonalPlusLowRank(classes.undefined(jnp.isnan(loss), diagonal))
     return Curvature(hessian, hessian)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import about_centred, below_half, centred_transpose, jacobian_product, less
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._linear_map import linear_map
@@ -24,7 +23,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
-from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
@@ -32,7 +31,7 @@ NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
 
 def softmax_entropy(
     logits: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     *,
@@ -65,7 +64,7 @@ def softmax_entropy(
 def brier_loss(
     logits: ArrayLike,
     labels: ArrayLike,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     axis_name: AxisName = None,
@@ -110,28 +109,28 @@ def _brier_arguments(logits, labels, axis, where, axis_name) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _softmax_entropy(logits, mask, temperature, axes) -> Array:
-    (z, mask), axis = num.one_axis(axes, logits, mask)
+    (z, mask), axis = classes.one_axis(axes, logits, mask)
     z = z if temperature is None else dtypes.widen(z)[0]
-    z = tempered(num.present(z, mask, axis), temperature, axis)
-    return num.absent_examples(entropy(z, axis), mask, axis)
+    z = tempered(classes.present(z, mask, axis), temperature, axis)
+    return classes.absent_examples(entropy(z, axis), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _brier_loss(logits, labels, mask, axes) -> Array:
-    (z, y, mask), axis = num.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
-    loss = brier(num.present(z, mask, axis), num.zero_absent(y, mask), axis)
-    return num.absent_examples(loss, mask, axis)
+    (z, y, mask), axis = classes.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
+    loss = brier(classes.present(z, mask, axis), classes.zero_absent(y, mask), axis)
+    return classes.absent_examples(loss, mask, axis)
 
 
 # Rules. z and y are floating arrays, y of at least float32.
 
 
 @custom_vjp(nondiff_argnums=(1,))
-def entropy(z: Array, axis: num.Axis) -> Array:
+def entropy(z: Array, axis: classes.Axis) -> Array:
     """-Σ p log p, with the class axis kept; no term is negative."""
     m, s = moments(z, axis)
-    surprise = jnp.log1p(s) - num.shift(z, m)
-    return num.class_sum(jnp.exp(-surprise) * jnp.minimum(surprise, -NEVER), axis)
+    surprise = jnp.log1p(s) - classes.shift(z, m)
+    return classes.sum(jnp.exp(-surprise) * jnp.minimum(surprise, -NEVER), axis)
 
 
 def _entropy_fwd(z, axis):
@@ -140,15 +139,15 @@ def _entropy_fwd(z, axis):
 
 def _entropy_bwd(axis, residuals, ct):
     z, m, s = residuals
-    (m, s), z = num.afresh(moments, (m, s), axis, z)
-    return (entropy_gradient(num.shared_cotangent(ct, axis), z, m, s, axis),)
+    (m, s), z = classes.afresh(moments, (m, s), axis, z)
+    return (entropy_gradient(classes.shared_cotangent(ct, axis), z, m, s, axis),)
 
 
 entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
 @custom_vjp(nondiff_argnums=(4,))
-def entropy_gradient(ct: Array, z: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+def entropy_gradient(ct: Array, z: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """-ct J log p from the known sums; differentiable in ct and in z, which fixes them."""
     return -ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis)
 
@@ -158,7 +157,7 @@ def _entropy_gradient_bwd(axis, residuals, g):
     (z,) = dtypes.widen(z)  # used twice, as in Brier's
     p = probabilities(z, m, 1 + s, axis)
     gradient = entropy_gradient(jnp.ones_like(ct), z, m, s, axis)
-    return num.local_sum(g * gradient, axis), ct * _hessian_product(g, p, gradient - p, axis), None, None
+    return classes.local_sum(g * gradient, axis), ct * _hessian_product(g, p, gradient - p, axis), None, None
 
 
 entropy_gradient.defvjp(None, _entropy_gradient_bwd)
@@ -166,10 +165,10 @@ entropy_gradient.defvjp(None, _entropy_gradient_bwd)
 
 def _below(z: Array, m: Array) -> Array:
     """z - m, which is log p but for a constant that J takes to 0; finite."""
-    return jnp.maximum(num.shift(z, m), NEVER)
+    return jnp.maximum(classes.shift(z, m), NEVER)
 
 
-def _hessian_product(v: Array, p: Array, weights: Array, axis: num.Axis) -> Array:
+def _hessian_product(v: Array, p: Array, weights: Array, axis: classes.Axis) -> Array:
     """Pᵀ diag(weights) P v, which is its own transpose."""
 
     def product(residuals, v):
@@ -182,9 +181,9 @@ def _hessian_product(v: Array, p: Array, weights: Array, axis: num.Axis) -> Arra
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def brier(z: Array, y: Array, axis: num.Axis) -> Array:
+def brier(z: Array, y: Array, axis: classes.Axis) -> Array:
     """½ Σ (p - y)², with the class axis kept."""
-    return num.class_sum(error(z, y, *moments(z, axis), axis) ** 2, axis) / 2
+    return classes.sum(error(z, y, *moments(z, axis), axis) ** 2, axis) / 2
 
 
 def _brier_fwd(z, y, axis):
@@ -192,8 +191,8 @@ def _brier_fwd(z, y, axis):
 
 
 def _brier_bwd(axis, residuals, ct):
-    ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
-    (m, s), z = num.afresh(moments, (m, s), axis, z)
+    ct, (z, y, m, s) = classes.shared_cotangent(ct, axis), residuals
+    (m, s), z = classes.afresh(moments, (m, s), axis, z)
     (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     return brier_gradient(ct, z, y, m, s, axis), -ct * error(z, y, m, s, axis)
 
@@ -202,7 +201,7 @@ brier.defvjp(_brier_fwd, _brier_bwd)
 
 
 @custom_vjp(nondiff_argnums=(5,))
-def brier_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+def brier_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """ct J (p - y) from the known sums; differentiable in ct, in y, and in z, which fixes them."""
     return ct * jacobian_product(error(z, y, m, s, axis), probabilities(z, m, 1 + s, axis), axis)
 
@@ -212,14 +211,14 @@ def _brier_gradient_bwd(axis, residuals, g):
     p = probabilities(z, m, 1 + s, axis)
     gradient = brier_gradient(jnp.ones_like(ct), z, y, m, s, axis)
     by_z = ct * _hessian_product(g, p, gradient + p * p, axis)
-    return num.local_sum(g * gradient, axis), by_z, -ct * jacobian_product(g, p, axis), None, None
+    return classes.local_sum(g * gradient, axis), by_z, -ct * jacobian_product(g, p, axis), None, None
 
 
 brier_gradient.defvjp(None, _brier_gradient_bwd)
 
 
 @custom_vjp(nondiff_argnums=(4,))
-def error(z: Array, y: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+def error(z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """p - y; where p > 1/2, (1 - y) - (1 - p), with 1 - p = s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     return less(y, p, s / (1 + s))
@@ -246,9 +245,9 @@ def _entropy_curvature(**arguments) -> Curvature:
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
-    z = tempered(num.present(*dtypes.widen(logits), mask, axis), temperature, axis)
+    z = tempered(classes.present(*dtypes.widen(logits), mask, axis), temperature, axis)
     p = softmax_of(z, axis)
-    gradient = -jacobian_product(_below(z, num.top(z, axis)), p, axis)
+    gradient = -jacobian_product(_below(z, classes.top(z, axis)), p, axis)
     return in_logits(of_probabilities(p, -p, gradient, mask, axis), temperature)
 
 
@@ -260,13 +259,13 @@ def _brier_curvature(**arguments) -> Curvature:
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _brier_operators(logits, labels, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
+    z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)
     p = softmax_of(z, axis)
-    off = less(y, p, num.class_sum(below_half(p), axis))
+    off = less(y, p, classes.sum(below_half(p), axis))
     return of_probabilities(p, p * p, jacobian_product(off, p, axis), mask, axis)
 
 
-def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None, axis: num.ClassAxis) -> Curvature:
+def of_probabilities(p: Array, b: Array, gradient: Array, mask: Array | None, axis: classes.ClassAxis) -> Curvature:
     """The operators of Σ φ(p_k), from b = φ″ p² and the gradient in the logits."""
     parts = (only_examples(mask, weights, axis) for weights in (b + gradient, b))
     return Curvature(*(DiagonalPlusLowRank(weights, p, axis=axis) for weights in parts))

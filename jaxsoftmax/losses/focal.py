@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import centred, gradient_product, jacobian_product
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
@@ -24,7 +23,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
 from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
-from jaxsoftmax.maps.softmax import Axis, AxisName, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.function_of_loss import FunctionOfLoss
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
@@ -76,7 +75,7 @@ def poly_loss_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     epsilon: ArrayLike = 2.0,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     axis_name: AxisName = None,
@@ -121,21 +120,21 @@ def _poly_arguments(logits, labels, epsilon, axis, where, axis_name) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
-    (logits, mask), axis = num.one_axis(axes, logits, mask)
-    z = num.present(logits, mask, axis)
-    labels = jnp.expand_dims(num.class_labels(labels, num.num_classes(z, axis)), axis.positions)
+    (logits, mask), axis = classes.one_axis(axes, logits, mask)
+    z = classes.present(logits, mask, axis)
+    labels = jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), axis.positions)
     s = margin(z, labels, axis)
     gamma = typed_like(s, jnp.expand_dims(gamma.astype(s.dtype), axis.positions))
     loss = focal(finite(s), gamma)
-    return num.absent_examples(infinite_at(s == -jnp.inf, loss), mask, axis)
+    return classes.absent_examples(infinite_at(s == -jnp.inf, loss), mask, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _poly_loss(logits, labels, epsilon, mask, axes) -> Array:
-    (logits, y, mask), axis = num.one_axis(axes, *dtypes.widen(logits, labels), mask)
-    z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
+    (logits, y, mask), axis = classes.one_axis(axes, *dtypes.widen(logits, labels), mask)
+    z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)
     loss = soft_label_loss(z, y, axis) + jnp.asarray(epsilon, z.dtype) * missed(z, y, axis)
-    return num.absent_examples(loss, mask, axis)
+    return classes.absent_examples(loss, mask, axis)
 
 
 # Rules.
@@ -148,7 +147,7 @@ def focal(s: Array, gamma: Array) -> Array:
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def margin(z: Array, label: Array, axis: num.Axis) -> Array:
+def margin(z: Array, label: Array, axis: classes.Axis) -> Array:
     """z_label - log Σ_{k≠label} exp(z_k), with the class axis kept; +inf where no other class is left."""
     gap, _, rest, _ = label_sums(z, label, axis)
     return gap - jnp.log(rest)
@@ -164,24 +163,24 @@ def _margin_bwd(axis, residuals, ct):
 
 
 def _margin_along(z, label, m, rest, t, axis):
-    at_label, e = num.class_index(z, axis) == label, jnp.exp(num.shift(z, m))
-    of_label, of_others = (num.class_sum(jnp.where(at_label, *pair), axis) for pair in ((t, 0.0), (0.0, e * t)))
+    at_label, e = classes.index(z, axis) == label, jnp.exp(classes.shift(z, m))
+    of_label, of_others = (classes.sum(jnp.where(at_label, *pair), axis) for pair in ((t, 0.0), (0.0, e * t)))
     return (1 + 0 * rest) * of_label - of_others / _left(rest)
 
 
 margin.defvjp(_margin_fwd, _margin_bwd)
 
 
-def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
+def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: classes.Axis) -> Array:
     """e_label - q from the known sums."""
     at_label = 1 + 0 * rest  # NaN for a label that is no class
-    return jnp.where(num.class_index(z, axis) == label, at_label, -others(z, label, m, rest, axis))
+    return jnp.where(classes.index(z, axis) == label, at_label, -others(z, label, m, rest, axis))
 
 
 @custom_vjp(nondiff_argnums=(4,))
-def others(z: Array, label: Array, m: Array, rest: Array, axis: num.Axis) -> Array:
+def others(z: Array, label: Array, m: Array, rest: Array, axis: classes.Axis) -> Array:
     """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
-    return num.other_classes(z, label, axis) * jnp.exp(num.shift(z, m)) / _left(rest)
+    return classes.others(z, label, axis) * jnp.exp(classes.shift(z, m)) / _left(rest)
 
 
 def _left(rest: Array) -> Array:
@@ -201,9 +200,9 @@ others.defvjp(_others_fwd, _others_bwd)
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def missed(z: Array, y: Array, axis: num.Axis) -> Array:
+def missed(z: Array, y: Array, axis: classes.Axis) -> Array:
     """Σ_k y_k (1 - p_k), with the class axis kept."""
-    return num.class_sum(y * one_minus_p(z, *moments(z, axis), axis), axis)
+    return classes.sum(y * one_minus_p(z, *moments(z, axis), axis), axis)
 
 
 def _missed_fwd(z, y, axis):
@@ -211,8 +210,8 @@ def _missed_fwd(z, y, axis):
 
 
 def _missed_bwd(axis, residuals, ct):
-    ct, (z, y, m, s) = num.shared_cotangent(ct, axis), residuals
-    (m, s), z = num.afresh(moments, (m, s), axis, z)
+    ct, (z, y, m, s) = classes.shared_cotangent(ct, axis), residuals
+    (m, s), z = classes.afresh(moments, (m, s), axis, z)
     return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * one_minus_p(z, m, s, axis)
 
 
@@ -220,7 +219,7 @@ missed.defvjp(_missed_fwd, _missed_bwd)
 
 
 @custom_vjp(nondiff_argnums=(3,))
-def one_minus_p(z: Array, m: Array, s: Array, axis: num.Axis) -> Array:
+def one_minus_p(z: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """1 - p, where p > 1/2 as the sum of the others: s / (1 + s)."""
     p = probabilities(z, m, 1 + s, axis)
     return jnp.where(p > 0.5, s / (1 + s), 1 - p)
@@ -248,8 +247,8 @@ def _focal_curvature(**arguments) -> Curvature:
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
-    z = num.present(*dtypes.widen(logits), mask, axis)
-    label = num.class_labels(labels, num.num_classes(z, axis))[..., None]
+    z = classes.present(*dtypes.widen(logits), mask, axis)
+    label = classes.labels(labels, classes.number(z, axis))[..., None]
     _, m, _, total = label_sums(z, label, axis)
     p = probabilities(z, m, total, axis)
     # u ≥ tiny^0.9, so that u^(γ-1) is finite for γ ≥ 0 and the last tenth is left to its factors; s as in `finite`.
@@ -258,7 +257,7 @@ def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
     slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)), axis)
     bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss), axis)
-    weights = slope * p + bend * (1 - num.other_classes(z, label, axis))
+    weights = slope * p + bend * (1 - classes.others(z, label, axis))
     hessian = FunctionOfLoss(weights, p, axis=axis, first=slope, second=bend, label=label, missed=u)
     return Curvature(hessian, SoftmaxJacobian(p, slope, axis=axis))
 
@@ -271,8 +270,8 @@ def _poly_curvature(**arguments) -> Curvature:
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _poly_operators(logits, labels, epsilon, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
-    z, y = num.present(logits, mask, axis), num.zero_absent(y, mask)
-    p, mass = softmax_of(z, axis), num.class_sum(y, axis)
+    z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)
+    p, mass = softmax_of(z, axis), classes.sum(y, axis)
     weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p, axis))
     outer = SoftmaxJacobian(p, only_examples(mask, mass, axis), axis=axis)
     return Curvature(DiagonalPlusLowRank(only_examples(mask, weights, axis), p, axis=axis), outer)

@@ -4,33 +4,38 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
-from jaxsoftmax.maps.softmax import Axis, AxisName
+from jaxsoftmax._core import checks, classes, dtypes
+from jaxsoftmax.maps.softmax import AxisLike, AxisName
 
 
 def checked_logits(
-    logits: ArrayLike, axis: Axis, axis_name: AxisName, where: ArrayLike | None
-) -> tuple[Array, Array | None, num.ClassAxis]:
+    logits: ArrayLike, axis: AxisLike, axis_name: AxisName, where: ArrayLike | None
+) -> tuple[Array, Array | None, classes.ClassAxis]:
     """Logits, the mask of classes that stands for `where`, and the class axis."""
     logits = checks.as_loss_float("logits", logits)
-    axes = num.class_axis(axis, logits, axis_name)
+    axes = classes.axis_of(axis, logits, axis_name)
     return logits, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
 def without_ignored(
-    labels: Array, mask: Array | None, ignore_index: int | None, logits: Array, axes: num.ClassAxis
+    labels: Array, mask: Array | None, ignore_index: int | None, logits: Array, axes: classes.ClassAxis
 ) -> tuple[Array, Array | None]:
     """Class indices and mask, the examples whose label is `ignore_index` masked, with a label that is a class."""
     if ignore_index is None:
         return labels, mask
-    ignored = num.labels_equal(labels, checks.integer("ignore_index", ignore_index))
+    ignored = classes.labels_equal(labels, checks.integer("ignore_index", ignore_index))
     kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
     return jnp.where(ignored, 0, labels), kept if mask is None else mask & kept
 
 
 def option_of_examples(
-    name: str, value: ArrayLike, logits: Array, axes: num.ClassAxis, low: float, high: float = jnp.inf, **bounds: bool
+    name: str,
+    value: ArrayLike,
+    logits: Array,
+    axes: classes.ClassAxis,
+    low: float,
+    high: float = jnp.inf,
+    **bounds: bool,
 ) -> Array:
     """Real numbers in their range as in `checks.within`, one or one per example, broadcast to the examples."""
     found = checks.option(name, value, None, dtypes.compute_dtype(logits.dtype), low, high, **bounds)

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax.losses.softcap import cap_derivatives, capped
 from jaxsoftmax.operators.base import SymmetricOperator
 
@@ -133,7 +132,7 @@ def logits_hessian(
     if x is None:
         return head.hessian
     scale = 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, x.dtype)
-    part = num.part_of_one(head.hessian.axis)
+    part = classes.part_of_one(head.hessian.axis)
     gradient = jax.grad(lambda x: part * jnp.sum(loss(x * scale, *args, **kwargs)))(x)
     slope, bend = cap_derivatives(*dtypes.widen(jnp.asarray(logits)), logit_softcap)
     return head.hessian.transformed(slope, gradient * bend)
@@ -240,12 +239,12 @@ def on_last_axis(*arguments: Any) -> list:
     last = kept[0].ndim - 1
     if axes.positions != (last,):
         raise ValueError(f"axis must be the last, {last}, for an operator in the logits, got {axes.positions}; move it")
-    return [*kept, num.ClassAxis((-1,), axes.mesh_axes)]
+    return [*kept, classes.ClassAxis((-1,), axes.mesh_axes)]
 
 
-def only_examples(mask: Array | None, x: Array, axis: num.Axis) -> Array:
+def only_examples(mask: Array | None, x: Array, axis: classes.Axis) -> Array:
     """x (..., K) or (..., 1), and 0 where the mask leaves no class of the example."""
-    return x if mask is None else jnp.where(num.class_any(mask, axis), x, 0.0)
+    return x if mask is None else jnp.where(classes.any(mask, axis), x, 0.0)
 
 
 def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Array | None]:

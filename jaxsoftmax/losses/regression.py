@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core import scalar_functions as elementary
 from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
 from jaxsoftmax.losses.likelihood import Likelihood
-from jaxsoftmax.maps.softmax import Axis, AxisName
+from jaxsoftmax.maps.softmax import AxisLike, AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 
@@ -67,7 +66,7 @@ def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
 
 
 def sum_squared_error(
-    predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, *, axis_name: AxisName = None
+    predictions: ArrayLike, targets: ArrayLike, axis: AxisLike = -1, *, axis_name: AxisName = None
 ) -> Array:
     """Squared distance of each example: (z - ŷ)ᵀ(z - ŷ) = Σ_k (z_k - ŷ_k)², with gradient 2 (z - ŷ).
 
@@ -88,8 +87,8 @@ def sum_squared_error(
     Reference: docs/mathematics.md, section 7.
     """
     errors = _errors(predictions, targets)
-    axes = num.class_axis(axis, errors, axis_name, "predictions")
-    return jnp.squeeze(num.class_sum(_square(errors), axes), axes.positions)
+    axes = classes.axis_of(axis, errors, axis_name, "predictions")
+    return jnp.squeeze(classes.sum(_square(errors), axes), axes.positions)
 
 
 def huber_loss(predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0) -> Array:
@@ -195,11 +194,11 @@ def _l2_curvature(predictions, targets) -> Curvature:
 @curvature_of(sum_squared_error)
 def _sum_squared_error_curvature(predictions, targets, axis, axis_name) -> Curvature:
     errors = _errors(predictions, targets)
-    errors, axis = on_last_axis(errors, num.class_axis(axis, errors, axis_name, "predictions"))
+    errors, axis = on_last_axis(errors, classes.axis_of(axis, errors, axis_name, "predictions"))
     return _likelihood(sum_squared_error, errors, predictions, axis)
 
 
-def _likelihood(loss: Callable, errors: Array, predictions: ArrayLike, axis: num.ClassAxis = AXIS) -> Curvature:
+def _likelihood(loss: Callable, errors: Array, predictions: ArrayLike, axis: classes.ClassAxis = AXIS) -> Curvature:
     variance = VARIANCE[loss]
     hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance), axis=axis)
     mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)

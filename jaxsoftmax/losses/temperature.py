@@ -5,25 +5,24 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes
 from jaxsoftmax.losses.head import option_of_examples
 from jaxsoftmax.losses.hessian import Curvature
 
 
-def as_temperature(temperature: ArrayLike, logits: Array, axes: num.ClassAxis) -> ArrayLike | None:
+def as_temperature(temperature: ArrayLike, logits: Array, axes: classes.ClassAxis) -> ArrayLike | None:
     """The argument, checked; None for 1."""
     if np.ndim(temperature):
         return option_of_examples("temperature", temperature, logits, axes, 0.0, above_low=True)
     return None if checks.is_known_as(1, temperature) else checks.positive("temperature", temperature)
 
 
-def tempered(z: Array, temperature: ArrayLike | None, axis: num.Axis) -> Array:
+def tempered(z: Array, temperature: ArrayLike | None, axis: classes.Axis) -> Array:
     """z / T, counted from the maximum of z before that is rounded."""
     if temperature is None:
         return z
-    divisor, top = jnp.asarray(temperature, z.dtype), num.top(z, axis)
-    divisor = jnp.expand_dims(divisor, num.positions(axis)) if divisor.ndim else divisor
+    divisor, top = jnp.asarray(temperature, z.dtype), classes.top(z, axis)
+    divisor = jnp.expand_dims(divisor, classes.positions(axis)) if divisor.ndim else divisor
     return (z - jnp.where(jnp.isfinite(top), top, 0.0)) / divisor
 
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import centred, complement, jacobian_product, rounded_one
 from jaxsoftmax._core.plumbing import compiled, in_auto_mode, split_axes_of
 from jaxsoftmax.autodiff import custom_vjp
@@ -179,7 +178,7 @@ def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int, axis_nam
     arrays = [checks.as_float(name, v) for name, v in tangents.items()]
     for name, v in zip(tangents, arrays):
         checks.same_shape(name, v, "p", p.shape)
-    return num.ClassAxis((checks.axis_index(axis, p.ndim),), checks.mesh_axes(axis_name, "p", p)), p, *arrays
+    return classes.ClassAxis((checks.axis_index(axis, p.ndim),), checks.mesh_axes(axis_name, "p", p)), p, *arrays
 
 
 def _product(*arguments) -> Array:
@@ -191,13 +190,13 @@ def _higher(*arguments) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _jacobian_product(axis: num.ClassAxis, p: Array, v: Array) -> Array:
+def _jacobian_product(axis: classes.ClassAxis, p: Array, v: Array) -> Array:
     wide_v, wide_p = dtypes.widen(v, p)
     return jacobian_product(wide_v, wide_p, axis, rounded_one(wide_p, axis)).astype(dtypes.common_dtype(v, p))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _derivative(axis: num.ClassAxis, p: Array, *tangents: Array) -> Array:
+def _derivative(axis: classes.ClassAxis, p: Array, *tangents: Array) -> Array:
     """The second or third derivative, p∘(y - <p,y>) with y the product of the centred tangents, less what is shared."""
     dtype = dtypes.common_dtype(p, *tangents)
     p, *vectors = dtypes.widen(p, *tangents)
@@ -206,7 +205,7 @@ def _derivative(axis: num.ClassAxis, p: Array, *tangents: Array) -> Array:
     if not rest:
         return jacobian_product(u * v, p, axis, total).astype(dtype)
     (w,) = rest
-    shared = sum(a * num.class_sum(p * b * c, axis) for a, b, c in ((u, v, w), (v, u, w), (w, u, v)))
+    shared = sum(a * classes.sum(p * b * c, axis) for a, b, c in ((u, v, w), (v, u, w), (w, u, v)))
     return (jacobian_product(u * v * w, p, axis, total) - p * shared).astype(dtype)
 
 
@@ -252,7 +251,7 @@ def _hessian_of(p: Array) -> Array:
 
 def _same(like: Array, first: int, second: int) -> Array:
     """Where the indices along two axes are equal."""
-    return num.class_index(like, first) == num.class_index(like, second)
+    return classes.index(like, first) == classes.index(like, second)
 
 
 def _logits(x: ArrayLike) -> Array:

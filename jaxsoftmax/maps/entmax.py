@@ -18,16 +18,17 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax._core.plumbing import typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.entmax_solver import Exact, solve
-from jaxsoftmax.maps.softmax import Axis, AxisName
+from jaxsoftmax.maps.softmax import AxisLike, AxisName
 
 
-def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
+def sparsemax(
+    x: ArrayLike, axis: AxisLike = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None
+) -> Array:
     """Sparsemax: the point of the simplex nearest to x, p_i = max(x_i - τ, 0) with τ such that Σp = 1.
 
     Args:
@@ -54,7 +55,7 @@ def sparsemax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, 
     return _simplex_map(x, 2.0, axis, axis_name, where)
 
 
-def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
+def entmax15(x: ArrayLike, axis: AxisLike = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
     """1.5-entmax: p_i = max(x_i/2 - τ, 0)² with τ such that Σp = 1; sparse like sparsemax, smoother.
 
     Args:
@@ -80,7 +81,7 @@ def entmax15(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, a
 def entmax(
     x: ArrayLike,
     alpha: ArrayLike = 1.5,
-    axis: Axis = -1,
+    axis: AxisLike = -1,
     where: ArrayLike | None = None,
     *,
     axis_name: AxisName = None,
@@ -115,14 +116,14 @@ def entmax(
     return _simplex_map(x, alpha, axis, axis_name, where)
 
 
-def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: Axis, axis_name: AxisName, where: ArrayLike | None) -> Array:
+def _simplex_map(x: ArrayLike, alpha: ArrayLike, axis: AxisLike, axis_name: AxisName, where: ArrayLike | None) -> Array:
     x = checks.as_float("x", x)
-    axes = num.class_axis(axis, x, axis_name, "x")
+    axes = classes.axis_of(axis, x, axis_name, "x")
     alphas, exact = as_order(alpha, x.shape, axes)
     return _map(x, alphas, checks.as_mask("where", where, x.shape), exact, axes)
 
 
-def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> tuple[Array, Exact]:
+def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: classes.ClassAxis) -> tuple[Array, Exact]:
     """α as an array of `shape` without the class axis, and what is known of it."""
     values = checks.to_examples("alpha", checks.as_float("alpha", alpha), shape, axes.positions)
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(alpha)):
@@ -137,32 +138,32 @@ def as_order(alpha: ArrayLike, shape: tuple[int, ...], axes: num.ClassAxis) -> t
 
 
 @functools.partial(jax.jit, static_argnames=("exact", "axes"), inline=True)
-def _map(x: Array, alpha: Array, mask: Array | None, exact: Exact, axes: num.ClassAxis) -> Array:
+def _map(x: Array, alpha: Array, mask: Array | None, exact: Exact, axes: classes.ClassAxis) -> Array:
     """α-entmax over the given axes: mask and widen, apply, round and mask."""
-    (z,), axis = num.one_axis(axes, num.present(dtypes.widen(x)[0], mask, axes))
+    (z,), axis = classes.one_axis(axes, classes.present(dtypes.widen(x)[0], mask, axes))
     out = entmax_of(z, order_of(z, alpha, exact, axis), exact, axis)
-    out = out if len(axes.positions) == 1 else num.split_axes(out, x.shape, axes.positions)
+    out = out if len(axes.positions) == 1 else classes.unmerge_axes(out, x.shape, axes.positions)
     out = out.astype(x.dtype)
     return out if mask is None else jnp.where(mask, out, 0.0)
 
 
-def order_of(z: Array, alpha: Array, exact: Exact, axis: num.Axis) -> Array:
+def order_of(z: Array, alpha: Array, exact: Exact, axis: classes.Axis) -> Array:
     """α in the dtype of z, with the class axis of length 1."""
     alpha = jnp.full_like(alpha, exact) if isinstance(exact, float) else alpha
     return typed_like(
-        num.class_max(lax.stop_gradient(z), axis), jnp.expand_dims(alpha.astype(z.dtype), num.positions(axis))
+        classes.max(lax.stop_gradient(z), axis), jnp.expand_dims(alpha.astype(z.dtype), classes.positions(axis))
     )
 
 
 # Rule. Below, z is a floating array of at least float32, `axis` counts from the front, and α has length 1 there.
 
 
-def entmax_of(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
+def entmax_of(z: Array, alpha: Array, exact: Exact, axis: classes.ClassAxis) -> Array:
     return _with_jacobian(z, alpha, solve(lax.stop_gradient(z), lax.stop_gradient(alpha), exact, axis), axis)
 
 
 @custom_vjp(nondiff_argnums=(3,))
-def _with_jacobian(z: Array, alpha: Array, p: Array, axis: num.Axis) -> Array:
+def _with_jacobian(z: Array, alpha: Array, p: Array, axis: classes.Axis) -> Array:
     """p, the α-entmax of z; differentiable in z and α, which fix it."""
     return p
 
@@ -175,22 +176,22 @@ def _with_jacobian_fwd(z, alpha, p, axis):
 def _with_jacobian_bwd(axis, residuals, g):
     alpha, p = residuals
     jg = entmax_jacobian_product(g, p, alpha, axis)
-    return jg, -num.local_sum(deformed_log(log_support(p), alpha - 1, 1) * jg, axis), None
+    return jg, -classes.local_sum(deformed_log(log_support(p), alpha - 1, 1) * jg, axis), None
 
 
 _with_jacobian.defvjp(_with_jacobian_fwd, _with_jacobian_bwd)
 
 
-def entmax_jacobian_product(v: Array, p: Array, alpha: Array, axis: num.Axis) -> Array:
+def entmax_jacobian_product(v: Array, p: Array, alpha: Array, axis: classes.Axis) -> Array:
     """Jv = Σq (π∘(v - <π,v>)), to a few eps of |J||v|."""
     pi, total = escort(p, alpha, axis)
     return total * jacobian_product(v, pi, axis)
 
 
-def escort(p: Array, alpha: Array, axis: num.Axis) -> tuple[Array, Array]:
+def escort(p: Array, alpha: Array, axis: classes.Axis) -> tuple[Array, Array]:
     """(π, Σq): the escort distribution π = q/Σq of p, q = p^(2-α) on its support."""
     q = support_power(p, 2 - alpha)
-    total = num.class_sum(q, axis)
+    total = classes.sum(q, axis)
     return q / total, total
 
 

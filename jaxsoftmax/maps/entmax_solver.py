@@ -13,8 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxsoftmax._core import class_axis as num
-from jaxsoftmax._core import dtypes
+from jaxsoftmax._core import classes, dtypes
 
 # What is known of α before it runs: that it is 1.5 or 2, whose powers are cheap, or that it is no larger than 2.
 Exact = float | Literal["at most 2"] | None
@@ -23,7 +22,7 @@ Solver = Callable[[Callable[[Array], Array], Array], Array]  # (newton, start) -
 ROUNDS = 8
 
 
-def solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
+def solve(z: Array, alpha: Array, exact: Exact, axis: classes.ClassAxis) -> Array:
     """The α-entmax of z to rounding. Never differentiated.
 
     On a GPU XLA makes one kernel of it, if rows are not too long and the rounds are written out. They are enough for
@@ -36,16 +35,16 @@ def solve(z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
         once = lambda state: (~state[0], loop(z, alpha))  # a branch would copy p
         return lax.while_loop(lambda state: state[0], once, (jnp.any(jnp.isnan(p)), p))[1]
 
-    if exact is None or not num.in_one_kernel(z, axis):
+    if exact is None or not classes.in_one_kernel(z, axis):
         return loop(z, alpha)
-    return num.on_gpu(in_one_kernel, loop, z, alpha)
+    return classes.on_gpu(in_one_kernel, loop, z, alpha)
 
 
-def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: num.ClassAxis) -> Array:
-    m = num.class_max(z, axis)  # has no other use, or a GPU's kernel ends
+def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: classes.ClassAxis) -> Array:
+    m = classes.max(z, axis)  # has no other use, or a GPU's kernel ends
     gap = jnp.where(z == jnp.inf, 0.0, z - m)
     # Two infinities have no limit, nor has nothing but -inf, where the gap is NaN.
-    wrong = num.class_sum(jnp.where(jnp.isnan(gap), 2.0, jnp.where(z == jnp.inf, 1.0, 0.0)).astype(z.dtype), axis)
+    wrong = classes.sum(jnp.where(jnp.isnan(gap), 2.0, jnp.where(z == jnp.inf, 1.0, 0.0)).astype(z.dtype), axis)
     d, start = bounded(gap), jnp.ones_like(m)
     p = _from_top(solver, d, start, jnp.minimum(alpha, 2.0) - 1, exact, axis)
     if exact is None:
@@ -55,24 +54,24 @@ def _solution(solver: Solver, z: Array, alpha: Array, exact: Exact, axis: num.Cl
             lambda: jnp.where(above, _from_bottom(d, start, jnp.maximum(alpha, 2.0) - 1, axis), p),
             lambda: p,
         )
-        p = num.undefined(~((alpha >= 1) & (alpha < jnp.inf)), p)
-    return num.undefined(wrong >= 2, p)
+        p = classes.undefined(~((alpha >= 1) & (alpha < jnp.inf)), p)
+    return classes.undefined(wrong >= 2, p)
 
 
-def _from_top(solver: Solver, d: Array, start: Array, beta: Array, exact: Exact, axis: num.Axis) -> Array:
+def _from_top(solver: Solver, d: Array, start: Array, beta: Array, exact: Exact, axis: classes.Axis) -> Array:
     """p = u (1 + y)^(1/β), y = βd/u^β, for β ≤ 1, d = z - max z ≤ 0 and u ≤ `start` the top class's p."""
 
     def newton(u):
         e, slope, y = _powers(u, d, beta, exact)
         # u - (Σp - 1) / (d/du Σp), written with positive terms: du Σp = Σp + pull.
-        total, pull = u * num.class_sum(e, axis), u * num.class_sum(-y * slope, axis)
+        total, pull = u * classes.sum(e, axis), u * classes.sum(-y * slope, axis)
         return u * ((1 + pull) / (total + pull))
 
     u = solver(newton, start)
     e, slope, _ = _powers(u, d, beta, exact)
     p = u * e
     # The rounding of u is common to all classes. What it leaves over goes where a shift of z would put it.
-    excess = (num.class_sum(p, axis) - 1) / num.class_sum(slope, axis)
+    excess = (classes.sum(p, axis) - 1) / classes.sum(slope, axis)
     return jnp.maximum(p - slope * excess, 0.0)
 
 
@@ -90,28 +89,28 @@ def _powers(u: Array, d: Array, beta: Array, exact: Exact) -> tuple[Array, Array
     return e, e / jnp.maximum(1 + y, jnp.finfo(d.dtype).tiny), y
 
 
-def _from_bottom(z: Array, start: Array, beta: Array, axis: num.Axis) -> Array:
+def _from_bottom(z: Array, start: Array, beta: Array, axis: classes.Axis) -> Array:
     """p = (v^β + a^β)^(1/β), a^β = β(z - e), for β ≥ 1, e the smallest z of the support and v ≤ `start` its p."""
-    m = num.class_max(z, axis)
+    m = classes.max(z, axis)
 
     def offsets(e):
         return jnp.maximum(beta * (z - e), 0.0) ** (1 / beta)
 
     def undecided(bracket):
         low, high = bracket
-        return jnp.any(num.class_any((z > low) & (z < high), axis))
+        return jnp.any(classes.any((z > low) & (z < high), axis))
 
     def halve(bracket):
         # A class at e is in the support if those above it have Σp < 1 when its own p is 0.
         low, high = bracket
         middle = low + (high - low) / 2
-        fits = num.class_sum(offsets(middle), axis) < 1
+        fits = classes.sum(offsets(middle), axis) < 1
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
     _, high = lax.while_loop(undecided, halve, (m - 1 / beta, m))
     inside = z >= high
-    e = -num.class_max(jnp.where(inside, -z, -jnp.inf), axis)
-    a, size = offsets(e), num.class_sum(inside.astype(z.dtype), axis)
+    e = -classes.max(jnp.where(inside, -z, -jnp.inf), axis)
+    a, size = offsets(e), classes.sum(inside.astype(z.dtype), axis)
 
     def probabilities(v):
         top = jnp.maximum(jnp.maximum(v, a), jnp.finfo(z.dtype).tiny)
@@ -120,8 +119,8 @@ def _from_bottom(z: Array, start: Array, beta: Array, axis: num.Axis) -> Array:
 
     def newton(v):
         p = probabilities(v)
-        slope = num.class_sum(jnp.where(inside, (v / jnp.where(inside, p, 1.0)) ** (beta - 1), 0.0), axis)
-        return jnp.clip(v - (num.class_sum(p, axis) - 1) / slope, 0.0, v)
+        slope = classes.sum(jnp.where(inside, (v / jnp.where(inside, p, 1.0)) ** (beta - 1), 0.0), axis)
+        return jnp.clip(v - (classes.sum(p, axis) - 1) / slope, 0.0, v)
 
     return probabilities(_until_settled(newton, start / size))
 
@@ -140,7 +139,7 @@ def _written_out(newton: Callable[[Array], Array], start: Array) -> Array:
     before = x = start
     for _ in range(ROUNDS):
         before, x = x, newton(x)
-    return num.undefined(_decreases(x, before), x)
+    return classes.undefined(_decreases(x, before), x)
 
 
 def _decreases(x: Array, before: Array) -> Array:

@@ -17,18 +17,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import about_centred, centred_transpose, gradient_product, jacobian_product
 from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 
-Axis = int | tuple[int, ...] | None
+AxisLike = int | tuple[int, ...] | None
 AxisName = str | tuple[str, ...] | None
 
 
-def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
+def softmax(x: ArrayLike, axis: AxisLike = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
     """Softmax: p_i = exp(x_i) / Σ_k exp(x_k), the sum over the class axis.
 
     Args:
@@ -51,10 +50,12 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ax
     Reference: docs/mathematics.md, sections 1 and 5; `jax.nn.softmax`.
     """
     x = checks.as_float("x", x)
-    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), num.class_axis(axis, x, axis_name, "x"))
+    return _map(softmax_of, 0.0, x, checks.as_mask("where", where, x.shape), classes.axis_of(axis, x, axis_name, "x"))
 
 
-def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None) -> Array:
+def log_softmax(
+    x: ArrayLike, axis: AxisLike = -1, where: ArrayLike | None = None, *, axis_name: AxisName = None
+) -> Array:
     """Log-probabilities: log p_i = x_i - logsumexp(x), accurate also where p is near 1.
 
     Args:
@@ -74,14 +75,14 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *
     Reference: docs/mathematics.md, section 5; `jax.nn.log_softmax`, which returns 0 for the first of these two.
     """
     x = checks.as_float("x", x)
-    axes = num.class_axis(axis, x, axis_name, "x")
+    axes = classes.axis_of(axis, x, axis_name, "x")
     return _map(log_softmax_of, -jnp.inf, x, checks.as_mask("where", where, x.shape), axes)
 
 
 @overload
 def logsumexp(
     a: ArrayLike,
-    axis: Axis = None,
+    axis: AxisLike = None,
     b: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: Literal[False] = False,
@@ -92,7 +93,7 @@ def logsumexp(
 @overload
 def logsumexp(
     a: ArrayLike,
-    axis: Axis = None,
+    axis: AxisLike = None,
     b: ArrayLike | None = None,
     keepdims: bool = False,
     *,
@@ -103,7 +104,7 @@ def logsumexp(
 @overload
 def logsumexp(
     a: ArrayLike,
-    axis: Axis = None,
+    axis: AxisLike = None,
     b: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: bool = False,
@@ -113,7 +114,7 @@ def logsumexp(
 ) -> Array | tuple[Array, Array]: ...
 def logsumexp(
     a: ArrayLike,
-    axis: Axis = None,
+    axis: AxisLike = None,
     b: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: bool = False,
@@ -150,7 +151,7 @@ def logsumexp(
         shape = checks.common_shape("a", a, "b", b)
         a, b = jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
     mask = checks.as_mask("where", where, a.shape)
-    axes = num.class_axis(axis, a, axis_name, "a", *([] if b is None else [b]))
+    axes = classes.axis_of(axis, a, axis_name, "a", *([] if b is None else [b]))
     if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
         if axes.mesh_axes:
             raise TypeError("a and b must be real where axis_name splits the terms over a mesh")
@@ -158,25 +159,25 @@ def logsumexp(
     out, sign = _reduce(a, b, mask, axes, keepdims)
     if return_sign:
         return out, sign
-    return out if b is None else num.undefined(sign < 0, out)
+    return out if b is None else classes.undefined(sign < 0, out)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "absent", "axes"), inline=True)
-def _map(rule, absent: float, x: Array, mask: Array | None, axes: num.ClassAxis) -> Array:
+def _map(rule, absent: float, x: Array, mask: Array | None, axes: classes.ClassAxis) -> Array:
     """`rule(z, axis)` over the given axes: mask, apply, round and mask."""
-    (z,), axis = num.one_axis(axes, num.present(x, mask, axes))
+    (z,), axis = classes.one_axis(axes, classes.present(x, mask, axes))
     out = rule(z, axis).astype(x.dtype)
-    out = out if len(axes.positions) == 1 else num.split_axes(out, x.shape, axes.positions)
+    out = out if len(axes.positions) == 1 else classes.unmerge_axes(out, x.shape, axes.positions)
     return out if mask is None else jnp.where(mask, out, absent)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "keepdims"), inline=True)
-def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, keepdims: bool):
+def _reduce(a: Array, b: Array | None, mask: Array | None, axes: classes.ClassAxis, keepdims: bool):
     """logsumexp and its sign over the given axes."""
     dtype = a.dtype if b is None else dtypes.common_dtype(a, b)
-    z = num.present(a if b is None else a.astype(dtypes.compute_dtype(dtype)), mask, axes)
+    z = classes.present(a if b is None else a.astype(dtypes.compute_dtype(dtype)), mask, axes)
     b = b if b is None or mask is None else jnp.where(mask, b, 1.0)
-    (z, b), axis = num.one_axis(axes, z, b)
+    (z, b), axis = classes.one_axis(axes, z, b)
     if b is None:
         out = logsumexp_of(z, axis)
         sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0.0, 1.0))
@@ -185,7 +186,7 @@ def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, 
         out, sign = _signed_logsumexp(z, b.astype(z.dtype), axis)
     out, sign = (jnp.squeeze(r, axis.positions) for r in (out, sign))
     if mask is not None:
-        some = jnp.squeeze(num.class_any(mask, axes), axes.positions)
+        some = jnp.squeeze(classes.any(mask, axes), axes.positions)
         out, sign = jnp.where(some, out, -jnp.inf), jnp.where(some, sign, 0.0)
     if keepdims:
         out, sign = (jnp.expand_dims(r, axes.positions) for r in (out, sign))
@@ -196,7 +197,7 @@ def _reduce(a: Array, b: Array | None, mask: Array | None, axes: num.ClassAxis, 
 def _complex_logsumexp(a: Array, b: Array | None, mask: Array | None, axes, keepdims: bool, return_sign: bool):
     """JAX's own, with nothing from behind the mask in value or derivative."""
     positions = axes.positions
-    a, b = num.present(a, mask, axes), b if b is None or mask is None else jnp.where(mask, b, 1)
+    a, b = classes.present(a, mask, axes), b if b is None or mask is None else jnp.where(mask, b, 1)
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.logsumexp(a, positions, b=b, keepdims=keepdims, return_sign=return_sign)
     if mask is None:
@@ -210,16 +211,16 @@ def _complex_logsumexp(a: Array, b: Array | None, mask: Array | None, axes, keep
 
 
 @traced_once
-def moments(z: Array, axis: num.Axis) -> tuple[Array, Array]:
+def moments(z: Array, axis: classes.Axis) -> tuple[Array, Array]:
     """(m, s): the maximum, and Σ exp(z_k - m) over every class but the top one. Never differentiated."""
-    m = num.top(z, axis)
-    return m, num.leave_top_out(lax.stop_gradient(z), m, axis)
+    m = classes.top(z, axis)
+    return m, classes.leave_top_out(lax.stop_gradient(z), m, axis)
 
 
 @custom_vjp(nondiff_argnums=(3,))
-def probabilities(z: Array, m: Array, total: Array, axis: num.Axis) -> Array:
+def probabilities(z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
     """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
-    return jnp.exp(num.shift(z, m)) / total
+    return jnp.exp(classes.shift(z, m)) / total
 
 
 def _probabilities_fwd(z, m, total, axis):
@@ -235,14 +236,14 @@ probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
 @custom_vjp(nondiff_argnums=(1,))
-def softmax_of(z: Array, axis: num.Axis) -> Array:
-    e = jnp.exp(num.shift(z, num.top(z, axis)))
-    return e / num.class_sum(e, axis)
+def softmax_of(z: Array, axis: classes.Axis) -> Array:
+    e = jnp.exp(classes.shift(z, classes.top(z, axis)))
+    return e / classes.sum(e, axis)
 
 
 def _softmax_fwd(z, axis):
     p = softmax_of(z, axis)
-    return p, num.afresh(softmax_of, p, axis, z)[0]
+    return p, classes.afresh(softmax_of, p, axis, z)[0]
 
 
 def _softmax_bwd(axis, p, g):
@@ -253,14 +254,14 @@ softmax_of.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 @custom_vjp(nondiff_argnums=(1,))
-def log_softmax_of(z: Array, axis: num.Axis) -> Array:
+def log_softmax_of(z: Array, axis: classes.Axis) -> Array:
     m, s = moments(z, axis)
-    return num.below(z, m) - jnp.log1p(s)
+    return classes.below(z, m) - jnp.log1p(s)
 
 
 def _log_softmax_fwd(z, axis):
     logp = log_softmax_of(z, axis)
-    return logp, num.afresh(log_softmax_of, logp, axis, z)[0]
+    return logp, classes.afresh(log_softmax_of, logp, axis, z)[0]
 
 
 def _log_softmax_bwd(axis, logp, g):
@@ -276,7 +277,7 @@ def _pull_and_push(axis):
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def _less_sum(logp: Array, g: Array, axis: num.Axis) -> Array:
+def _less_sum(logp: Array, g: Array, axis: classes.Axis) -> Array:
     """Pᵀg = g - p Σg. By p > 3/4: rounding of p would make two tops of a tie at 1/2."""
     return centred_transpose(g, jnp.exp(logp), axis, above=0.75)
 
@@ -284,7 +285,7 @@ def _less_sum(logp: Array, g: Array, axis: num.Axis) -> Array:
 def _less_sum_bwd(axis, residuals, ct):
     logp, g = residuals
     pull, push = _pull_and_push(axis)
-    dlogp = -num.class_sum(g, axis) * (jnp.exp(logp) * ct)
+    dlogp = -classes.sum(g, axis) * (jnp.exp(logp) * ct)
     return dlogp, linear_map(push, pull, logp, ct, jax.typeof(ct))
 
 
@@ -292,9 +293,9 @@ _less_sum.defvjp(None, _less_sum_bwd)
 
 
 @custom_vjp(nondiff_argnums=(1,))
-def logsumexp_of(z: Array, axis: num.Axis) -> Array:
+def logsumexp_of(z: Array, axis: classes.Axis) -> Array:
     m, s = moments(z, axis)
-    (s,) = num.settled(s)
+    (s,) = classes.settled(s)
     return jnp.where(m == -jnp.inf, m, m + jnp.log1p(s))
 
 
@@ -308,17 +309,17 @@ def _logsumexp_bwd(axis, residuals, g):
 
 
 def _mean_of(z, m, total, t, axis):
-    return num.class_sum(jnp.exp(num.shift(z, m)) * t, axis) / total
+    return classes.sum(jnp.exp(classes.shift(z, m)) * t, axis) / total
 
 
 logsumexp_of.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
 @custom_vjp(nondiff_argnums=(2,))
-def _signed_logsumexp(a: Array, b: Array, axis: num.Axis) -> tuple[Array, Array]:
+def _signed_logsumexp(a: Array, b: Array, axis: classes.Axis) -> tuple[Array, Array]:
     a = jnp.where(b == 0, -jnp.inf, a)
-    m = num.class_max(a, axis)
-    total = num.class_sum(b * jnp.exp(num.shift(a, _or_zero(m))), axis)
+    m = classes.max(a, axis)
+    total = classes.sum(b * jnp.exp(classes.shift(a, _or_zero(m))), axis)
     return m + jnp.log(jnp.abs(total)), jnp.sign(total)
 
 
@@ -335,8 +336,8 @@ def _signed_logsumexp_fwd(a, b, axis):
 def _signed_logsumexp_bwd(axis, residuals, cotangents):
     a, b, out, sign = residuals
     # ∂/∂b_k = exp(a_k) / Σ_j b_j exp(a_j), finite so that the product with b_k = 0 is 0.
-    ratio = jnp.exp(jnp.minimum(num.shift(a, _or_zero(out)), 0.99 * math.log(dtypes.largest(a.dtype))))
-    weight = num.shared_cotangent(cotangents[0], axis) * sign * ratio
+    ratio = jnp.exp(jnp.minimum(classes.shift(a, _or_zero(out)), 0.99 * math.log(dtypes.largest(a.dtype))))
+    weight = classes.shared_cotangent(cotangents[0], axis) * sign * ratio
     return weight * b, weight
 
 

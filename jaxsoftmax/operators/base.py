@@ -16,8 +16,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax._core.plumbing import compiled
 
@@ -44,7 +43,7 @@ class SymmetricOperator:
     __array_ufunc__ = None  # `numpy_array @ A` asks A, as `jax_array @ A` does
 
     likelihood: Any  # the model whose Fisher matrix this is (`jaxsoftmax.losses.likelihood`), or None
-    axis: num.ClassAxis
+    axis: classes.ClassAxis
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -154,7 +153,7 @@ class SymmetricOperator:
     @compiled
     def trace(self) -> Array:
         """Sum of the diagonal; O(K)."""
-        return num.class_sum(self.diagonal(), self.axis)[..., 0]
+        return classes.sum(self.diagonal(), self.axis)[..., 0]
 
     def solve(self, v: ArrayLike, damping: ArrayLike) -> Array:
         """(A + damping·I)⁻¹ v for v (..., K); O(K).
@@ -345,7 +344,7 @@ class SumOfOperators(SymmetricOperator):
         return False
 
     @property
-    def axis(self) -> num.ClassAxis:  # pyright: ignore[reportIncompatibleVariableOverride]  (read only, as all are)
+    def axis(self) -> classes.ClassAxis:  # pyright: ignore[reportIncompatibleVariableOverride]  (read only, as all are)
         return self.terms[0].axis
 
     @property

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import classes
 from jaxsoftmax._core.centring import AXIS, about_centred, centred, centred_transpose, complement, is_top, root
 from jaxsoftmax._core.plumbing import compiled, in_auto_mode, sharded_like, split_axes_of
 from jaxsoftmax.operators.base import SymmetricOperator, lead
@@ -69,7 +69,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     slope: Array | None = None
     extra: Array | None = None
     likelihood: Any = None
-    axis: num.ClassAxis = AXIS
+    axis: classes.ClassAxis = AXIS
 
     @property
     def _reference(self) -> Array:
@@ -110,15 +110,15 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     @property
     def _kappa(self) -> Array:
-        return jnp.zeros_like(num.class_sum(self.weights, self.axis)) if self.mean_weight is None else self.mean_weight
+        return jnp.zeros_like(classes.sum(self.weights, self.axis)) if self.mean_weight is None else self.mean_weight
 
     @compiled
     def diagonal(self) -> Array:
         out = self.weights
         if self.centre is not None:
             p, top = self.centre, is_top(self.centre)
-            rest = num.class_sum((1 - top) * out, self.axis)
-            others = jnp.where(p > 0.5, rest, num.class_sum(top * out, self.axis) + rest - out)  # Σ_{k≠i} d_k
+            rest = classes.sum((1 - top) * out, self.axis)
+            others = jnp.where(p > 0.5, rest, classes.sum(top * out, self.axis) + rest - out)  # Σ_{k≠i} d_k
             out = out * complement(p, self.axis) ** 2 + p**2 * (others + self._kappa)
         return self._t**2 * out + self._e
 
@@ -130,17 +130,17 @@ class DiagonalPlusLowRank(SymmetricOperator):
         w, m = self._off_diagonal()
         b = jnp.sum(_dot(w, m) * w, -1)  # B_ii
         size = lax.stop_gradient(jnp.abs(b))
-        other = num.other_classes(b, num.class_argmax(size, num.class_max(size, self.axis), self.axis), self.axis)
+        other = classes.others(b, classes.argmax(size, classes.max(size, self.axis), self.axis), self.axis)
         w, w_c = w * other[..., None], self._row_sum((1 - other)[..., None] * w)
         gram = _dot(m, jnp.concatenate([self._row_sum(w[..., i, None] * w) for i in range(w.shape[-1])], -2))
-        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - num.class_sum((b * other) ** 2, self.axis)[..., 0]
+        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - classes.sum((b * other) ** 2, self.axis)[..., 0]
         b_c = jnp.sum(_dot(w_c, m) * w, -1)
-        outer = num.class_sum(self.diagonal() ** 2 + 2 * b_c**2, self.axis)[..., 0]
+        outer = classes.sum(self.diagonal() ** 2 + 2 * b_c**2, self.axis)[..., 0]
         return root(outer + jnp.maximum(rest, 0))
 
     def _row_sum(self, w: Array) -> Array:
         """Σ over the classes, the last axis but one, which stays with length 1."""
-        return num.class_sum(w, num.ClassAxis((-2,), self.axis.mesh_axes))
+        return classes.sum(w, classes.ClassAxis((-2,), self.axis.mesh_axes))
 
     @compiled
     def as_matrix(self) -> Array:
@@ -167,7 +167,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
             return w, self._row_sum(w)
         p, d, top = self.centre, self.weights, is_top(self.centre)
         f = jnp.where(p > 0.5, d * complement(p, self.axis), d)
-        rest, of_top = num.class_sum((1 - top) * d, self.axis) + self._kappa, num.class_sum(top * d, self.axis)
+        rest, of_top = classes.sum((1 - top) * d, self.axis) + self._kappa, classes.sum(top * d, self.axis)
         w = self._t[..., None] * jnp.stack([(1 - top) * p, f, p], -1)
         zero, minus = jnp.zeros_like(rest), -jnp.ones_like(rest)
         rows = [of_top, zero, zero], [zero, zero, minus], [zero, minus, rest]
@@ -182,7 +182,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         out = centred_transpose(self.weights * about_centred(u, self.centre, self.axis), self.centre, self.axis)
         if self.mean_weight is None:
             return out
-        return out + self.centre * (self.mean_weight * num.class_sum(self.centre * u, self.axis))
+        return out + self.centre * (self.mean_weight * classes.sum(self.centre * u, self.axis))
 
     @compiled
     def _mv(self, v: Array) -> Array:
@@ -193,10 +193,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
     def _quadratic_form(self, v: Array) -> Array:
         u = v if self.slope is None else self.slope * v
         deviation = u if self.centre is None else centred(u, self.centre, self.axis)
-        out = num.class_sum(self.weights * deviation**2, self.axis)[..., 0]
+        out = classes.sum(self.weights * deviation**2, self.axis)[..., 0]
         if self.mean_weight is not None and self.centre is not None:
-            out = out + (self.mean_weight * num.class_sum(self.centre * u, self.axis) ** 2)[..., 0]
-        return out if self.extra is None else out + num.class_sum(self.extra * v**2, self.axis)[..., 0]
+            out = out + (self.mean_weight * classes.sum(self.centre * u, self.axis) ** 2)[..., 0]
+        return out if self.extra is None else out + classes.sum(self.extra * v**2, self.axis)[..., 0]
 
     # Solutions. With ε = e + λ and W = 1/(t²d + ε), (A + λI) x = v reads x = W∘(v + t∘(d m + p n)) for the two numbers
     # m = <p,tx> and n = Σ d∘(tx - m) - κ m. The mean of tx under p and the sum over d, with Σp = 1, give
@@ -213,10 +213,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         load, heavy = t * t * d, t * t * d > e
         w = quotient(jnp.ones_like(load), load + e)
         dw = jnp.where(heavy, quotient(share(load, e), jnp.where(heavy, t * t, 1)), d * w)
-        absent = jnp.where(num.class_sum(p, self.axis) == 0, 1, 0).astype(p.dtype)
-        a = absent + num.class_sum(p * share(e, load), self.axis)
-        b = self._kappa + num.class_sum(e * dw, self.axis)
-        return w, dw, a, b, num.class_sum((p * t) ** 2 * w, self.axis)
+        absent = jnp.where(classes.sum(p, self.axis) == 0, 1, 0).astype(p.dtype)
+        a = absent + classes.sum(p * share(e, load), self.axis)
+        b = self._kappa + classes.sum(e * dw, self.axis)
+        return w, dw, a, b, classes.sum((p * t) ** 2 * w, self.axis)
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
@@ -228,10 +228,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         # deviations of u from their mean there sum to 0: what is left of them is -Σ ε∘W∘(u - mean).
         head = jnp.where(heavy, 1, 0).astype(t.dtype)
         u = v / jnp.where(heavy, t, 1)
-        mean = num.class_sum(head * u, self.axis) / jnp.maximum(num.class_sum(head, self.axis), 1)
+        mean = classes.sum(head * u, self.axis) / jnp.maximum(classes.sum(head, self.axis), 1)
         terms = jnp.where(heavy, -share(e, t * t * d) * (u - mean), t * dw * (v - t * mean))
-        of_d = mean * num.class_sum(t * t * dw, self.axis) + num.class_sum(terms, self.axis)
-        of_p = num.class_sum(p * t * w * v, self.axis)
+        of_d = mean * classes.sum(t * t * dw, self.axis) + classes.sum(terms, self.axis)
+        of_p = classes.sum(p * t * w * v, self.axis)
         # The two equations over c, which is not small; it is 0 where no class is left, and m with it.
         none = jnp.where(c == 0, 1, 0).astype(t.dtype)
         a_over_c, of_d = quotient(a, c + none), (1 - none) * of_d
@@ -243,13 +243,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
     @compiled
     def _logdet(self, damping: Array) -> Array:
         factors = self._t**2 * self.weights + self._e + damping
-        logs = num.class_sum(jnp.log(jnp.abs(factors)), self.axis)
-        negative = num.class_sum(jnp.where(factors < 0, 1, 0), self.axis)
+        logs = classes.sum(jnp.log(jnp.abs(factors)), self.axis)
+        negative = classes.sum(jnp.where(factors < 0, 1, 0), self.axis)
         if self.centre is not None:
             _, _, a, b, c = self._means(damping)
             last = a * a + b * c
             logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
-        return num.undefined(negative % 2 == 1, logs)[..., 0]
+        return classes.undefined(negative % 2 == 1, logs)[..., 0]
 
     # Definiteness and factor. With d = |d| - 2|d_c| u_c, Pᵀ diag(d) P = L (I - bbᵀ) Lᵀ, where L = Pᵀ diag(√|d|) and
     # Lb = √(2|d_c|) Pᵀu_c. The shortest such b decides: it is positive semidefinite iff |b| ≤ 1, and then
@@ -259,18 +259,18 @@ class DiagonalPlusLowRank(SymmetricOperator):
     def is_psd(self) -> Array:
         # d may have one negative entry, d_c, if d_c Σ_{k≠c} p_k²/d_k + p_c² ≥ 0.
         if self.centre is None:
-            return ~num.class_any(~(self._t**2 * self.weights + self._e >= 0), self.axis)[..., 0]
+            return ~classes.any(~(self._t**2 * self.weights + self._e >= 0), self.axis)[..., 0]
         if self.extra is None:
-            negative = num.class_sum(jnp.where(self.weights < 0, 1, 0), self.axis)
+            negative = classes.sum(jnp.where(self.weights < 0, 1, 0), self.axis)
             centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)
             return (centred_psd & (self._kappa >= 0))[..., 0]
         # [[D, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of D ⊕ -[[-b, -a], [-a, c]] and of A ⊕ -C⁻¹ (Sylvester),
         # D = diag(t²d + e) shifted by as much as rounding may have taken from it.
         diagonal = self._t**2 * self.weights + self._e
-        slack = 16 * jnp.finfo(self.dtype).eps * num.class_max(jnp.abs(diagonal), self.axis)
+        slack = 16 * jnp.finfo(self.dtype).eps * classes.max(jnp.abs(diagonal), self.axis)
         slack = jnp.maximum(slack, jnp.finfo(self.dtype).tiny)
         w, _, a, b, c = self._means(slack)
-        negative = num.class_sum(jnp.where(w < 0, 1, 0), self.axis)
+        negative = classes.sum(jnp.where(w < 0, 1, 0), self.axis)
         return jnp.where(a * a + b * c >= 0, negative == 0, (negative == 1) & (c < 0))[..., 0]
 
     def _excess(self) -> tuple[Array, Array]:
@@ -279,13 +279,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
         b = jnp.where(d < 0, math.sqrt(2), 0).astype(d.dtype)
         if self.centre is not None:
             null = self.centre / jnp.maximum(root(jnp.abs(d)), math.sqrt(jnp.finfo(d.dtype).tiny))  # L null = 0
-            square = num.class_sum(null * null, self.axis)
-            b = b - null * (num.class_sum(null * b, self.axis) / jnp.where(square == 0, 1, square))
-        return b, num.class_sum(b * b, self.axis)
+            square = classes.sum(null * null, self.axis)
+            b = b - null * (classes.sum(null * b, self.axis) / jnp.where(square == 0, 1, square))
+        return b, classes.sum(b * b, self.axis)
 
     def _contract(self, u: Array) -> Array:
         b, square = self._excess()
-        return u - b * (num.class_sum(b * u, self.axis) / (1 + jnp.sqrt(1 - square)))
+        return u - b * (classes.sum(b * u, self.axis) / (1 + jnp.sqrt(1 - square)))
 
     @property
     def _factor_width(self) -> int:
@@ -311,7 +311,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         out = self._contract(root(jnp.abs(self.weights)) * centred(u, self.centre, self.axis))
         if self.mean_weight is None:
             return out
-        last = jnp.sqrt(self.mean_weight) * num.class_sum(self.centre * u, self.axis)
+        last = jnp.sqrt(self.mean_weight) * classes.sum(self.centre * u, self.axis)
         return jnp.concatenate([sharded_like(last, out), last], -1)  # K + 1 entries, which no mesh axis splits
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import classes
 from jaxsoftmax._core.centring import below_half, is_top
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
@@ -54,9 +54,9 @@ class FunctionOfLoss(DiagonalPlusLowRank):
         p = self.centre
         assert p is not None
         axis = self.axis
-        top = num.class_sum(is_top(p) * u, axis)
+        top = classes.sum(is_top(p) * u, axis)
         w = u - top
-        mean = num.class_sum(below_half(p) * w, axis)
-        along = mean - (num.take_class(u, self.label, axis) - top)
-        gradient = jnp.where(num.class_index(p, axis) == self.label, -self.missed, p)
+        mean = classes.sum(below_half(p) * w, axis)
+        along = mean - (classes.take(u, self.label, axis) - top)
+        gradient = jnp.where(classes.index(p, axis) == self.label, -self.missed, p)
         return self.first * (below_half(p) * w - p * mean) + self.second * along * gradient

@@ -12,7 +12,7 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import classes
 from jaxsoftmax._core.centring import about_centred, centred_transpose
 from jaxsoftmax._core.plumbing import aligned
 from jaxsoftmax.autodiff import custom_vjp
@@ -65,7 +65,7 @@ def _share_bwd(residuals, ct):
 _share.defvjp(None, _share_bwd)
 
 
-def logarithm(p: Array, logits: Array | None, axis: num.ClassAxis) -> Array:
+def logarithm(p: Array, logits: Array | None, axis: classes.ClassAxis) -> Array:
     """l = log p, whose derivative is taken in the logits of p if they are given; 0, of derivative 0, where p = 0."""
     return _log(p) if logits is None else _log_softmax(logits, p, axis)
 
@@ -83,7 +83,7 @@ _log.defvjp(lambda p: (_log(p), p), lambda p, ct: (quotient(jnp.where(p > 0, ct,
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
-def _log_softmax(z: Array, p: Array, axis: num.ClassAxis) -> Array:
+def _log_softmax(z: Array, p: Array, axis: classes.ClassAxis) -> Array:
     return jnp.log(_on_support(p))
 
 

@@ -18,8 +18,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import (
     AXIS,
     below_half,
@@ -81,7 +80,7 @@ class SoftmaxJacobian(SymmetricOperator):
     probs: Array
     scale: Array
     likelihood: Any = None
-    axis: num.ClassAxis = AXIS
+    axis: classes.ClassAxis = AXIS
     logits: Array | None = None
 
     @classmethod
@@ -141,12 +140,12 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @classmethod
     def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> "SoftmaxJacobian":
-        axis = num.ClassAxis((-1,), checks.mesh_axes(axis_name, "p", p))
+        axis = classes.ClassAxis((-1,), checks.mesh_axes(axis_name, "p", p))
         if _is_one(alpha):
-            return cls(p, jnp.ones_like(num.class_max(lax.stop_gradient(p), axis)), axis=axis)
+            return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis)
         order = order_of(p, *as_order(alpha, p.shape, axis), axis)
         q = support_power(p, 2 - order)
-        s = num.class_sum(q, axis)
+        s = classes.sum(q, axis)
         s = jnp.where(s == 0, 1, s)
         return cls(q / s, s, axis=axis)
 
@@ -178,7 +177,7 @@ class SoftmaxJacobian(SymmetricOperator):
         return self._weighted().scaled(factor) if known and np.any(np.asarray(factor) < 0) else self.scaled(factor)
 
     def is_psd(self) -> Array:
-        return ((self.scale >= 0) | ~num.class_any(self.probs * (1 - self.probs) != 0, self.axis))[..., 0]
+        return ((self.scale >= 0) | ~classes.any(self.probs * (1 - self.probs) != 0, self.axis))[..., 0]
 
     # The matrix.
 
@@ -197,13 +196,13 @@ class SoftmaxJacobian(SymmetricOperator):
         """√(Σ J_ij²), shape (...); O(K). J_ii and, off the diagonal, the top class apart from the rest."""
         p, top = self.probs, is_top(self.probs)
         diagonal = p * complement(p, self.axis)
-        unit = num.class_max(lax.stop_gradient(diagonal), self.axis)
+        unit = classes.max(lax.stop_gradient(diagonal), self.axis)
         unit = jnp.where(unit == 0, 1, unit)
         below = below_half(p)
         relative = below / unit  # squares of probabilities would underflow
-        squares = num.class_sum(below**2, self.axis)
-        rest = (diagonal / unit) ** 2 + relative**2 * (2 * num.class_sum(top * p, self.axis) ** 2 + squares - below**2)
-        return (self.scale * unit * root(num.class_sum(rest, self.axis)))[..., 0]
+        squares = classes.sum(below**2, self.axis)
+        rest = (diagonal / unit) ** 2 + relative**2 * (2 * classes.sum(top * p, self.axis) ** 2 + squares - below**2)
+        return (self.scale * unit * root(classes.sum(rest, self.axis)))[..., 0]
 
     @compiled
     def spectral_norm(self) -> Array:
@@ -251,7 +250,7 @@ class SoftmaxJacobian(SymmetricOperator):
     def rank(self) -> Array:
         """Number of classes with positive probability, less one; int32, shape (...); O(K)."""
         support = jnp.where((self.probs > 0) & (self.scale != 0), 1, 0)
-        return jnp.maximum(num.class_sum(support, self.axis) - 1, 0)[..., 0].astype(jnp.int32)
+        return jnp.maximum(classes.sum(support, self.axis) - 1, 0)[..., 0].astype(jnp.int32)
 
     @compiled
     def null_space(self) -> DiagonalPlusLowRank:
@@ -271,7 +270,7 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def _quadratic_form(self, v: Array) -> Array:
         # s Var_π(v): a sum of positive terms
-        return (self.scale * num.class_sum(self.probs * centred(v, self.probs, self.axis) ** 2, self.axis))[..., 0]
+        return (self.scale * classes.sum(self.probs * centred(v, self.probs, self.axis) ** 2, self.axis))[..., 0]
 
     def pinv_mv(self, v: ArrayLike) -> Array:
         """J⁺v = C D⁻¹ C v on the support, C the centring there; 0 off it; v (..., K); O(K)."""
@@ -287,7 +286,7 @@ class SoftmaxJacobian(SymmetricOperator):
     def _support(self) -> tuple[Array, Array]:
         """1 on the support and 0 off it, and the number of classes there, at least 1."""
         support = jnp.where((self.probs > 0) & (self.scale != 0), 1, 0).astype(self.dtype)
-        return support, jnp.maximum(num.class_sum(support, self.axis), 1)
+        return support, jnp.maximum(classes.sum(support, self.axis), 1)
 
     @property
     def _on_support(self) -> Array:
@@ -297,14 +296,14 @@ class SoftmaxJacobian(SymmetricOperator):
     def _centre(self, v: Array) -> Array:
         """C v: v less its mean over the support, 0 off it."""
         support, number = self._support
-        return support * (v - num.class_sum(support * v, self.axis) / number)
+        return support * (v - classes.sum(support * v, self.axis) / number)
 
     @compiled
     def pseudo_logdet(self) -> Array:
         """Logarithm of the product of the nonzero eigenvalues, log(n Π_support π) + (n - 1) log s; O(K). 0 if J = 0."""
         _, number = self._support
         logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
-        return (logs + num.class_sum(self._logs, self.axis))[..., 0]
+        return (logs + classes.sum(self._logs, self.axis))[..., 0]
 
     # With w = 1/(sπ + λ), a = sπ∘w and m = <a,v>/(λ Σa), (J + λI)⁻¹v = m + w∘(v - λm), where 1 - a = λw. At a constant
     # v nothing is left of the second term; so that no derivative sees more than is left of m, v is measured from its
@@ -315,10 +314,10 @@ class SoftmaxJacobian(SymmetricOperator):
         d = self.scale * self.probs
         w, a, heavy = quotient(jnp.ones_like(d), d + damping), share(d, damping), d > damping
         head = jnp.where(heavy, 1, 0).astype(d.dtype)
-        mean = num.class_sum(head * v, self.axis) / jnp.maximum(num.class_sum(head, self.axis), 1)
-        total = num.class_sum(a, self.axis)
+        mean = classes.sum(head * v, self.axis) / jnp.maximum(classes.sum(head, self.axis), 1)
+        total = classes.sum(a, self.axis)
         terms = jnp.where(heavy, -w, quotient(a, damping)) * (v - mean)
-        rest = quotient(num.class_sum(terms, self.axis), jnp.where(total == 0, 1, total))
+        rest = quotient(classes.sum(terms, self.axis), jnp.where(total == 0, 1, total))
         return quotient(mean, damping) + w * (v - mean) + a * rest
 
     @compiled
@@ -327,13 +326,13 @@ class SoftmaxJacobian(SymmetricOperator):
         p, d = self.probs, self.scale * self.probs
         # (the same for every constant in the place of π_m, so that only a π_m > 1/2 needs a derivative)
         top, logs = is_top(p), _log_sum(d, damping)
-        largest = num.class_max(lax.stop_gradient(p), self.axis)
-        largest = jnp.where(largest > 0.5, num.class_sum(top * p, self.axis), largest)
-        without_top = num.class_sum((1 - top) * logs, self.axis)
+        largest = classes.max(lax.stop_gradient(p), self.axis)
+        largest = jnp.where(largest > 0.5, classes.sum(top * p, self.axis), largest)
+        without_top = classes.sum((1 - top) * logs, self.axis)
         others = jnp.where(
-            largest > 0.5, without_top, num.class_sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
+            largest > 0.5, without_top, classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
         )
-        spread = num.class_sum(d * (largest - p) / (d + damping), self.axis)
+        spread = classes.sum(d * (largest - p) / (d + damping), self.axis)
         return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
 
     # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
@@ -364,7 +363,7 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def _whiten(self, noise: Array, damping: Array) -> Array:
         p, w = self.probs, 1 / (self.scale * self.probs + damping)
-        total = num.class_sum(p * w, self.axis)
+        total = classes.sum(p * w, self.axis)
         common = p * w * noise[..., -1:] * root(self.scale / (damping * jnp.where(total == 0, 1, total)))
         return jnp.sqrt(w) * noise[..., :-1] + common
 

@@ -8,7 +8,7 @@ import pytest
 from jax import export
 
 import jaxsoftmax as js
-from jaxsoftmax._core import class_axis as num
+from jaxsoftmax._core import classes
 from tests.helpers import assert_close, enable_x64, one_in
 from tests.registry import CASES, HEADS, case_id
 from tests.registry.samples import MASK as KEPT
@@ -194,10 +194,10 @@ def test_labels_of_narrow_types(dtype):
     numbers = [low, 0, 3, high]
     labels = jnp.asarray(np.array(numbers), dtype)
     for index in (-1, -100, 15, 156, 255, high + 1, low, high):
-        np.testing.assert_array_equal(num.labels_equal(labels, index), np.array(numbers) == index)
+        np.testing.assert_array_equal(classes.labels_equal(labels, index), np.array(numbers) == index)
     for num_classes in (3, 16, 300, 70000):
         kept = [n if 0 <= n < num_classes else -1 for n in numbers]
-        np.testing.assert_array_equal(num.class_labels(labels, num_classes), kept)
+        np.testing.assert_array_equal(classes.labels(labels, num_classes), kept)
 
 
 def test_ignored_labels_of_narrow_types():

@@ -17,7 +17,7 @@ from jaxsoftmax._core.centring import (
     jacobian_product,
     rounded_one,
 )
-from jaxsoftmax._core.class_axis import ClassAxis
+from jaxsoftmax._core.classes import ClassAxis
 from tests.helpers import DERIVATIVE_RTOL, assert_close
 
 EPS = float(jnp.finfo("float32").eps)

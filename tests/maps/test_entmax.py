@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxsoftmax import softmax_entropy
-from jaxsoftmax._core.class_axis import ClassAxis
+from jaxsoftmax._core.classes import ClassAxis
 from jaxsoftmax.maps import entmax_solver
 from jaxsoftmax.maps.entmax import deformed_log, entmax, entmax15, entmax_jacobian_product, sparsemax
 from jaxsoftmax.maps.softmax import softmax

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxsoftmax._core.centring import about_centred, centred_transpose
-from jaxsoftmax._core.class_axis import ClassAxis
+from jaxsoftmax._core.classes import ClassAxis
 from jaxsoftmax.maps.derivatives import (
     softmax_hessian,
     softmax_jacobian,

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax._core import class_axis
+from jaxsoftmax._core import classes
 
 EPS = float(jnp.finfo("float32").eps)
-AXIS = class_axis.ClassAxis((-1,))
+AXIS = classes.ClassAxis((-1,))
 INF = np.inf
 
 
@@ -22,16 +22,16 @@ def test_leave_top_out(gap, rows):
     z[0, 4] = z[0, 2]
     e = np.exp(z.astype(np.longdouble) - z[:, 2:3])
     want = np.delete(e, 2, -1).sum(-1)
-    found = jax.jit(lambda z: class_axis.leave_top_out(z, class_axis.top(z, AXIS), AXIS))(z)
+    found = jax.jit(lambda z: classes.leave_top_out(z, classes.top(z, AXIS), AXIS))(z)
     away = 1 + np.max(z[:, 2:3] - z, -1)  # the rounding of a difference of logits
     assert np.all(abs(np.asarray(found)[:, 0] - want) <= 4 * EPS * away * want)
 
 
-@pytest.mark.parametrize("shift", [class_axis.shift, class_axis.below], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shift", [classes.shift, classes.below], ids=lambda f: f.__name__)
 def test_infinite_logits_have_their_limits(shift):
     """0 where a logit and the maximum are +inf, NaN where both are -inf; exponentials of the rest are as ever."""
     rows = np.float32([[INF, 0.0, -INF], [0.0, 1.0, -INF], [-INF, -INF, -INF], [INF, INF, 0.0]])
-    got = jax.jit(lambda z: shift(z, class_axis.top(z, AXIS)))(rows)
+    got = jax.jit(lambda z: shift(z, classes.top(z, AXIS)))(rows)
     with np.errstate(invalid="ignore"):
         want = np.where(rows == INF, 0.0, rows - rows.max(-1, keepdims=True))
     np.testing.assert_allclose(np.exp(got), np.exp(want), rtol=EPS)
@@ -40,6 +40,6 @@ def test_infinite_logits_have_their_limits(shift):
 def test_sums_over_several_axes_and_labels_through_them():
     """A class axis of two parts counts its classes row by row."""
     z = jnp.arange(24.0).reshape(2, 3, 4)
-    axis = class_axis.ClassAxis((0, 2))
-    np.testing.assert_array_equal(class_axis.class_sum(z, axis), np.asarray(z).sum((0, 2), keepdims=True))
-    np.testing.assert_array_equal(class_axis.class_max(z, axis), np.asarray(z).max((0, 2), keepdims=True))
+    axis = classes.ClassAxis((0, 2))
+    np.testing.assert_array_equal(classes.sum(z, axis), np.asarray(z).sum((0, 2), keepdims=True))
+    np.testing.assert_array_equal(classes.max(z, axis), np.asarray(z).max((0, 2), keepdims=True))

@@ -45,7 +45,7 @@ class ClassAxis:
 Axis = ClassAxis | int  # an integer where the classes are one whole axis
 
 
-def class_axis(axis: Any, x: Array, axis_name: Any, name: str = "logits", *beside: Array) -> ClassAxis:
+def axis_of(axis: Any, x: Array, axis_name: Any, name: str = "logits", *beside: Array) -> ClassAxis:
     """The arguments `axis` and `axis_name` of a public function, checked; x or what is beside it has the classes."""
     return ClassAxis(checks.axes(axis, x.ndim), checks.mesh_axes(axis_name, name, x, *beside))
 
@@ -64,7 +64,7 @@ def is_split(axis: Axis) -> bool:
     return bool(_mesh_axes(axis))
 
 
-def class_sum(x: Array, axis: Axis) -> Array:
+def sum(x: Array, axis: Axis) -> Array:
     """Σ over the class axis, which stays with length 1."""
     local, names = local_sum(x, axis), _mesh_axes(axis)
     return lax.psum(local, names) if names else local
@@ -75,7 +75,7 @@ def local_sum(x: Array, axis: Axis) -> Array:
     return jnp.sum(x, positions(axis), keepdims=True)
 
 
-def class_max(z: Array, axis: Axis) -> Array:
+def max(z: Array, axis: Axis) -> Array:
     """max over the class axis, which stays with length 1; -inf over no class. Over a mesh not differentiable."""
     local, names = jnp.max(z, positions(axis), keepdims=True, initial=-jnp.inf), _mesh_axes(axis)
     return lax.pmax(local, names) if names else local
@@ -87,13 +87,13 @@ def top(z: Array, axis: Axis) -> Array:
     return lax.pmax(local, names) if names else local
 
 
-def class_any(mask: Array, axis: Axis) -> Array:
+def any(mask: Array, axis: Axis) -> Array:
     """Whether the mask holds anywhere along the class axis, which stays with length 1."""
     local, names = jnp.any(mask, positions(axis), keepdims=True), _mesh_axes(axis)
     return lax.pmax(local.astype(jnp.int32), names) > 0 if names else local
 
 
-def num_classes(like: Array, axis: Axis) -> int:
+def number(like: Array, axis: Axis) -> int:
     """The length of the class axis, blocks of other devices included."""
     return math.prod(like.shape[i] for i in positions(axis)) * lax.psum(1, _mesh_axes(axis))
 
@@ -135,7 +135,7 @@ def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
         return forms.leave_top_out(z, m, positions(axis)[0] % z.ndim)
     e = jnp.exp(shift(z, m))
     tops = jnp.floor(e)
-    return class_sum(e - tops, axis) + (class_sum(tops, axis) - 1)
+    return sum(e - tops, axis) + (sum(tops, axis) - 1)
 
 
 def total(e: Array, known: Array, axis: Axis) -> Array:
@@ -156,40 +156,40 @@ def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array) -> tuple:
     return forms.afresh(functools.partial(find, axis=axis), known, *arrays)
 
 
-def class_index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
+def index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
     """0, 1, … along the class axis, of the shape of `like`."""
-    (position,), first = positions(axis), first_class(like, axis)
-    index = sharded_like(like, lax.broadcasted_iota(dtype, like.shape, position % like.ndim))
-    return index if isinstance(first, int) else index + first.astype(dtype)
+    (position,), start = positions(axis), first(like, axis)
+    here = sharded_like(like, lax.broadcasted_iota(dtype, like.shape, position % like.ndim))
+    return here if isinstance(start, int) else here + start.astype(dtype)
 
 
-def first_class(like: Array, axis: Axis) -> Array | int:
+def first(like: Array, axis: Axis) -> Array | int:
     """Index of the first class that is here among all classes."""
     (position,), names = positions(axis), _mesh_axes(axis)
     return lax.axis_index(names) * like.shape[position] if names else 0
 
 
-def class_argmax(z: Array, m: Array, axis: Axis) -> Array:
+def argmax(z: Array, m: Array, axis: Axis) -> Array:
     """Index of the first class at which z has its maximum m; the class axis has length 1."""
     (position,), names = positions(axis), _mesh_axes(axis)
     if not names:
         return jnp.argmax(z, position, keepdims=True).astype(jnp.int32)
-    index = jnp.where(z == m, class_index(z, axis), num_classes(z, axis))
-    return lax.pmin(jnp.min(index, position, keepdims=True), names)
+    found = jnp.where(z == m, index(z, axis), number(z, axis))
+    return lax.pmin(jnp.min(found, position, keepdims=True), names)
 
 
-def other_classes(like: Array, index: Array, axis: Axis) -> Array:
-    """1 at every class but `index`, 0 there."""
-    size = num_classes(like, axis)  # symbolic under jax.export, or larger than float32 holds an index exactly:
+def others(like: Array, label: Array, axis: Axis) -> Array:
+    """1 at every class but `label`, 0 there."""
+    size = number(like, axis)  # symbolic under jax.export, or larger than float32 holds an index exactly:
     wide = dtypes.compute_dtype(like.dtype)
     dtype = wide if isinstance(size, int) and size < 2**24 else jnp.int32
-    distance = jnp.abs(class_index(like, axis, dtype) - index.astype(dtype))
+    distance = jnp.abs(index(like, axis, dtype) - label.astype(dtype))
     return jnp.minimum(distance, 1).astype(wide)
 
 
 def one_hot(like: Array, label: Array, axis: Axis) -> Array:
     """e_label (class axis of length 1); NaN throughout for a label below 0."""
-    return undefined(label < 0, jnp.where(class_index(like, axis) == label, 1.0, 0.0).astype(like.dtype))
+    return undefined(label < 0, jnp.where(index(like, axis) == label, 1.0, 0.0).astype(like.dtype))
 
 
 def undefined(at: Array, x: Array) -> Array:
@@ -199,28 +199,28 @@ def undefined(at: Array, x: Array) -> Array:
     return x + (infinite - infinite)
 
 
-def take_class(x: Array, index: Array, axis: Axis) -> Array:
-    """x at class `index` (class axis of length 1); NaN where there is no such class."""
-    total = num_classes(x, axis)
+def take(x: Array, label: Array, axis: Axis) -> Array:
+    """x at class `label` (class axis of length 1); NaN where there is no such class."""
+    total = number(x, axis)
     if total == 0:
-        return undefined(jnp.ones(index.shape, bool), jnp.zeros(index.shape, x.dtype))
-    (position,), local = positions(axis), index - first_class(x, axis)
+        return undefined(jnp.ones(label.shape, bool), jnp.zeros(label.shape, x.dtype))
+    (position,), local = positions(axis), label - first(x, axis)
     size, whole = x.shape[position], not (split_axes_of(x) and split_axes_of(x)[position])
     if whole:
         found = jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
     else:  # by axes of type Explicit, along which there is no gather
-        found = class_sum(jnp.where(class_index(x, axis) == index, x, 0.0), axis)
+        found = sum(jnp.where(index(x, axis) == label, x, 0.0), axis)
     if names := _mesh_axes(axis):  # the one device that has the class adds it to the others' 0
         found = lax.psum(jnp.where((local >= 0) & (local < size), found, 0.0), names)
-    return undefined((index < 0) | (index >= total), found)
+    return undefined((label < 0) | (label >= total), found)
 
 
-def class_labels(labels: Array, num_classes: int) -> Array:
+def labels(given: Array, num_classes: int) -> Array:
     """Labels as int32; -1 for every label outside [0, num_classes), whatever its dtype."""
-    if labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)
-    valid = (labels >= 0) & (labels < num_classes)
-    return jnp.where(valid, labels.astype(jnp.int32), -1)
+    if given.dtype.itemsize < 4:
+        given = given.astype(jnp.int32)
+    valid = (given >= 0) & (given < num_classes)
+    return jnp.where(valid, given.astype(jnp.int32), -1)
 
 
 def labels_equal(labels: Array, index: int) -> Array:
@@ -244,12 +244,12 @@ def present(z: Array, mask: Array | None, axis: Axis) -> Array:
     """z with -inf at the masked classes, and 0 throughout a slice that has no other: no NaN arises there."""
     if mask is None:
         return z
-    return jnp.where(mask, z, jnp.where(class_any(mask, axis), -jnp.inf, 0.0).astype(z.dtype))
+    return jnp.where(mask, z, jnp.where(any(mask, axis), -jnp.inf, 0.0).astype(z.dtype))
 
 
 def absent_examples(loss: Array, mask: Array | None, axis: Axis) -> Array:
     """`loss` without its class axis, of length 1; 0 where the mask leaves no class."""
-    loss = loss if mask is None else jnp.where(class_any(mask, axis), loss, 0.0)
+    loss = loss if mask is None else jnp.where(any(mask, axis), loss, 0.0)
     return jnp.squeeze(loss, positions(axis))
 
 
@@ -270,7 +270,7 @@ def merge_axes(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.transpose(x, (*kept, *axes)).reshape(shape)
 
 
-def split_axes(merged: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+def unmerge_axes(merged: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """Inverse of `merge_axes` for an array that had the given shape."""
     order = [i for i in range(len(shape)) if i not in axes] + list(axes)
     return jnp.transpose(merged.reshape([shape[i] for i in order]), [order.index(i) for i in range(len(shape))])
