@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxsoftmax._core.plumbing import traced_once
+from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from tests.helpers import one_in, shard_map
 

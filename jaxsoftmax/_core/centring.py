@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core import classes, dtypes
-from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax._linear_map import linear_map
 
 # By arithmetic, since a choice at each class would end a kernel of XLA's CPU backend.

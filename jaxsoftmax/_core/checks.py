@@ -207,7 +207,7 @@ def axis_names(argument: str, value: Any) -> tuple[str, ...]:
     return names
 
 
-def mesh_axes(axis_name: Any, argument: str = "", *arrays: Array) -> tuple[str, ...]:
+def split_over(axis_name: Any, argument: str = "", *arrays: Array) -> tuple[str, ...]:
     """The axes of a `jax.shard_map` that `axis_name` stands for, over which the argument, or all arrays, are split."""
     names = axis_names("axis_name", axis_name)
     try:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, dtypes, forms
-from jaxsoftmax._core.plumbing import aligned, mesh_axes, sharded_like, split_axes_of
+from jaxsoftmax._core.mesh import aligned, sharded_like, split_axes_of, varies_over
 
 below, on_gpu, settled, shift = forms.below, forms.on_gpu, forms.settled, forms.shift
 
@@ -47,7 +47,7 @@ Axis = ClassAxis | int  # an integer where the classes are one whole axis
 
 def axis_of(axis: Any, x: Array, axis_name: Any, name: str = "logits", *beside: Array) -> ClassAxis:
     """The arguments `axis` and `axis_name` of a public function, checked; x or what is beside it has the classes."""
-    return ClassAxis(checks.axes(axis, x.ndim), checks.mesh_axes(axis_name, name, x, *beside))
+    return ClassAxis(checks.axes(axis, x.ndim), checks.split_over(axis_name, name, x, *beside))
 
 
 def positions(axis: Axis) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ def part_of_one(axis: Axis) -> float:
 
 def _in_parts(axis: Axis) -> bool:
     names = _mesh_axes(axis)
-    return bool(names) and not mesh_axes(lax.axis_index(names))
+    return bool(names) and not varies_over(lax.axis_index(names))
 
 
 @forms.per_slice

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core.dtypes import compute_dtype
-from jaxsoftmax._core.plumbing import mesh_axes, varying, zeros_like
+from jaxsoftmax._core.mesh import varies_over, varying, zeros_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.attention.rows import HINTS, Arrays, Attention, Block, Wanted
 
@@ -228,7 +228,7 @@ def _total(name: str, args: Arrays, dtype) -> Array:
     else:
         like, dtype = (query if name in ("out", "gap") else args[name]), None
     zeros = zeros_like(like) if dtype is None else zeros_like(like).astype(dtype)
-    return varying(zeros, frozenset().union(*map(mesh_axes, args.values())))
+    return varying(zeros, frozenset().union(*map(varies_over, args.values())))
 
 
 def _axes(name: str, x: Array) -> tuple:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.plumbing import mesh_axes, varying
+from jaxsoftmax._core.mesh import varies_over, varying
 from jaxsoftmax.attention.blocks import EXAMPLES, Plan, by_blocks
 from jaxsoftmax.attention.rows import Arrays, Attention
 
@@ -115,7 +115,7 @@ def dot_product_attention(
 
     Reference: docs/attention.md; Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
     """
-    names, window = checks.mesh_axes(axis_name), _window(local_window_size)
+    names, window = checks.split_over(axis_name), _window(local_window_size)
     q, k, v = _heads("query", query), _heads("key", key), _heads("value", value)
     _fit(q, k, v)
     (batch, queries, heads, width), groups, examples = q.shape, k.shape[2], jnp.ndim(query) == 4
@@ -158,7 +158,7 @@ def dot_product_attention(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _evaluate(body: Attention, plan: Plan, names: tuple[str, ...], args: Arrays, constants: Arrays) -> list[Array]:
-    around = frozenset().union(*map(mesh_axes, jax.tree.leaves((args, constants))))
+    around = frozenset().union(*map(varies_over, jax.tree.leaves((args, constants))))
     args = {name: varying(x, around) for name, x in args.items()}
     return by_blocks(body, plan, tuple((name, ()) for name in names), args, (), constants)
 

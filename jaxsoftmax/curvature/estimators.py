@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.plumbing import sharded_like, whole
+from jaxsoftmax._core.mesh import sharded_like, whole
 from jaxsoftmax.curvature.krylov import lanczos, unit
 from jaxsoftmax.curvature.vectors import Product, ldexp, scale_of, scaled
 

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.plumbing import tensordot
+from jaxsoftmax._core.mesh import tensordot
 from jaxsoftmax._core.scalar_functions import sigmoid
 from jaxsoftmax.curvature.batches import options_per_example, sum_over_batches
 from jaxsoftmax.curvature.logit_products import hessian_product

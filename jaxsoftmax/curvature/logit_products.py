@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxsoftmax._core.plumbing import placement, split_axes_of
+from jaxsoftmax._core.mesh import placement, split_axes_of
 from jaxsoftmax.losses.hessian import logits_fisher
 
 

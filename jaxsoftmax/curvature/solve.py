@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.plumbing import mesh_axes, tied, varying, zeros_like
+from jaxsoftmax._core.mesh import tied, varies_over, varying, zeros_like
 from jaxsoftmax.curvature.vectors import Product, axpy, conformed, dot, exponent, ldexp, norm, scale, scale_of, scaled
 
 
@@ -128,7 +128,7 @@ def _solve(A, M, b, x, tol, max_steps):
         return end, begin.size, again
 
     started, start = x is not None, jax.tree.map(zeros_like, b) if x is None else ldexp(x, -unit)
-    steps, no, yes, unknown = varying((jnp.int32(0), False, True, jnp.full_like(size, jnp.inf)), mesh_axes(size))
+    steps, no, yes, unknown = varying((jnp.int32(0), False, True, jnp.full_like(size, jnp.inf)), varies_over(size))
     begin = _Iterate(start, b, b, size, size, steps, no)
     end, true_size, _ = lax.while_loop(lambda state: state[-1], run, (begin, unknown, yes))
     residual = true_size / jnp.where(size == 0, 1.0, size)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.plumbing import mesh_axes, varying
+from jaxsoftmax._core.mesh import varies_over, varying
 
 Product = Callable[[Any], Any]
 
@@ -79,7 +79,7 @@ def scale_of(product: Product, probe: Any) -> Array:
         return shift, _largest(product(ldexp(probe, shift))).astype(first.dtype), tries + 1
 
     start = jnp.int32(0), first, jnp.int32(0)  # inside shard_map as different on each device as the probe
-    shift, size, _ = lax.while_loop(unknown, attempt, varying(start, mesh_axes(_largest(probe))))
+    shift, size, _ = lax.while_loop(unknown, attempt, varying(start, varies_over(_largest(probe))))
     return jnp.frexp(size)[1] - shift
 
 

@@ -330,5 +330,5 @@ def checked(reduction: str, chunk_size: int | None, precision) -> None:
 
 def split_by(axis_name: MeshAxes, weights: Array, *beside: Array) -> Axes:
     """The axes of the shard_map around that split the classes, of the weights or what is beside them."""
-    names = checks.mesh_axes(axis_name, "weights", weights, *beside)
+    names = checks.split_over(axis_name, "weights", weights, *beside)
     return Axes(classes=names, copies=bool(names))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core.plumbing import mesh_axes, varying, zeros_like
+from jaxsoftmax._core.mesh import varies_over, varying, zeros_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.linear_head import mesh
 from jaxsoftmax.linear_head.mesh import total
@@ -61,7 +61,7 @@ def _of_device(head: Head, theta: dict[str, Array], tokens: Tokens) -> dict[str,
     The devices of the classes compute one sum together. Over other axes the caller has split the tokens, say: then each
     device computes a sum of its own. Parts of a gradient are rounded, then added up.
     """
-    around = frozenset().union(head.axes.classes, *map(mesh_axes, jax.tree.leaves((theta, tokens))))
+    around = frozenset().union(head.axes.classes, *map(varies_over, jax.tree.leaves((theta, tokens))))
     return {name: varying(v, around) for name, v in theta.items()}
 
 

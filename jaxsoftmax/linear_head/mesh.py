@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.plumbing import varying
+from jaxsoftmax._core.mesh import varying
 from jaxsoftmax.linear_head.plan import Arrays, Axes, Head, Tokens
 
 if hasattr(jax, "shard_map"):

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core import dtypes
-from jaxsoftmax._core.plumbing import zero_of
+from jaxsoftmax._core.mesh import zero_of
 from jaxsoftmax.linear_head.mesh import LOCAL, SPLIT, added_up, flat, whole
 from jaxsoftmax.linear_head.plan import Arrays, Head, Plan, Tokens, plan, wide_dtype
 

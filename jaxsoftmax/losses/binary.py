@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dtypes
-from jaxsoftmax._core.plumbing import aligned
+from jaxsoftmax._core.mesh import aligned
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus, weigh
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.hessian import Curvature, curvature_of

@@ -19,7 +19,8 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import gradient_product, jacobian_product, less
-from jaxsoftmax._core.plumbing import sharded_like, traced_once
+from jaxsoftmax._core.mesh import sharded_like
+from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples

@@ -20,8 +20,8 @@ from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax._core.forms_of_two import apart, apart_plainly, divergence_terms, sums_on_cpu
 from jaxsoftmax._core.forms_of_two import log_ratio as log_ratio_of
-from jaxsoftmax._core.plumbing import traced_once
 from jaxsoftmax._core.scalar_functions import log_double_sigmoid, missing_bits, sigmoid
+from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities

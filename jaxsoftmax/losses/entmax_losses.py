@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import below_half
-from jaxsoftmax._core.plumbing import aligned, typed_like
+from jaxsoftmax._core.mesh import aligned, typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, without_ignored
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples

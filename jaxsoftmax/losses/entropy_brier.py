@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import about_centred, below_half, centred_transpose, jacobian_product, less
-from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits

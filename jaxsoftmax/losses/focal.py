@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import centred, gradient_product, jacobian_product
-from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import centred, complement, jacobian_product, rounded_one
-from jaxsoftmax._core.plumbing import compiled, in_auto_mode, split_axes_of
+from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
+from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.softmax import AxisName, softmax
 
@@ -89,7 +90,7 @@ def softmax_jacobian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
 
     Reference: docs/mathematics.md, section 2; `SoftmaxJacobian` does without the matrix.
     """
-    checks.all_classes("softmax_jacobian", checks.mesh_axes(axis_name))
+    checks.all_classes("softmax_jacobian", checks.split_over(axis_name))
     return _dense_jacobian(_logits(x))
 
 
@@ -115,7 +116,7 @@ def softmax_hessian(x: ArrayLike, *, axis_name: AxisName = None) -> Array:
 
     Reference: docs/mathematics.md, section 2; `softmax_second_derivative` does without the tensor.
     """
-    checks.all_classes("softmax_hessian", checks.mesh_axes(axis_name))
+    checks.all_classes("softmax_hessian", checks.split_over(axis_name))
     return _dense_hessian(_logits(x))
 
 
@@ -178,7 +179,7 @@ def _probs_and(p: ArrayLike, tangents: dict[str, ArrayLike], axis: int, axis_nam
     arrays = [checks.as_float(name, v) for name, v in tangents.items()]
     for name, v in zip(tangents, arrays):
         checks.same_shape(name, v, "p", p.shape)
-    return classes.ClassAxis((checks.axis_index(axis, p.ndim),), checks.mesh_axes(axis_name, "p", p)), p, *arrays
+    return classes.ClassAxis((checks.axis_index(axis, p.ndim),), checks.split_over(axis_name, "p", p)), p, *arrays
 
 
 def _product(*arguments) -> Array:

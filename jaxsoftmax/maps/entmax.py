@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import jacobian_product
-from jaxsoftmax._core.plumbing import typed_like
+from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.entmax_solver import Exact, solve
 from jaxsoftmax.maps.softmax import AxisLike, AxisName

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import about_centred, centred_transpose, gradient_product, jacobian_product
-from jaxsoftmax._core.plumbing import traced_once
+from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 

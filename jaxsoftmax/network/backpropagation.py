@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core.plumbing import in_auto_mode, sharded_like, split_axes_of, tensordot
+from jaxsoftmax._core.mesh import in_auto_mode, sharded_like, split_axes_of, tensordot
 from jaxsoftmax.matrix_calculus.layouts import numerator_layout
 from jaxsoftmax.network.layers import Activation, Layer, Loss, Params, activated, affine, checked_input
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.plumbing import in_auto_mode, split_axes_of
+from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
 from jaxsoftmax.curvature.krylov import extreme_singular_values
 from jaxsoftmax.network.backpropagation import example_signals
 from jaxsoftmax.network.layers import Activation, Loss, Params, affine, checked_input, output

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.plumbing import tensordot
+from jaxsoftmax._core.mesh import tensordot
 
 Activation = Callable[[Array], Array]
 Loss = Callable[[Array, Any], Array]

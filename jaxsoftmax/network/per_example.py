@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core.plumbing import in_auto_mode, split_axes_of
+from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
 from jaxsoftmax.network.backpropagation import example_signals
 from jaxsoftmax.network.layers import Activation, Layer, Loss, Params
 

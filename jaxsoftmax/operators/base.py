@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import AXIS
-from jaxsoftmax._core.plumbing import compiled
+from jaxsoftmax._core.tracing import compiled
 
 
 def names_and_types(record: Any) -> str:

@@ -25,7 +25,8 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import classes
 from jaxsoftmax._core.centring import AXIS, about_centred, centred, centred_transpose, complement, is_top, root
-from jaxsoftmax._core.plumbing import compiled, in_auto_mode, sharded_like, split_axes_of
+from jaxsoftmax._core.mesh import in_auto_mode, sharded_like, split_axes_of
+from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.operators.base import SymmetricOperator, lead
 from jaxsoftmax.operators.log_derivatives import quotient, share
 

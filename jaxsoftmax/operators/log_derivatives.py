@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxsoftmax._core import classes
 from jaxsoftmax._core.centring import about_centred, centred_transpose
-from jaxsoftmax._core.plumbing import aligned
+from jaxsoftmax._core.mesh import aligned
 from jaxsoftmax.autodiff import custom_vjp
 
 

@@ -30,7 +30,8 @@ from jaxsoftmax._core.centring import (
     root,
     rounded_one,
 )
-from jaxsoftmax._core.plumbing import compiled, in_auto_mode, split_axes_of
+from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
+from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.maps.derivatives import dense_jacobian
 from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
 from jaxsoftmax.maps.softmax import AxisName, softmax
@@ -140,7 +141,7 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @classmethod
     def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> "SoftmaxJacobian":
-        axis = classes.ClassAxis((-1,), checks.mesh_axes(axis_name, "p", p))
+        axis = classes.ClassAxis((-1,), checks.split_over(axis_name, "p", p))
         if _is_one(alpha):
             return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis)
         order = order_of(p, *as_order(alpha, p.shape, axis), axis)

@@ -1,9 +1,10 @@
-"""What JAX needs beside the mathematics: compiled functions that keep their types, and types inside shard_map."""
+"""How arrays lie on a mesh, and what JAX wants said of it: shardings and types that the mathematics does not show.
 
-import contextlib
-import functools
+Outside a mesh each of these is its argument. Where one is left out JAX refuses the program; its words stand beside it.
+"""
+
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +12,13 @@ from jax import Array, lax
 
 from jaxsoftmax.autodiff import varying_axes
 
-Function = TypeVar("Function", bound=Callable)
-_use_mesh = getattr(jax.sharding, "use_abstract_mesh", contextlib.nullcontext)  # JAX 0.6.0 has none
-
-
-def compiled(fun: Function) -> Function:
-    """`fun` jitted; inlined in an outer jit."""
-    return cast(Function, jax.jit(fun, inline=True))
-
-
-def traced_once(fun: Function) -> Function:
-    """`fun(*arrays, axis)`, inlined where it is called, and traced once however many rules call it."""
-    jitted = jax.jit(fun, static_argnames=("axis",), inline=True)
-
-    @functools.wraps(fun)
-    def called(*args, **kwargs):
-        # No mesh, and the empty one that JAX traces rules in, would be two contexts to its cache.
-        with _use_mesh(jax.sharding.get_abstract_mesh()):
-            return jitted(*args, **kwargs)
-
-    return cast(Function, called)
-
 
 def typed_like(z: Array, x: Array) -> Array:
     """x, of the shape of z, on a mesh typed as z is: a rule's cotangent for x will be of the type of z.
 
     Without it JAX says "Custom JVP rule must produce … {V:(rows,columns)} but got … {V:rows}".
     """
-    return varying(sharded_like(z, x), mesh_axes(z))
+    return varying(sharded_like(z, x), varies_over(z))
 
 
 def sharded_like(z: Array, x: Array) -> Array:
@@ -126,7 +106,7 @@ def zero_of(arrays) -> Array:
     return sum(map(zero, jax.tree.leaves(arrays)), jnp.float32(0))
 
 
-def mesh_axes(x) -> frozenset[str]:
+def varies_over(x) -> frozenset[str]:
     """The axes of a `shard_map` that x varies over; none where JAX keeps no account of them in types (before 0.7)."""
     return varying_axes(jax.typeof(x))
 
@@ -138,7 +118,7 @@ def varying(arrays: Any, axes: frozenset[str]) -> Any:
     """
 
     def of(x):
-        missing = tuple(axes - mesh_axes(x))
+        missing = tuple(axes - varies_over(x))
         if not missing:
             return x
         if hasattr(lax, "pcast"):
