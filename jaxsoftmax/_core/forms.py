@@ -135,7 +135,7 @@ def afresh(find: Callable, known: Any, *arrays: Array) -> tuple:
     return on_gpu(again, lambda *same: same, known, *arrays)
 
 
-@afresh.defjvp
+@functools.partial(afresh.defjvp, symbolic_zeros=True)
 def _afresh_jvp(find, primals, tangents):
     return afresh(find, *primals), tangents
 
