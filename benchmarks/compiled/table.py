@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -149,8 +150,10 @@ def read(path: Path, chip: str) -> dict[tuple, Found]:
     record = json.loads(path.read_text(encoding="utf-8"))
     if (record["chip"], record["jax"]) != (chip, jax.__version__):
         raise ValueError(f"{path} has bounds on {record['chip']} by jax {record['jax']}: name another file")
-    rows_ = (Found(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in record["rows"])
-    return {r.key: r for r in rows_}
+    held: list[dict[str, Any]] = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in record["rows"]
+    ]
+    return {r.key: r for r in (Found(**row) for row in held)}
 
 
 def size_of(text: str) -> tuple[int, ...]:
