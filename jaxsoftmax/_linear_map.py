@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.roofline import register_roofline, roofline
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -95,7 +96,8 @@ def _batch(axis, args, dims, *, forth, back, count, types):
         over = jax.vmap(f, in_axes, axis_name=axis.name, axis_size=axis.size, spmd_axis_name=axis.spmd_name)
         return lambda *args: over(*map(list, args))
 
-    x = mapped(lambda x: x, (list(dims[count:]),))(args[count:])  # a broadcast, where x has no batch axis
+    batched = lambda v: batching.broadcast(v, axis.size, 0, axis.explicit_mesh_axis)
+    x = [batched(v) if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(args[count:], dims[count:])]
     over_residuals = (list(dims[:count]), 0)
     outs = _bind(
         args[:count],

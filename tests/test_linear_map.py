@@ -166,3 +166,15 @@ def test_roofline_counts_the_map():
     a, x = np.float32(A), np.float32(X)
     got, want = (roofline(g)(a, x)[1] for g in (f, plain))
     assert want.flops > 0 and (got.flops, got.hbm_bytes) == (want.flops, want.hbm_bytes)
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no axes of type Explicit")
+def test_vmap_over_an_axis_that_a_mesh_splits():
+    """A vector that all examples share is broadcast as the residuals are split."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    a, times = jnp.arange(8.0).reshape(4, 2), lambda a, x: a * x
+    shared = lambda a: linear_map(times, times, a, jnp.ones(2), jax.typeof(a))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(a, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None)))
+        got = jax.jit(jax.vmap(shared))(split)
+    np.testing.assert_array_equal(got, a)
