@@ -116,19 +116,6 @@ def _in_parts(axis: Axis) -> bool:
     return bool(names) and not varies_over(lax.axis_index(names))
 
 
-@forms.per_slice
-def finite_top(m: Array, limit: float | None = None) -> Array:
-    """m within ±limit, the largest number."""
-    limit = dtypes.largest(m.dtype) if limit is None else limit
-    return -jnp.minimum(-jnp.minimum(m, limit), limit)
-
-
-@forms.per_slice
-def infinite(m: Array) -> Array:
-    """1 where m = inf, 0 where it is finite, -inf where m = -inf."""
-    return jnp.minimum(m - finite_top(m), 1)
-
-
 def leave_top_out(z: Array, m: Array, axis: Axis) -> Array:
     """Σ exp(z - m) - 1 without cancellation: the sum over every class but one that attains the maximum m."""
     if not is_split(axis):
@@ -229,15 +216,6 @@ def labels_equal(labels: Array, index: int) -> Array:
     if not int(limits.min) <= index <= int(limits.max):
         return jnp.zeros(labels.shape, bool)
     return labels == jnp.asarray(index, labels.dtype)
-
-
-@forms.per_slice
-def one_infinity(total: Array, m: Array) -> Array:
-    """`total` = Σ exp(z - m), or NaN where softmax has no limit: all logits are -inf, or more than one is +inf."""
-    # (total - 1)·∞·0 + 1 at m = inf; takes total once: no kernel ends here.
-    top = infinite(m)
-    gain = 1 + top * dtypes.largest(m.dtype)
-    return (total - top) * gain * gain * (1 - top) + top
 
 
 def present(z: Array, mask: Array | None, axis: Axis) -> Array:

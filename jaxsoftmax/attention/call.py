@@ -100,10 +100,6 @@ def dot_product_attention(
       a query does not see does not reach it, NaN included; under a mask, one that sees a key or value that is not
       finite is NaN.
 
-    Raises:
-      TypeError: if an argument has a dtype or type other than said.
-      ValueError: if a shape does not fit, or an option is out of range.
-
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> x = jnp.eye(3)[:, None]  # three tokens, one head

@@ -111,10 +111,6 @@ def linear_softmax_cross_entropy_loss(
       Gradients have the dtypes of their arguments; they are accumulated in the loss's dtype, and rounded before
       devices add up their parts.
 
-    Raises:
-      TypeError: if x, weights or an option is not floating point, or labels are not integers.
-      ValueError: if shapes do not fit, or an option is out of its range.
-
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
       >>> x, weights, labels = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([1])
@@ -162,9 +158,6 @@ def linear_softmax_cross_entropy_with_statistics(
     Returns:
       The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Floats are differentiable, in
       both modes and to any order. Fields of ignored tokens are 0; tokens of weight 0 are not skipped.
-
-    Raises:
-      TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -217,9 +210,6 @@ def linear_softmax_log_probs(
     Returns:
       `TokenStatistics`, each field of shape (...); floats are differentiable in all floating arguments, in both modes
       and to any order.
-
-    Raises:
-      TypeError, ValueError: as `linear_softmax_cross_entropy_loss`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -67,10 +67,6 @@ def linear_softmax_kl_divergence(
       The reduced divergence, or the divergences (...). Differentiable in x, weights, bias, token_weights,
       temperature and logit_softcap; the teacher is held constant.
 
-    Raises:
-      TypeError: if an array is not floating point.
-      ValueError: if shapes do not fit, or an option is out of its range.
-
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> x, weights = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
@@ -141,10 +137,6 @@ def linear_softmax_top_k_kl_divergence(
 
     Returns:
       The reduced divergence, or the divergences (...). Differentiable as there; the teacher is held constant.
-
-    Raises:
-      TypeError: if an array is not floating point, or the indices are not integers.
-      ValueError: if shapes do not fit, or an option is out of its range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

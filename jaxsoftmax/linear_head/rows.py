@@ -127,10 +127,9 @@ class Distribution(NamedTuple):
 
 def distribution(u: Array, axis: classes.Axis) -> Distribution:
     m, s = moments(u, axis)
-    limit = lax.stop_gradient(m)  # where m is finite, the total does not depend on it
-    total = classes.one_infinity(1 + s, limit)
-    undefined = lax.stop_gradient(total - total)  # NaN where the softmax has no limit
-    return Distribution(m, s, total, jnp.log1p(s) + undefined, classes.shift(u, m))
+    # NaN where no word is left, and for several of +inf, whose tangents u does not carry.
+    s = classes.undefined(lax.stop_gradient((m == -jnp.inf) | (m == jnp.inf) & (s > 0)), s)
+    return Distribution(m, s, 1 + s, jnp.log1p(s), classes.shift(u, m))
 
 
 def prepared(z: Array, options: Arrays, cap: str = "logit_softcap") -> tuple[Array, Array | float]:

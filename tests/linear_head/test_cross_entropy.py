@@ -379,3 +379,15 @@ def test_errors(change, error, message):
     good = {"x": np.ones((4, 2), np.float32), "labels": np.zeros(4, int), "weights": np.ones((2, 3), np.float32)}
     with pytest.raises(error, match=message):
         linear_softmax_cross_entropy_loss(**{**good, **change})
+
+
+def test_infinite_logits():
+    """One of +inf is the one-hot limit; where no word is left, or several are +inf, the token is NaN."""
+    x, w = jnp.array([[1.0, 2.0]]), jnp.array([[0.5, -1.0, 0.25], [1.0, 0.3, -0.5]])
+    for bias in ([np.inf, 0.0, 0.0], [-np.inf, 0.0, 0.0], [-np.inf] * 3, [np.inf, np.inf, 0.0], [np.nan, 0.0, 0.0]):
+        bias = jnp.array(bias)
+        fused = lambda bias: linear_softmax_cross_entropy_loss(x, jnp.array([0]), w, bias=bias)
+        plain = lambda bias: jnp.sum(softmax_cross_entropy_with_integer_labels(x @ w + bias[None], jnp.array([0])))
+        wanted = (jnp.nan, jnp.full(3, jnp.nan)) if bias[1] == jnp.inf else jax.value_and_grad(plain)(bias)
+        for got, want in zip(jax.value_and_grad(fused)(bias), wanted):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
