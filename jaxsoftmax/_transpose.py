@@ -23,15 +23,18 @@ def transposed(fun: Callable, residuals: Any, types: Sequence, x: Sequence, name
     """
     jaxpr = _jaxpr_of(fun, residuals, types)
     try:
-        if not all(_zero_at_zero(jaxpr.jaxpr, jaxpr.consts, [True] * len(types))):
-            raise ValueError("it is not 0 where the cotangent is")
-        return jax.linear_transpose(jaxpr_as_fun(jaxpr), *types)(list(x))
+        transpose = jax.linear_transpose(jaxpr_as_fun(jaxpr), *types)(list(x))
+        with jax.ensure_compile_time_eval():
+            if all(_zero_at_zero(jaxpr.jaxpr, jaxpr.consts, [True] * len(types))):
+                return transpose
+        raise ValueError("it is not 0 where the cotangent is")
     except Exception as error:
+        cause = "it is not linear in the cotangent" if isinstance(error, AssertionError) else str(error).rstrip(".")
         raise TypeError(
-            f"{name}: forward mode (jvp, jacfwd, hessian) needs the transpose of bwd, which has none: "
-            f"{str(error) or 'it is not linear in the cotangent'}. Make bwd linear in the cotangent, of operations "
-            "that transpose (a loop of fixed length for lax.while_loop, .at[].add for .at[].set, no callbacks), or "
-            "give a rule for forward mode as well: defvjp(fwd, bwd, jvp=...)."
+            f"{name}: forward mode (jvp, jacfwd, hessian) needs the transpose of bwd, which has none: {cause}. "
+            "Make bwd linear in the cotangent, of operations that transpose (a loop of fixed length for "
+            "lax.while_loop, .at[].add for .at[].set, no callbacks), or give a rule for forward mode as well: "
+            "defvjp(fwd, bwd, jvp=...)."
         ) from error
 
 
@@ -67,8 +70,10 @@ def holds_a_tracer(item: Any, seen: set[int]) -> bool:
     return any(holds_a_tracer(each, seen) for each in held)
 
 
-# What is a sum of its operands, or put together from them. Any other linear operation multiplies one of them.
-_SUMS = {"add", "add_any", "sub", "select_n", "concatenate", "pad", "dynamic_update_slice", "scatter", "scatter-add"}
+# What is a sum or a choice of its operands, or put together from them, and what is not 0 at 0. Any other operation that
+# can stand here multiplies one of its operands, or moves it.
+_SUMS = set("add add_any sub max min select_n concatenate pad dynamic_update_slice scatter scatter-add".split())
+_NOT_ZERO = set("acos acosh cos cosh digamma erfc exp exp2 lgamma log logistic pow rsqrt".split())
 
 
 def _zero_at_zero(jaxpr: Jaxpr, consts: Sequence, zero: Sequence) -> list[bool]:
@@ -85,7 +90,7 @@ def _zero_at_zero(jaxpr: Jaxpr, consts: Sequence, zero: Sequence) -> list[bool]:
         elif eqn.primitive.name in _SUMS:
             found = [all(map(_is_zero, inexact))]
         else:
-            found = [any(_is_zero(x) for x in inexact if np.ndim(x) == 0)] * len(eqn.outvars)
+            found = [eqn.primitive.name not in _NOT_ZERO and any(map(_is_zero, inexact))] * len(eqn.outvars)
         known |= zip(eqn.outvars, found)
     return [_is_zero(look(v)) for v in jaxpr.outvars]
 

@@ -10,10 +10,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from jaxsoftmax.autodiff import custom_vjp
 
 X = np.float32(2.0)
+ZEROS = jnp.zeros(2, jnp.float32)
 needs_refs = pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no refs")
 
 
@@ -44,6 +46,8 @@ NOT_LINEAR = {
     "affine where masked": lambda x, ct: (jnp.where(x > 5, ct, 1.0),),
     "affine in a loop": lambda x, ct: (jax.lax.scan(lambda c, _: (c + 1.0, None), ct, None, length=2)[0],),
     "affine under remat": lambda x, ct: (jax.checkpoint(lambda c: c + 1.0)(ct),),
+    "affine in a function of zeros": lambda x, ct: (ct + jnp.cos(0 * x),),
+    "affine in the larger": lambda x, ct: (ct + jnp.maximum(0 * x, x),),
     "quotient": lambda x, ct: (ct / (1e-3 + jnp.abs(ct)),),
     "square": lambda x, ct: (ct * ct,),
     "clipped": lambda x, ct: (jnp.clip(ct, -0.1, 0.1),),
@@ -59,6 +63,23 @@ def test_forward_mode_of_a_bwd_that_is_not_linear(kind):
             forward(X)
 
 
+CAUSES = {
+    "square": (lambda x, ct: (ct * ct,), r"it is not linear in the cotangent\. Make"),
+    "callback": (lambda x, ct: (io_callback(lambda c: c, ct, ct),), r"IO callbacks do not support transpose\. Make"),
+    "affine loop": (
+        lambda x, ct: (jax.lax.while_loop(lambda c: c < x, lambda c: 2 * c, ct) + x,),
+        "Reverse-mode .* not work",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CAUSES)
+def test_the_cause_is_told(kind):
+    bwd, cause = CAUSES[kind]
+    with pytest.raises(TypeError, match="has none: .*" + cause):
+        jax.jvp(tripled(bwd), (X,), (X,))
+
+
 # Linear, 3 ct each, though sums, selections and updates of constants are in it. (JAX 0.6.0 transposes no loop that
 # begins with a constant.)
 LINEAR = {
@@ -66,6 +87,8 @@ LINEAR = {
     "where": lambda x, ct: (jnp.where(x > 0, 3 * ct, 0.0),),
     "pad": lambda x, ct: (jnp.pad(3 * ct[None], (1, 1)).sum(),),
     "concatenate": lambda x, ct: (jnp.concatenate([jnp.zeros(2, jnp.float32), 3 * ct[None]]).sum(),),
+    "constant zeros": lambda x, ct: (jnp.concatenate([ZEROS, 3 * ct[None]]).sum(),),
+    "constant zeros, reshaped": lambda x, ct: (jnp.concatenate([ZEROS.reshape(2, 1), 3 * ct[None, None]]).sum(),),
     "update": lambda x, ct: (jnp.zeros(3, jnp.float32).at[1].add(3 * ct)[1],),
     "scan": lambda x, ct: (
         jax.lax.scan(lambda c, a: (c + a * ct, None), jnp.zeros_like(ct), jnp.ones(3, jnp.float32))[0],
