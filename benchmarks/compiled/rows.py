@@ -18,7 +18,7 @@ from jaxsoftmax import losses
 
 SIZES = (65536, 64), (8192, 4096), (8192, 32768)
 DTYPES = "float32", "bfloat16"
-MODES = "value", "VJP", "JVP", "HVP"
+MODES = "value", "VJP", "JVP", "HVP", "value+VJP"
 
 
 def of_logits(size: tuple[int, ...], dtype: str, *kinds: str) -> tuple:
@@ -225,7 +225,8 @@ def names(wanted: tuple[str, ...] = ()) -> list[Pair]:
 def in_mode(f: Callable, mode: str, args: tuple, wrt: tuple[int, ...] = (0,)) -> tuple[Callable, tuple]:
     """`f` as it is used, and shapes of the arguments of that: those of `f`, tangents, cotangents.
 
-    A VJP gives the gradient alone, a JVP value and tangent, an HVP the tangent of the gradient alone.
+    A VJP gives the gradient alone, value+VJP both, as training does; a JVP value and tangent, an HVP the tangent of the
+    gradient alone.
     """
     inputs = tuple(args[i] for i in wrt)
     out = jax.eval_shape(f, *args)
@@ -236,13 +237,16 @@ def in_mode(f: Callable, mode: str, args: tuple, wrt: tuple[int, ...] = (0,)) ->
             args[i] = value
         return f(*args)
 
-    def gradient(x, args, cotangent):
-        return jax.vjp(lambda x: of(x, args), x)[1](cotangent)[0]
+    def both(x, args, cotangent):
+        value, pull = jax.vjp(lambda x: of(x, args), x)
+        return value, pull(cotangent)[0]
+
+    gradient = lambda *given: both(*given)[1]
 
     if mode == "value":
         return f, args
-    if mode == "VJP":
-        return lambda x, args, ct: gradient(x, args, ct), (inputs, args, out)
+    if mode in ("VJP", "value+VJP"):
+        return both if mode == "value+VJP" else gradient, (inputs, args, out)
     if mode == "JVP":
         return lambda x, args, t: jax.jvp(lambda x: of(x, args), (x,), (t,)), (inputs, args, inputs)
     call = lambda x, args, ct, t: jax.jvp(lambda x: gradient(x, args, ct), (x,), (t,))[1]

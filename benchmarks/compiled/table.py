@@ -130,7 +130,7 @@ def summary(results: list[Found], chip: str) -> str:
 
 
 def ratios_alone(results: list[Found]) -> str:
-    """The short table of docs/performance.md: a line per function, value / VJP / JVP / HVP for each size and dtype."""
+    """The short table of docs/performance.md: a line per function, the modes for each size and dtype."""
     table: dict[str, dict[str, str]] = {}
     for r in results:
         cells = table.setdefault(r.name, {})
