@@ -35,6 +35,7 @@ PROGRAMS = [
     ("h100", "poly", "VJP", WIDE, "float32", 1, 3.1),
     ("h100", "poly", "HVP", WIDE, "float32", 1, 4.1),
     ("h100", "focal", "VJP", WIDE, "float32", 5, 4.4),
+    ("h100", "focal", "HVP", MIDDLE, "float32", 7, 8.1),
     ("h100", "generalized_kl", "JVP", WIDE, "float32", 1, 3.1),
     ("h100", "entmax15", "value", WIDE, "float32", 3, 3.1),
     ("v5e", "softmax", "value", LONG, "float32", None, 4.01),

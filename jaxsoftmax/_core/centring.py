@@ -31,15 +31,21 @@ def below_half(p: Array, above: float = 0.5) -> Array:
 AXIS = classes.ClassAxis((-1,))  # the class axis where nothing else is said
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 4, 5))
 def about_centred(
-    v: Array, p: Array, axis: classes.Axis = AXIS, total: Array | float = 1.0, above: float = 0.5
+    v: Array,
+    p: Array,
+    axis: classes.Axis = AXIS,
+    total: Array | float = 1.0,
+    above: float = 0.5,
+    chained: bool = True,
 ) -> Array:
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
     With v measured from its value r at the top class, where p > 1/2, the mean <p, v - r> has no term of the size of v
     left to cancel. The top class's own v - r is said to be 0: XLA may round v here otherwise than in the sum. On a CPU
-    `above` moves the threshold, so that two products share no array.
+    `above` moves the threshold, so that two products share no array. `chained=False` says that a GPU's program is
+    several kernels anyhow, each of which a chain of two sums would lengthen.
     """
     in_two_passes, in_one_pass, in_one_kernel = (
         functools.partial(form, axis=axis, above=above) for form in (_in_two_passes, _in_one_pass, _in_one_kernel)
@@ -47,7 +53,7 @@ def about_centred(
     if classes.is_split(axis):
         w, mean = in_two_passes(v, p)
     else:
-        on_gpu = in_one_kernel if classes.in_one_kernel(p, axis) else in_one_pass
+        on_gpu = in_one_kernel if chained and classes.in_one_kernel(p, axis) else in_one_pass
         w, mean = lax.platform_dependent(v, p, cpu=in_two_passes, tpu=in_one_pass, default=on_gpu)
     return w - mean / total
 
@@ -76,20 +82,26 @@ def _in_two_passes(v, p, axis, above):
 
 
 @functools.partial(about_centred.defjvp, symbolic_zeros=True)
-def _about_centred_jvp(axis, above, primals, tangents):
+def _about_centred_jvp(axis, above, chained, primals, tangents):
     """Pv̇ - <ṗ, Pv>, for which nothing but Pv is kept: Σṗ is taken for the tangent of the total."""
     (v, p, total), (dv, dp, _) = primals, tangents
-    out = about_centred(v, p, axis, total, above)
+    out = about_centred(v, p, axis, total, above, chained)
+    again = functools.partial(about_centred, p=p, axis=axis, total=total, above=above, chained=chained)
     if isinstance(dp, SymbolicZero):
-        return out, about_centred(jnp.zeros_like(v) if isinstance(dv, SymbolicZero) else dv, p, axis, total, above)
+        return out, again(jnp.zeros_like(v) if isinstance(dv, SymbolicZero) else dv)
     along = -classes.sum(dp * out, axis) / total
     if isinstance(dv, SymbolicZero):
         return out, typed_like(out, jnp.broadcast_to(along, out.shape))
-    return out, about_centred(dv, p, axis, total, above) + along
+    return out, again(dv) + along
 
 
 def jacobian_product(
-    v: Array, p: Array, axis: classes.Axis, total: Array | float = 1.0, weights: Array | None = None
+    v: Array,
+    p: Array,
+    axis: classes.Axis,
+    total: Array | float = 1.0,
+    weights: Array | None = None,
+    chained: bool = True,
 ) -> Array:
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
@@ -99,7 +111,7 @@ def jacobian_product(
 
     def product(residuals, v, above):
         p, weights, total = residuals
-        return weights * about_centred(v, p, axis, total, above)
+        return weights * about_centred(v, p, axis, total, above, chained)
 
     # The two meet in an HVP, where one array that says which class is the top one would be kept for both.
     forth, back = (functools.partial(product, above=above) for above in (0.5, 0.5625))

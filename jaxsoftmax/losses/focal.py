@@ -193,7 +193,7 @@ def _others_fwd(z, label, m, rest, axis):
 
 
 def _others_bwd(axis, q, g):
-    return jacobian_product(g, q, axis), None, None, None
+    return jacobian_product(g, q, axis, chained=False), None, None, None
 
 
 others.defvjp(_others_fwd, _others_bwd)
