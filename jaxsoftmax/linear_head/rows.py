@@ -212,8 +212,6 @@ def of_top_k(beta: float, head: Head, z: Array, constants: Any, options: Arrays)
     local, size = indices - classes.first(z, axis), z.shape[1]
     at = jnp.arange(len(z))[:, None], jnp.where((local >= 0) & (local < size), local, size)
     known, _ = prepared(classes.take(z, indices, axis), options)
-    if not classes.is_split(axis):  # a barrier makes `known` as different on the devices of the classes as u is
-        known, u = lax.optimization_barrier((known, u))  # taken before the scatter, which needs no copy of u then
     rest = u.at[at].set(-jnp.inf, mode="drop")
     others = distribution(rest, axis)
     log_sum = jnp.where(others.m == -jnp.inf, -jnp.inf, others.m + others.log_total)

@@ -169,14 +169,13 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
     (logits, mask), axis = classes.one_axis(axes, logits, mask)
     z = classes.present(logits, mask, axis)
     labels = jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), axis.positions)
-    wide, weights = dtypes.widen(z)[0], _weights(z, class_weights, axis)
+    (wide,) = dtypes.widen(z)
     if smooth is not None:
-        loss = soft_label_loss(
-            wide, _weighed(wide, classes.one_hot(wide, labels, axis), class_weights, smooth, axis), axis
-        )
+        y = _weighed(wide, classes.one_hot(wide, labels, axis), class_weights, smooth, axis)
+        loss = soft_label_loss(wide, y, axis)
     else:
         # With a term more, the gradients of both are added before the one rounding.
-        loss = label_loss(z if penalty is None else wide, labels, axis)
+        loss, weights = label_loss(z if penalty is None else wide, labels, axis), _weights(z, class_weights, axis)
         loss = loss if weights is None else loss * classes.take(weights, labels, axis)
     if penalty is not None:
         loss = loss + jnp.asarray(penalty, loss.dtype) * logsumexp_of(wide, axis) ** 2

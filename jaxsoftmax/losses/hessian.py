@@ -48,7 +48,7 @@ def curvature_of(*losses: Callable) -> Callable:
     """Make `logits_hessian`, `logits_ggn`, `logits_fisher` and what stands on them know a head: a decorator.
 
     Args:
-      *losses: the heads, (logits, …) -> one value per example, logits (..., K); they are known as these functions.
+      *losses: the heads, (logits, …) -> one value per example, logits (..., K), jitted or not.
 
     Returns:
       A decorator of the function that returns their `Curvature`. It gets all arguments of the head by name, defaults
@@ -73,9 +73,10 @@ def curvature_of(*losses: Callable) -> Callable:
     """
 
     def enter(rule: Callable[..., Curvature]) -> Callable[..., Curvature]:
-        _CURVATURE.update({loss: _bound(rule, inspect.signature(loss)) for loss in losses})
+        _CURVATURE.update({head: _bound(rule, inspect.signature(head)) for head in heads})
         return rule
 
+    heads = [_plain(checks.function("each of losses", loss), {})[0] for loss in losses]  # also under their jitted names
     return enter
 
 

@@ -322,3 +322,21 @@ def test_no_dense_matrix_is_built():
 
     memory = jax.jit(work).lower(z, z).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 20 * 4 * 200_000
+
+
+def test_a_head_of_ones_own_is_known_jitted_or_not():
+    @jax.jit
+    def doubled(logits, labels, factor=2.0):
+        return factor * losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    @curvature_of(doubled)
+    def _(logits, labels, factor):
+        H = factor * logits_hessian(losses.softmax_cross_entropy_with_integer_labels, logits, labels)
+        return Curvature(H, H)
+
+    z, label = jnp.array([2.0, 1.0, 0.5]), jnp.array(1)
+    for head in (doubled, doubled.__wrapped__):
+        got = logits_hessian(head, z, label, factor=3.0).as_matrix()
+        np.testing.assert_allclose(got, jax.hessian(doubled)(z, label, 3.0), rtol=1e-5, atol=1e-7)
+    with pytest.raises(TypeError, match="each of losses must be a function, got str"):
+        curvature_of("doubled")
