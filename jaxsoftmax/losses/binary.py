@@ -18,7 +18,7 @@ from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax._core.mesh import aligned
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus, weigh
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.hessian import Curvature, curvature_of
+from jaxsoftmax.losses.hessian import Curvature, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
@@ -214,12 +214,7 @@ _miss.defvjp(None, _miss_bwd)
 # Hessians, diagonal along the last axis.
 
 
-@curvature_of(sigmoid_binary_cross_entropy)
-def _logistic_curvature(**arguments) -> Curvature:
-    return _logistic_operators(*_logistic_arguments(**arguments))
-
-
-@functools.partial(jax.jit, inline=True)
+@operators_of(sigmoid_binary_cross_entropy, _logistic_arguments)
 def _logistic_operators(logits, labels, weight) -> Curvature:
     x, y = dtypes.widen(logits, labels)
     weight = weight.astype(x.dtype) * y + 1 - y
@@ -237,12 +232,7 @@ def _binary_score(x: Array, y: Array) -> Array:
     return (1 - y) * sigmoid(x) - y * sigmoid(-x)
 
 
-@curvature_of(sigmoid_focal_loss)
-def _focal_curvature(**arguments) -> Curvature:
-    return _focal_operators(*_focal_arguments(**arguments))
-
-
-@functools.partial(jax.jit, inline=True)
+@operators_of(sigmoid_focal_loss, _focal_arguments)
 def _focal_operators(logits, labels, alpha, gamma) -> Curvature:
     # F = α_t W L with W = exp(γℓ), ℓ = log u, ℓ′ = s σ(-x) - r σ(x) = s - σ(x), ℓ″ = s r - σ(x) σ(-x).
     x, y = dtypes.widen(logits, labels)

@@ -23,7 +23,7 @@ from jaxsoftmax._core.mesh import sharded_like
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -152,6 +152,10 @@ def _soft_arguments(logits, labels, axis, where, label_smoothing, class_weights,
     logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_probabilities(labels, logits, axes.positions)
     return logits, labels, mask, *_of_labels(label_smoothing, class_weights, logits, axes), axes
+
+
+def _safe_arguments(logits, labels, axis_name) -> tuple:
+    return _soft_arguments(logits, labels, -1, None, 0.0, None, axis_name)
 
 
 def _of_labels(label_smoothing, class_weights, logits, axes) -> tuple:
@@ -333,22 +337,7 @@ scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
 # Hessian: (Σy + 2ζ lse) J + 2ζ ppᵀ, with the weights y that the loss gives to the classes.
 
 
-@curvature_of(softmax_cross_entropy_with_integer_labels)
-def _integer_curvature(**arguments) -> Curvature:
-    return _integer_operators(*on_last_axis(*_integer_arguments(**arguments)))
-
-
-@curvature_of(softmax_cross_entropy)
-def _soft_curvature(**arguments) -> Curvature:
-    return _soft_operators(*on_last_axis(*_soft_arguments(**arguments)))
-
-
-@curvature_of(safe_softmax_cross_entropy)
-def _safe_curvature(logits, labels, axis_name) -> Curvature:
-    return _soft_operators(*on_last_axis(*_soft_arguments(logits, labels, -1, None, 0.0, None, axis_name)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(softmax_cross_entropy_with_integer_labels, _integer_arguments, "axis")
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axis) -> Curvature:
     z = classes.present(*dtypes.widen(logits), mask, axis)
     label = classes.labels(labels, classes.number(z, axis))[..., None]
@@ -356,7 +345,8 @@ def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axi
     return categorical(z, only_examples(mask, weight, axis), draw_labels, _label_score, axis, penalty, mask)
 
 
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(softmax_cross_entropy, _soft_arguments, "axis")
+@operators_of(safe_softmax_cross_entropy, _safe_arguments, "axis")
 def _soft_operators(logits, labels, mask, class_weights, smooth, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z = classes.present(logits, mask, axis)

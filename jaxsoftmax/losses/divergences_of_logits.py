@@ -26,7 +26,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
 from jaxsoftmax.losses.entropy_brier import of_probabilities
 from jaxsoftmax.losses.head import checked_logits
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, log_softmax_of, probabilities, softmax_of
@@ -269,12 +269,7 @@ log_ratio.defvjp(None, _log_ratio_bwd)
 # Hessians.
 
 
-@curvature_of(softmax_kl_divergence)
-def _kl_curvature(**arguments) -> Curvature:
-    return _kl_operators(*on_last_axis(*_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(softmax_kl_divergence, _arguments, "axis")
 def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
     (x,) = dtypes.widen(logits)
     x = tempered(classes.present(x, mask, axis), temperature, axis)
@@ -292,12 +287,7 @@ def _target_score(x: Array, target_logits: Array) -> Array:
     return soft_label_score(x, jnp.exp(target_logits))
 
 
-@curvature_of(jensen_shannon_divergence)
-def _jensen_shannon_curvature(**arguments) -> Curvature:
-    return _jensen_shannon_operators(*on_last_axis(*_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(jensen_shannon_divergence, _arguments, "axis")
 def _jensen_shannon_operators(logits, targets, mask, temperature, axis) -> Curvature:
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
     x, z = (tempered(classes.present(a, mask, axis), temperature, axis) for a in dtypes.widen(logits, targets))

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.scalar_functions import exp_remainder
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.losses.hessian import Curvature, operators_of
 from jaxsoftmax.maps.softmax import AxisLike, AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
@@ -51,7 +51,7 @@ def kl_divergence(
 
     Reference: `optax.losses.kl_divergence`. From logits, `softmax_kl_divergence` keeps more digits.
     """
-    return _divergence(_kl_term, log_predictions, targets, "targets", axis, axis_name, where)
+    return _sum_of_terms(_kl_term, *_arguments(log_predictions, axis, where, axis_name, targets=targets))
 
 
 def kl_divergence_with_log_targets(
@@ -84,7 +84,7 @@ def kl_divergence_with_log_targets(
 
     Reference: `optax.losses.kl_divergence_with_log_targets`.
     """
-    return _divergence(_log_kl_term, log_predictions, log_targets, "log_targets", axis, axis_name, where)
+    return _sum_of_terms(_log_kl_term, *_arguments(log_predictions, axis, where, axis_name, log_targets=log_targets))
 
 
 def generalized_kl_divergence(
@@ -119,22 +119,20 @@ def generalized_kl_divergence(
 
     Reference: `optax.losses.generalized_kl_divergence`, once `convex_kl_divergence` there.
     """
-    return _divergence(_generalized_kl_term, log_predictions, targets, "targets", axis, axis_name, where)
+    return _sum_of_terms(_generalized_kl_term, *_arguments(log_predictions, axis, where, axis_name, targets=targets))
 
 
 convex_kl_divergence = generalized_kl_divergence
 
 
-def _divergence(term, *arguments) -> Array:
-    return _sum_of_terms(term, *_arguments(*arguments))
-
-
-def _arguments(log_predictions, targets, name, axis, axis_name, where) -> tuple:
+def _arguments(log_predictions, axis, where, axis_name, **targets) -> tuple:
+    """The arguments, checked; the targets under their own name."""
+    ((name, values),) = targets.items()
     log_predictions = checks.as_loss_float("log_predictions", log_predictions)
     axes = classes.axis_of(axis, log_predictions, axis_name, "log_predictions")
-    targets = checks.class_probabilities(targets, log_predictions, axes.positions, name)
+    values = checks.class_probabilities(values, log_predictions, axes.positions, name)
     mask = checks.as_loss_mask("where", where, log_predictions.shape, axes.positions, of_classes=True)
-    return log_predictions, targets, mask, axes
+    return log_predictions, values, mask, axes
 
 
 @functools.partial(jax.jit, static_argnames=("term", "axes"), inline=True)
@@ -213,25 +211,14 @@ _excess.defvjp(lambda logq, t: (_excess(logq, t), logq), lambda logq, ct: (ct * 
 # Hessians in the log-predictions.
 
 
-@curvature_of(kl_divergence)
-def _kl_curvature(log_predictions, targets, axis, where, axis_name) -> Curvature:
-    return _no_curvature(*on_last_axis(*_arguments(log_predictions, targets, "targets", axis, axis_name, where)))
-
-
-@curvature_of(kl_divergence_with_log_targets)
-def _log_kl_curvature(log_predictions, log_targets, axis, where, axis_name) -> Curvature:
-    arguments = _arguments(log_predictions, log_targets, "log_targets", axis, axis_name, where)
-    return _no_curvature(*on_last_axis(*arguments))
-
-
-def _no_curvature(log_predictions: Array, _, __, axis: classes.ClassAxis) -> Curvature:
+@operators_of(kl_divergence, _arguments, "axis")
+@operators_of(kl_divergence_with_log_targets, _arguments, "axis")
+def _no_curvature(log_predictions, targets, mask, axis) -> Curvature:
     zero = DiagonalPlusLowRank(jnp.zeros_like(*dtypes.widen(log_predictions)), axis=axis)
     return Curvature(zero, zero)
 
 
-@curvature_of(generalized_kl_divergence)
-def _generalized_kl_curvature(log_predictions, targets, axis, where, axis_name) -> Curvature:
-    arguments = _arguments(log_predictions, targets, "targets", axis, axis_name, where)
-    log_predictions, _, mask, axis = on_last_axis(*arguments)
+@operators_of(generalized_kl_divergence, _arguments, "axis")
+def _generalized_kl_operators(log_predictions, targets, mask, axis) -> Curvature:
     hessian = DiagonalPlusLowRank(classes.zero_absent(jnp.exp(*dtypes.widen(log_predictions)), mask), axis=axis)
     return Curvature(hessian, hessian)

@@ -21,7 +21,7 @@ from jaxsoftmax._core.centring import below_half
 from jaxsoftmax._core.mesh import aligned, typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, without_ignored
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, only_examples, operators_of
 from jaxsoftmax.maps.entmax import (
     as_order,
     deformed_log,
@@ -292,17 +292,8 @@ def _binary_residual(z: Array, y: Array) -> Array:
 # Hessians: J of the map, Pᵀ diag(q) P centred at the escort distribution π = q/Σq.
 
 
-@curvature_of(entmax_loss)
-def _entmax_curvature(**arguments) -> Curvature:
-    return _entmax_operators(*on_last_axis(*_arguments(**arguments)))
-
-
-@curvature_of(multiclass_sparsemax_loss)
-def _sparsemax_curvature(**arguments) -> Curvature:
-    return _entmax_operators(*on_last_axis(*_sparsemax_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("exact", "axis"), inline=True)
+@operators_of(entmax_loss, _arguments, "exact", "axis")
+@operators_of(multiclass_sparsemax_loss, _sparsemax_arguments, "exact", "axis")
 def _entmax_operators(logits, labels, alpha, mask, exact, axis) -> Curvature:
     z = classes.present(*dtypes.widen(logits), mask, axis)
     alpha = order_of(z, alpha, exact, axis)

@@ -21,7 +21,7 @@ from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -238,12 +238,7 @@ error.defvjp(_error_fwd, _error_bwd)
 # Hessians.
 
 
-@curvature_of(softmax_entropy)
-def _entropy_curvature(**arguments) -> Curvature:
-    return _entropy_operators(*on_last_axis(*_entropy_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(softmax_entropy, _entropy_arguments, "axis")
 def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
     z = tempered(classes.present(*dtypes.widen(logits), mask, axis), temperature, axis)
     p = softmax_of(z, axis)
@@ -251,12 +246,7 @@ def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
     return in_logits(of_probabilities(p, -p, gradient, mask, axis), temperature)
 
 
-@curvature_of(brier_loss)
-def _brier_curvature(**arguments) -> Curvature:
-    return _brier_operators(*on_last_axis(*_brier_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(brier_loss, _brier_arguments, "axis")
 def _brier_operators(logits, labels, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)

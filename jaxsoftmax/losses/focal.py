@@ -22,7 +22,7 @@ from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, soft
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
 from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis, only_examples
+from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.function_of_loss import FunctionOfLoss
@@ -239,12 +239,7 @@ one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 # Hessians.
 
 
-@curvature_of(focal_loss_with_integer_labels)
-def _focal_curvature(**arguments) -> Curvature:
-    return _focal_operators(*on_last_axis(*_focal_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(focal_loss_with_integer_labels, _focal_arguments, "axis")
 def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
     z = classes.present(*dtypes.widen(logits), mask, axis)
@@ -262,12 +257,7 @@ def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     return Curvature(hessian, SoftmaxJacobian(p, slope, axis=axis))
 
 
-@curvature_of(poly_loss_cross_entropy)
-def _poly_curvature(**arguments) -> Curvature:
-    return _poly_operators(*on_last_axis(*_poly_arguments(**arguments)))
-
-
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@operators_of(poly_loss_cross_entropy, _poly_arguments, "axis")
 def _poly_operators(logits, labels, epsilon, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)

@@ -234,9 +234,25 @@ def logits_fisher(
     return _capped(head.fisher, logits, logit_softcap)
 
 
-def on_last_axis(*arguments: Any) -> list:
+def operators_of(loss: Callable, arguments: Callable[..., tuple], *static: str) -> Callable:
+    """Enter a function as a head's curvature, jitted, of what `arguments` makes of the loss's own: a decorator.
+
+    Class axes, if the head has any, are the last argument, which the function gets as -1 under the name `axis`.
+    """
+
+    def enter(operators: Callable[..., Curvature]) -> Callable[..., Curvature]:
+        jitted = jax.jit(operators, static_argnames=static, inline=True)
+        curvature_of(loss)(lambda **given: jitted(*_on_last_axis(*arguments(**given))))
+        return operators
+
+    return enter
+
+
+def _on_last_axis(*arguments: Any) -> list:
     """The checked arguments of a head, logits first, class axes at the end, which must be the last axis, as -1."""
     *kept, axes = arguments
+    if not isinstance(axes, classes.ClassAxis):
+        return list(arguments)
     last = kept[0].ndim - 1
     if axes.positions != (last,):
         raise ValueError(f"axis must be the last, {last}, for an operator in the logits, got {axes.positions}; move it")

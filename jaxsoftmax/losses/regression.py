@@ -6,7 +6,6 @@ Reference: docs/mathematics.md, section 7.4.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -17,9 +16,8 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core import scalar_functions as elementary
-from jaxsoftmax._core.centring import AXIS
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, on_last_axis
+from jaxsoftmax.losses.hessian import Curvature, curvature_of, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import AxisLike, AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -181,45 +179,29 @@ _huber.defvjp(None, _huber_bwd)
 VARIANCE: dict[Callable, float] = {squared_error: 0.5, l2_loss: 1.0, sum_squared_error: 0.5}
 
 
-@curvature_of(squared_error)
-def _squared_error_curvature(predictions, targets) -> Curvature:
-    return _likelihood(squared_error, _errors(predictions, targets), predictions)
-
-
-@curvature_of(l2_loss)
-def _l2_curvature(predictions, targets) -> Curvature:
-    return _likelihood(l2_loss, _errors(predictions, targets), predictions)
-
-
-@curvature_of(sum_squared_error)
-def _sum_squared_error_curvature(predictions, targets, axis, axis_name) -> Curvature:
+def _squared_arguments(predictions, targets, axis=-1, axis_name=None) -> tuple:
     errors = _errors(predictions, targets)
-    errors, axis = on_last_axis(errors, classes.axis_of(axis, errors, axis_name, "predictions"))
-    return _likelihood(sum_squared_error, errors, predictions, axis)
-
-
-def _likelihood(loss: Callable, errors: Array, predictions: ArrayLike, axis: classes.ClassAxis = AXIS) -> Curvature:
-    variance = VARIANCE[loss]
-    hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance), axis=axis)
     mean = checks.as_loss_float("predictions", predictions).astype(errors.dtype)
-    model = Likelihood(mean, jnp.ones_like(mean), *NORMAL[variance])
-    return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=model))
+    return errors, mean, classes.axis_of(axis, errors, axis_name, "predictions")
 
 
-def _draw(variance: float, key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
-    mean = jnp.broadcast_to(mean, shape + mean.shape)
-    return mean + math.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
+def _enter_normal(loss: Callable, variance: float) -> None:
+    def draw(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
+        mean = jnp.broadcast_to(mean, shape + mean.shape)
+        return mean + math.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def score(mean: Array, targets: Array) -> Array:
+        return (mean - targets) / variance
+
+    @operators_of(loss, _squared_arguments, "axis")
+    def operators(errors, mean, axis) -> Curvature:
+        hessian = DiagonalPlusLowRank(jnp.full_like(errors, 1 / variance), axis=axis)
+        model = Likelihood(mean, jnp.ones_like(mean), draw, score)
+        return Curvature(hessian, hessian, dataclasses.replace(hessian, likelihood=model))
 
 
-def _score(variance: float, mean: Array, targets: Array) -> Array:
-    return (mean - targets) / variance
-
-
-# draw and score for each variance, made once: they are static fields of a pytree.
-NORMAL = {
-    variance: (functools.partial(_draw, variance), functools.partial(_score, variance))
-    for variance in VARIANCE.values()
-}
+for _loss, _variance in VARIANCE.items():
+    _enter_normal(_loss, _variance)
 
 
 @curvature_of(huber_loss)
