@@ -97,7 +97,7 @@ class custom_vjp(jax.custom_vjp, Generic[P, R]):
             raise ValueError(f"nondiff_argnames has {unknown}, but the arguments are {known}")
         super().__init__(fun, tuple(sorted({*nondiff_argnums, *map(known.index, nondiff_argnames)})))
         self._static_names = [name for i, name in enumerate(known) if i in self.nondiff_argnums]
-        self._without_refs: set[str] = set()  # for which values of nondiff_argnums that is known
+        self._without_refs: set[tuple] = set()  # for which types, and values of nondiff_argnums, that is known
 
     def defvjp(
         self, fwd: Callable | None, bwd: Callable, *options, jvp: Callable | None = None, **more_options
@@ -138,12 +138,15 @@ class custom_vjp(jax.custom_vjp, Generic[P, R]):
     def _primal(self, args):
         static = {i: args[i] for i in self.nondiff_argnums}
         leaves, tree = jax.tree.flatten(tuple(x for i, x in enumerate(args) if i not in static))
-        if str(static) in self._without_refs or not all(isinstance(x, Tracer) for x in leaves):
+        if not all(isinstance(x, Tracer) for x in leaves):
+            return self.fun(*args)
+        key = _hashable(tree), *map(jax.typeof, leaves), *map(_hashable, static.values())
+        if key in self._without_refs:
             return self.fun(*args)
         run = jax.jit(lambda *leaves: self.fun(*_merged(static, tree.unflatten(leaves))), inline=_INTO_THE_JAXPR)
         traced = run.trace(*leaves)
         if traced.jaxpr.effects.isdisjoint(_effects_of_refs()):
-            self._without_refs.add(str(static))
+            self._without_refs.add(key)
             return run(*leaves)
         # A custom_jvp whose jaxpr has refs inside cannot be compiled; a primitive that hides them can.
         types = jax.tree.structure(traced.out_info).unflatten(traced.jaxpr.out_avals)
@@ -255,6 +258,15 @@ class custom_vjp(jax.custom_vjp, Generic[P, R]):
 @functools.cache
 def _effects_of_refs():
     return jax.make_jaxpr(lambda: jax.new_ref(0.0)[...])().effects if hasattr(jax, "new_ref") else frozenset()
+
+
+def _hashable(value):
+    """The value, or its text where it has no hash."""
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
 
 
 def _name(function) -> str:

@@ -201,6 +201,42 @@ def test_a_ref_that_some_values_make():
         np.testing.assert_allclose(jax.jit(f, static_argnums=0)(with_ref, X), np.sin(X), rtol=1e-6)
 
 
+class Prints:
+    """A value that prints as every other one of its kind does."""
+
+    def __init__(self, with_ref):
+        self.with_ref = with_ref
+
+    def __repr__(self):
+        return "Prints()"
+
+
+class Unhashable(Prints):
+    __hash__ = None
+
+    def __repr__(self):
+        return f"Unhashable({self.with_ref})"
+
+
+@needs_refs
+@pytest.mark.parametrize("kind", [Prints, Unhashable])
+def test_a_ref_that_values_make_which_print_alike_or_have_no_hash(kind):
+    f = custom_vjp(lambda at, x: stored(x) if at.with_ref else jnp.sin(x), nondiff_argnums=(0,))
+    f.defvjp(lambda at, x: (f(at, x), x), lambda _, x, ct: (ct * jnp.cos(x),))
+    for with_ref in (False, True):
+        found = jax.jit(jax.value_and_grad(functools.partial(f, kind(with_ref))))(X)
+        np.testing.assert_allclose(found, (np.sin(X), np.cos(X)), rtol=1e-6)
+
+
+@needs_refs
+def test_a_ref_that_arguments_of_some_types_make():
+    f = custom_vjp(lambda x, y=None: stored(x) if x.ndim or y is not None else jnp.sin(x))
+    f.defvjp(lambda x, y=None: (f(x, y), (x, y)), lambda kept, ct: (ct * jnp.cos(kept[0]), None))
+    for x, *y in ((X,), (X, X), (jnp.ones(2),), (jnp.ones(3), X)):
+        np.testing.assert_allclose(jax.jit(f)(x, *y), np.sin(x), rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(jax.grad(lambda x, *y: f(x, *y).sum()))(x, *y), np.cos(x), rtol=1e-6)
+
+
 @needs_refs
 def test_a_ref_among_the_arguments():
     """It is written in the backward pass, as with jax.custom_vjp; forward mode raises what JAX raises."""
