@@ -13,8 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxsoftmax"
 DESIGN = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
-LONG = {"losses/cross_entropy.py": 446, "operators/base.py": 406}
-MOST_ARROWS = 45
+MOST_ARROWS = 38
 
 
 def name_of(path: Path) -> str:
@@ -89,5 +88,4 @@ def test_imports_stand_at_the_top_and_files_are_short(module):
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = [node for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert all("matplotlib" in ast.unparse(node) for node in inside)
-    path = module.removeprefix("jaxsoftmax.").replace(".", "/") + ".py"
-    assert SOURCES[module].count("\n") <= LONG.get(path, 400)
+    assert SOURCES[module].count("\n") <= 400

@@ -22,7 +22,7 @@ from jaxsoftmax._core.centring import gradient_product, jacobian_product, less
 from jaxsoftmax._core.mesh import sharded_like
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
+from jaxsoftmax.losses.head import checked_labels, checked_logits, option_of_examples
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
@@ -141,9 +141,7 @@ def _integer_arguments(
     logits, labels, axis, where, label_smoothing, class_weights, ignore_index, z_loss, axis_name
 ) -> tuple:
     """The arguments, checked; options that are off are None."""
-    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
-    labels = checks.class_indices(labels, logits, axes.positions)
-    labels, mask = without_ignored(labels, mask, ignore_index, logits, axes)
+    logits, labels, mask, axes = checked_labels(logits, labels, axis, where, ignore_index, axis_name)
     penalty = None if checks.is_known_as(0, checks.number("z_loss", z_loss)) else z_loss
     return logits, labels, mask, *_of_labels(label_smoothing, class_weights, logits, axes), penalty, axes
 
@@ -277,7 +275,8 @@ label_gradient.defvjp(None, _label_gradient_bwd)
 def soft_label_loss(z: Array, y: Array, axis: classes.Axis) -> Array:
     """Σ_k y_k (-log softmax(z)_k), with the class axis kept; a class with y_k = 0 contributes 0."""
     m, s = moments(z, axis)
-    # A choice at each class would end XLA's kernel. y is multiplied by numbers below the limit, twice at -inf.
+    # Σ where(y = 0, 0, y (log1p(s) - below)). On a CPU a choice at each class would end XLA's kernel; y is multiplied
+    # by numbers below the limit, twice at -inf.
     limit = dtypes.largest(m.dtype)
     below = jnp.minimum(-classes.below(z, m), 0.9999 * limit)
     return classes.sum(y * (jnp.log1p(s) + below) * jnp.maximum(below - 0.9998 * limit, 1), axis)
@@ -389,40 +388,3 @@ def _label_score(z: Array, labels: Array) -> Array:
 
 def soft_label_score(z: Array, y: Array) -> Array:
     return jax.grad(lambda z: jnp.sum(soft_label_loss(z, y, z.ndim - 1)))(z)
-
-
-def natural_gradient_norm(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | tuple[int, ...] = -1,
-    where: ArrayLike | None = None,
-    *,
-    axis_name: AxisName = None,
-) -> Array:
-    """Squared length of the cross-entropy gradient g = p - e_label in the Fisher metric: gᵀ J⁺ g = expm1(L).
-
-    Args:
-      logits: floating-point logits; `axis` counts the classes.
-      labels: integers, of the shape of `logits` without `axis`.
-      axis: class axis, or a tuple of axes flattened into one, in the given order.
-      where: as in `softmax_cross_entropy_with_integer_labels`.
-      axis_name: as there.
-
-    Returns:
-      One number per example, of the shape of `labels`; float32 for half-precision logits, else the logits' dtype.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxsoftmax
-      >>> logits, label = jnp.array([2.0, 1.0, 0.5]), jnp.array(1)
-      >>> g = jaxsoftmax.softmax(logits) - jax.nn.one_hot(label, 3)
-      >>> print(jaxsoftmax.natural_gradient_norm(logits, label).round(3))
-      3.325
-      >>> print((g @ jnp.linalg.pinv(jaxsoftmax.softmax_jacobian(logits)) @ g).round(3))
-      3.325
-
-    Reference: Amari 1998; docs/mathematics.md, section 4.
-    """
-    loss = softmax_cross_entropy_with_integer_labels(logits, labels, axis, where, axis_name=axis_name)
-    # Where expm1 overflows, it goes on as its tangent there, whose finite slope times a p of 0 is 0.
-    last = math.log(dtypes.largest(loss.dtype)) * (1 - 4 * float(jnp.finfo(loss.dtype).eps))
-    return jnp.where(loss < last, jnp.expm1(jnp.minimum(loss, last)), math.exp(last) * (1 + loss - last))

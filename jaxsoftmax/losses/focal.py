@@ -21,7 +21,7 @@ from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
-from jaxsoftmax.losses.head import checked_logits, option_of_examples, without_ignored
+from jaxsoftmax.losses.head import checked_labels, checked_logits, option_of_examples
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -106,9 +106,7 @@ def poly_loss_cross_entropy(
 
 
 def _focal_arguments(logits, labels, gamma, axis, where, ignore_index, axis_name) -> tuple:
-    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
-    labels = checks.class_indices(labels, logits, axes.positions)
-    labels, mask = without_ignored(labels, mask, ignore_index, logits, axes)
+    logits, labels, mask, axes = checked_labels(logits, labels, axis, where, ignore_index, axis_name)
     return logits, labels, option_of_examples("gamma", gamma, logits, axes, 0.0), mask, axes
 
 
@@ -174,12 +172,12 @@ margin.defvjp(_margin_fwd, _margin_bwd)
 def margin_gradient(z: Array, label: Array, m: Array, rest: Array, axis: classes.Axis) -> Array:
     """e_label - q from the known sums."""
     at_label = 1 + 0 * rest  # NaN for a label that is no class
-    return jnp.where(classes.index(z, axis) == label, at_label, -others(z, label, m, rest, axis))
+    return jnp.where(classes.index(z, axis) == label, at_label, -softmax_of_others(z, label, m, rest, axis))
 
 
 @custom_vjp(nondiff_argnums=(4,))
-def others(z: Array, label: Array, m: Array, rest: Array, axis: classes.Axis) -> Array:
-    """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of the others."""
+def softmax_of_others(z: Array, label: Array, m: Array, rest: Array, axis: classes.Axis) -> Array:
+    """q: softmax over the classes other than the label, and 0 there; all 0 where nothing is left of them."""
     return classes.others(z, label, axis) * jnp.exp(classes.shift(z, m)) / _left(rest)
 
 
@@ -187,16 +185,16 @@ def _left(rest: Array) -> Array:
     return jnp.maximum(rest, jnp.finfo(rest.dtype).tiny)
 
 
-def _others_fwd(z, label, m, rest, axis):
-    q = others(z, label, m, rest, axis)
+def _of_others_fwd(z, label, m, rest, axis):
+    q = softmax_of_others(z, label, m, rest, axis)
     return q, q
 
 
-def _others_bwd(axis, q, g):
+def _of_others_bwd(axis, q, g):
     return jacobian_product(g, q, axis, chained=False), None, None, None
 
 
-others.defvjp(_others_fwd, _others_bwd)
+softmax_of_others.defvjp(_of_others_fwd, _of_others_bwd)
 
 
 @custom_vjp(nondiff_argnums=(2,))

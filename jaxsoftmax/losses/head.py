@@ -17,6 +17,21 @@ def checked_logits(
     return logits, checks.as_loss_mask("where", where, logits.shape, axes.positions), axes
 
 
+def checked_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: AxisLike,
+    where: ArrayLike | None,
+    ignore_index: int | None,
+    axis_name: AxisName,
+) -> tuple[Array, Array, Array | None, classes.ClassAxis]:
+    """Logits, class indices, the mask, with the examples to ignore, and the class axis."""
+    logits, mask, axes = checked_logits(logits, axis, axis_name, where)
+    labels = checks.class_indices(labels, logits, axes.positions)
+    labels, mask = without_ignored(labels, mask, ignore_index, logits, axes)
+    return logits, labels, mask, axes
+
+
 def without_ignored(
     labels: Array, mask: Array | None, ignore_index: int | None, logits: Array, axes: classes.ClassAxis
 ) -> tuple[Array, Array | None]:

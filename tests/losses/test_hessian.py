@@ -10,8 +10,8 @@ import pytest
 from mpmath import mpf
 
 from jaxsoftmax import losses
-from jaxsoftmax.losses.cross_entropy import natural_gradient_norm
 from jaxsoftmax.losses.hessian import Curvature, curvature_of, logits_fisher, logits_ggn, logits_hessian
+from jaxsoftmax.losses.natural_gradient import natural_gradient_norm
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 from tests.helpers import assert_close, one_in
 from tests.registry import HEADS

@@ -241,8 +241,8 @@ def poly(z, n, y, epsilon=2):
     return soft_label_loss(z, n, y) + missed(z, n, y, epsilon)
 
 
-def natural_gradient_norm(z, n, c):
-    return 1 / softmax(z, n)[c] - 1
+def natural_gradient_norm(z, n, c, ignore_index=None):
+    return mpf(0) if c == ignore_index else 1 / softmax(z, n)[c] - 1
 
 
 def divided(z, temperature):

@@ -202,6 +202,7 @@ OPTIONS = {
         "ignore_index": IGNORED,
     },
     losses.poly_loss_cross_entropy: {"epsilon": Option((0.0, -0.75), NUMBER)},
+    losses.natural_gradient_norm: {"ignore_index": IGNORED},
     losses.softmax_kl_divergence: TEMPERATURE,
     losses.jensen_shannon_divergence: TEMPERATURE,
     losses.softmax_entropy: TEMPERATURE,
