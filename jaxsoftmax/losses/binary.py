@@ -104,7 +104,7 @@ def _focal_loss(logits, labels, alpha, gamma) -> Array:
     whole, gamma = finite(x), gamma.astype(x.dtype)
     near = jnp.clip(whole, -1e4, 1e4)  # beyond, the loss is linear, and a product of the power's slope, 0, overflows
     weight = focal_weight(near, y, gamma)
-    linear = lax.stop_gradient(weight) * (jnp.maximum(whole, 0.0) - y * whole)
+    linear = lax.stop_gradient(weight) * (jnp.maximum(whole, 0.0) - y * whole)  # the weight's slope is 0 there
     loss = jnp.where(jnp.abs(whole) >= 1e4, linear, weight * logistic(near, y, jnp.ones_like(x)))
     loss = infinite_at((x == jnp.inf) & (y < 1) | (x == -jnp.inf) & (y > 0), loss)
     return loss if alpha is None else weigh(_balance(alpha.astype(x.dtype), y), loss)
@@ -237,7 +237,7 @@ def _focal_operators(logits, labels, alpha, gamma) -> Curvature:
     # F = α_t W L with W = exp(γℓ), ℓ = log u, ℓ′ = s σ(-x) - r σ(x) = s - σ(x), ℓ″ = s r - σ(x) σ(-x).
     x, y = dtypes.widen(logits, labels)
     x, gamma = finite(x), gamma.astype(x.dtype)
-    miss, loss, slope = log_miss(x, y), logistic(x, y, jnp.ones_like(x)), (1 - y) * sigmoid(x) - y * sigmoid(-x)
+    miss, loss, slope = log_miss(x, y), logistic(x, y, jnp.ones_like(x)), _binary_score(x, y)
     share, rest, spread = _share(x, y), _rest(x, y), sigmoid(x) * sigmoid(-x)
     dmiss = share * sigmoid(-x) - rest * sigmoid(x)
     weight = jnp.exp(gamma * miss) * (1 if alpha is None else _balance(alpha.astype(x.dtype), y))

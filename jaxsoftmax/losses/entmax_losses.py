@@ -17,11 +17,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import below_half
+from jaxsoftmax._core.centring import below_half, less
 from jaxsoftmax._core.mesh import aligned, typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits, without_ignored
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, only_examples, operators_of
+from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.maps.entmax import (
     as_order,
     deformed_log,
@@ -128,13 +128,17 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     Reference: Blondel, Martins and Niculae 2020, https://arxiv.org/abs/1901.02324; `optax.sparsemax_loss`.
     """
+    return _binary_loss(*_binary_arguments(logits, labels))
+
+
+def _binary_arguments(logits, labels) -> tuple:
     logits = checks.as_loss_float("logits", logits)
     labels = checks.as_array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_:
         labels = labels.astype(dtypes.compute_dtype(logits.dtype))
     labels = checks.as_float("labels", labels)
     shape = checks.common_shape("logits", logits, "labels", labels)
-    return _binary_loss(*aligned(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape)))
+    return aligned(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
 
 
 def _arguments(logits, labels, alpha, axis, where, ignore_index, axis_name) -> tuple:
@@ -219,8 +223,7 @@ def fenchel_young(z: Array, y: Array, alpha: Array, p: Array, axis: classes.Axis
 def _fenchel_young_bwd(axis, sums_to_one, residuals, ct):
     z, y, alpha, p = residuals
     beta, finfo = alpha - 1, jnp.finfo(z.dtype)
-    # p - y; where p > 1/2, (1 - y) - Σ_{others} p, which keeps its digits when p and y are near 1.
-    slope = jnp.where(p > 0.5, (1 - y) - classes.sum(below_half(p), axis), p - y)
+    slope = less(y, p, classes.sum(below_half(p), axis))
     label_slope = deformed_log(jnp.log(jnp.maximum(y, finfo.tiny)), beta) - bounded(dual(z, alpha, p, axis))
     alpha_slope = classes.sum(_entropy_slope(p, alpha) - _entropy_slope(y, alpha), axis)
     if not sums_to_one:
@@ -266,8 +269,13 @@ dual.defvjp(_dual_fwd, _dual_bwd)
 
 @functools.partial(jax.jit, inline=True)
 def _binary_loss(logits: Array, labels: Array) -> Array:
+    return _binary(*_widened(logits, labels))
+
+
+def _widened(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Both in the computation dtype; a label outside [0, 1] is NaN."""
     z, y = dtypes.widen(logits, labels)
-    return _binary(z, typed_like(z, classes.undefined((y < 0) | (y > 1), y)))
+    return z, typed_like(z, classes.undefined((y < 0) | (y > 1), y))
 
 
 @custom_vjp
@@ -304,10 +312,8 @@ def _entmax_operators(logits, labels, alpha, mask, exact, axis) -> Curvature:
     return Curvature(hessian, hessian)
 
 
-@curvature_of(sparsemax_loss)
-def _binary_curvature(logits, labels) -> Curvature:
-    loss = sparsemax_loss(logits, labels)
-    z = jnp.broadcast_to(checks.as_loss_float("logits", logits), loss.shape)
-    diagonal = jnp.where(jnp.abs(z) < 1, 0.5, jnp.zeros_like(loss))
-    hessian = DiagonalPlusLowRank(classes.undefined(jnp.isnan(loss), diagonal))
+@operators_of(sparsemax_loss, _binary_arguments)
+def _binary_operators(logits, labels) -> Curvature:
+    z, y = _widened(logits, labels)
+    hessian = DiagonalPlusLowRank(classes.undefined(jnp.isnan(z + y), jnp.where(jnp.abs(z) < 1, 0.5, 0.0)))
     return Curvature(hessian, hessian)

@@ -1,6 +1,6 @@
 """Second derivatives of the heads in their logits, as operators: Hessian, Gauss-Newton and Fisher.
 
-Every head with a closed form enters it with `curvature_of`, beneath its rule: Pᵀ diag(d) P + U C Uᵀ with at most one
+Every head with a closed form enters it beneath its rule: Pᵀ diag(d) P + U C Uᵀ with at most one
 vector in U (`jaxsoftmax.operators`). Where the logits are capped first, x = x(z) with t = ∂x/∂z and g = ∂L/∂x,
 
     ∂²L/∂z² = diag(t) H diag(t) + diag(g ∘ ∂²x/∂z²),    which is diagonal plus low rank as well.
@@ -26,7 +26,7 @@ class Curvature(NamedTuple):
 
     Args:
       hessian: of the loss of each example; for a head that works element by element, of its sum over the last axis.
-      gauss_newton: the part of it that is positive semidefinite by construction.
+      gauss_newton: its Gauss-Newton part, as `logits_ggn` describes it.
       fisher: None where the head is no likelihood.
 
     Example:
@@ -38,6 +38,10 @@ class Curvature(NamedTuple):
     hessian: SymmetricOperator
     gauss_newton: SymmetricOperator
     fisher: SymmetricOperator | None = None
+
+    def scaled(self, weight: ArrayLike) -> "Curvature":
+        """All of them times a number, or an array that broadcasts to the batch axes."""
+        return Curvature(*(None if operator is None else operator.scaled(weight) for operator in self))  # pyright: ignore[reportArgumentType]
 
 
 _CURVATURE: dict[Callable, Callable[..., Curvature]] = {}
@@ -147,10 +151,10 @@ def logits_ggn(
     logit_temperature: ArrayLike | None = None,
     **kwargs: Any,
 ) -> SymmetricOperator:
-    """Gauss-Newton part of a head's Hessian: positive semidefinite by construction.
+    """Gauss-Newton part of a head's Hessian: positive semidefinite, but for the entropy, which is concave.
 
     For a convex head it is the Hessian. It is f'J for the focal loss, (Σy) J for the poly loss, J diag(φ″) J for
-    Σ φ(p_k), which is J² for Brier (and -J for the entropy, which is concave); z-loss adds 2ζ ppᵀ. A cap enters with
+    Σ φ(p_k), which is J² for Brier (and -J for the entropy); z-loss adds 2ζ ppᵀ. A cap enters with
     its slope only.
 
     Args:
@@ -282,9 +286,7 @@ def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Ar
         return head(logits, *args, **options), x
     temperature = checks.positive("logit_temperature", temperature)
     scale = 1 / jnp.asarray(temperature, dtypes.compute_dtype(logits.dtype))
-    at = head(dtypes.widen(logits)[0] * scale, *args, **options)
-    scaled: Any = (None if a is None else a.scaled(scale * scale) for a in at)
-    return Curvature(*scaled), x
+    return head(dtypes.widen(logits)[0] * scale, *args, **options).scaled(scale * scale), x
 
 
 def _capped(operator: SymmetricOperator, logits: ArrayLike, cap: ArrayLike | None) -> SymmetricOperator:

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core import scalar_functions as elementary
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.hessian import Curvature, curvature_of, operators_of
+from jaxsoftmax.losses.hessian import Curvature, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.maps.softmax import AxisLike, AxisName
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
@@ -109,8 +109,7 @@ def huber_loss(predictions: ArrayLike, targets: ArrayLike | None = None, *, delt
 
     Reference: Huber 1964; `optax.huber_loss`.
     """
-    errors = _errors(predictions, targets, broadcast=True)
-    return _huber(errors, checks.option("delta", delta, errors.shape, errors.dtype, low=0.0).astype(errors.dtype))
+    return _huber(*_huber_arguments(predictions, targets, delta))
 
 
 def log_cosh(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -131,6 +130,11 @@ def log_cosh(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
     Reference: `optax.log_cosh`, which gives 0 for the first of these.
     """
     return elementary.log_cosh(_errors(predictions, targets, broadcast=True))
+
+
+def _huber_arguments(predictions, targets, delta) -> tuple[Array, Array]:
+    errors = _errors(predictions, targets, broadcast=True)
+    return errors, checks.option("delta", delta, errors.shape, errors.dtype, low=0.0).astype(errors.dtype)
 
 
 def _errors(predictions: ArrayLike, targets: ArrayLike | None, broadcast: bool = False) -> Array:
@@ -204,16 +208,13 @@ for _loss, _variance in VARIANCE.items():
     _enter_normal(_loss, _variance)
 
 
-@curvature_of(huber_loss)
-def _huber_curvature(predictions, targets, delta) -> Curvature:
-    errors = _errors(predictions, targets, broadcast=True)
-    delta = checks.option("delta", delta, errors.shape, errors.dtype, low=0.0).astype(errors.dtype)
+@operators_of(huber_loss, _huber_arguments)
+def _huber_operators(errors, delta) -> Curvature:
     return _convex(jnp.where(jnp.abs(errors) <= delta, 1.0, 0.0 * delta))
 
 
-@curvature_of(log_cosh)
-def _log_cosh_curvature(predictions, targets) -> Curvature:
-    errors = _errors(predictions, targets, broadcast=True)
+@operators_of(log_cosh, lambda predictions, targets: (_errors(predictions, targets, broadcast=True),))
+def _log_cosh_operators(errors) -> Curvature:
     return _convex(4 * elementary.sigmoid(2 * errors) * elementary.sigmoid(-2 * errors))
 
 

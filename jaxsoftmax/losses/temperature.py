@@ -31,5 +31,4 @@ def in_logits(found: Curvature, temperature: ArrayLike | None) -> Curvature:
     if temperature is None:
         return found
     scale = 1 / jnp.asarray(temperature, found.hessian.dtype)
-    scaled = (None if operator is None else operator.scaled(scale * scale) for operator in found)
-    return Curvature(*scaled)  # pyright: ignore[reportArgumentType]
+    return found.scaled(scale * scale)

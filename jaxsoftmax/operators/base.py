@@ -1,7 +1,4 @@
-"""What every symmetric operator here shares: shape, products, checked arguments; and the centring of a vector.
-
-Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
-"""
+"""What every symmetric operator here shares: shape, products, algebra, checked arguments."""
 
 import dataclasses
 import functools
@@ -72,7 +69,9 @@ class SymmetricOperator:
         return (self[i] for i in range(*self.shape[:-2][:1])) if self.shape[:-2] else iter(())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The dense matrix as a NumPy array."""
+        """The dense matrix as a NumPy array, made anew."""
+        if copy is False:
+            raise ValueError("copy=False cannot be had of an operator, whose matrix is made when it is asked for")
         return np.asarray(self.as_matrix(), dtype)
 
     @property
@@ -92,7 +91,7 @@ class SymmetricOperator:
     def __matmul__(self, x: ArrayLike) -> Array:
         """A x for a vector x (K,) or matrices x (..., K, N); O(K) per column."""
         if isinstance(x, SymmetricOperator):
-            raise TypeError("A @ B of two operators is not symmetric: apply them in turn, A @ (B @ x)")
+            raise TypeError("A @ B of two operators need not be symmetric: apply them in turn, A @ (B @ x)")
         x = checks.as_float("the right factor of @", x)
         if x.ndim < 2:
             return self.mv(x)
