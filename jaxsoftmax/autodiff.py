@@ -156,25 +156,25 @@ class custom_vjp(jax.custom_vjp, Generic[P, R]):
         *values, primals, tangents = args
         static, tangents = dict(zip(self.nondiff_argnums, values)), jax.tree.leaves(tangents)
         leaves, tree = jax.tree.flatten(primals)
-        still = [t if isinstance(t, SymbolicZero) else None for t in tangents]
-        moving = [i for i, zero in enumerate(still) if zero is None]
+        zero_tangents = [t if isinstance(t, SymbolicZero) else None for t in tangents]
+        moving = [i for i, zero in enumerate(zero_tangents) if zero is None]
         out, residuals, bwd = self._run_fwd(static, tree, leaves, moving)
         out_leaves, out_tree = jax.tree.flatten(out)
         zeros = zero_from_primal(out_leaves, symbolic_zeros=True)
-        inexact = [i for i, zero in enumerate(zeros) if zero.aval.dtype != jax.dtypes.float0]
-        in_types, out_types = [jax.typeof(tangents[i]) for i in moving], [zeros[i].aval for i in inexact]
+        differentiable = [i for i, zero in enumerate(zeros) if zero.aval.dtype != jax.dtypes.float0]
+        in_types, out_types = [jax.typeof(tangents[i]) for i in moving], [zeros[i].aval for i in differentiable]
 
         def pull(residuals, cotangents):
-            cotangents = _replaced(zeros, inexact, cotangents)
+            cotangents = _replaced(zeros, differentiable, cotangents)
             if not self.symbolic_zeros:
                 cotangents = map(_instantiated, cotangents)
             found = self._spread(bwd(residuals, out_tree.unflatten(cotangents)), tree)
             return [self._typed(kind, found[i], tree, i) for kind, i in zip(in_types, moving)]
 
         def push(leaves, moved):
-            along = tree.unflatten(map(_instantiated, _replaced(still, moving, moved)))
+            along = tree.unflatten(map(_instantiated, _replaced(zero_tangents, moving, moved)))
             pushed = self.jvp(*values, tree.unflatten(leaves), along)[1]
-            return [jax.tree.leaves(pushed)[i] for i in inexact]
+            return [jax.tree.leaves(pushed)[i] for i in differentiable]
 
         one_way, given, types = (push, leaves, in_types) if self.jvp else (pull, residuals, out_types)
         if holds_a_tracer([self.bwd, self.jvp, static], set()):
@@ -188,7 +188,7 @@ class custom_vjp(jax.custom_vjp, Generic[P, R]):
 
         back = lambda kept, cotangents: pull(kept[0], cotangents)
         mapped = linear_map(forth, back, kept, [tangents[i] for i in moving], out_types) if moving else []
-        return out, out_tree.unflatten(_replaced(zeros, inexact, mapped))
+        return out, out_tree.unflatten(_replaced(zeros, differentiable, mapped))
 
     def _run_fwd(self, static, tree, leaves, moving):
         """The output, the residuals, and `bwd` as a function of them and the cotangents."""

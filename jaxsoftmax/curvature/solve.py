@@ -116,21 +116,22 @@ def _solve(A, M, b, x, tol, max_steps):
     size = norm(b)
     unfinished = lambda at: (at.size > tol * size) & (at.steps < max_steps) & ~at.indefinite
 
-    # The recurrence for r drifts away from b - Ax. Where that is beyond the goal, and has halved, it starts once more.
-    def run(state):
-        end, before, _ = state
-        x = ldexp(ldexp(end.x, unit), -unit)  # what of x is in the range
-        residual = lambda: axpy(-1.0, A(x), b)
-        r = residual() if started else lax.cond(end.steps == 0, lambda: b, residual)
-        begin = _iterate(M, x, r, end.steps, end.indefinite)
-        again = unfinished(begin) & ~(begin.size > before / 2)
-        end = lax.while_loop(lambda at: again & unfinished(at), lambda at: _step(A, M, at), begin)
-        return end, begin.size, again
-
     started, start = x is not None, jax.tree.map(zeros_like, b) if x is None else ldexp(x, -unit)
+
+    # The recurrence for r drifts away from b - Ax. Where that is beyond the goal, and has halved, it starts once more.
+    def restart(state):
+        last, size_before, _ = state
+        x = ldexp(ldexp(last.x, unit), -unit)  # what of x is in the range of its dtype
+        residual = lambda: axpy(-1.0, A(x), b)
+        r = residual() if started else lax.cond(last.steps == 0, lambda: b, residual)
+        first = _iterate(M, x, r, last.steps, last.indefinite)
+        goes_on = unfinished(first) & ~(first.size > size_before / 2)
+        last = lax.while_loop(lambda at: goes_on & unfinished(at), lambda at: _step(A, M, at), first)
+        return last, first.size, goes_on
+
     steps, no, yes, unknown = varying((jnp.int32(0), False, True, jnp.full_like(size, jnp.inf)), varies_over(size))
-    begin = _Iterate(start, b, b, size, size, steps, no)
-    end, true_size, _ = lax.while_loop(lambda state: state[-1], run, (begin, unknown, yes))
+    state = _Iterate(start, b, b, size, size, steps, no), unknown, yes
+    end, true_size, _ = lax.while_loop(lambda state: state[-1], restart, state)
     residual = true_size / jnp.where(size == 0, 1.0, size)
     return ldexp(end.x, unit), (end.steps, residual, residual <= tol, ldexp(axpy(-1.0, end.r, b), of_b))
 

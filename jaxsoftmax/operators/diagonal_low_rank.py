@@ -200,12 +200,12 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return out if self.extra is None else out + classes.sum(self.extra * v**2, self.axis)[..., 0]
 
     # Solutions. With ε = e + λ and W = 1/(t²d + ε), (A + λI) x = v reads x = W∘(v + t∘(d m + p n)) for the two numbers
-    # m = <p,tx> and n = Σ d∘(tx - m) - κ m. The mean of tx under p and the sum over d, with Σp = 1, give
+    # m = <p,tx> and n = Σ d∘(tx - m) - κ m. The mean of tx under p and the sum over d give
     #
-    #     a m - c n = <pt∘W, v>,    b m + a n = <dt∘W, v>,    a = Σ p∘ε∘W,    b = κ + Σ d∘ε∘W,    c = Σ p²∘t²∘W,
+    #     a m - c n = <pt∘W, v>,    b m + a n = <dt∘W, v>,    with a, b, c of docs/mathematics.md, (D1).
     #
-    # and det(A + λI) = Π(t²d + ε) (a² + b c): sums of one sign where d and ε are positive. Where A is nearly singular m
-    # is large, a and b are small, and the derivatives of a, b, dt∘W are too: as shares of ε and t²d they keep that.
+    # They are sums of one sign where d and ε are positive, and det(A + λI) is (D2). Where A is nearly singular m is
+    # large, a and b are small, and the derivatives of a, b, dt∘W are too: as shares of ε and t²d they keep that.
 
     def _means(self, damping: Array) -> tuple[Array, Array, Array, Array, Array]:
         """(W, d∘W, a, b, c) of above; a = 1 in a slice that is masked throughout."""
@@ -252,21 +252,17 @@ class DiagonalPlusLowRank(SymmetricOperator):
             logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
         return classes.undefined(negative % 2 == 1, logs)[..., 0]
 
-    # Definiteness and factor. With d = |d| - 2|d_c| u_c, Pᵀ diag(d) P = L (I - bbᵀ) Lᵀ, where L = Pᵀ diag(√|d|) and
-    # Lb = √(2|d_c|) Pᵀu_c. The shortest such b decides: it is positive semidefinite iff |b| ≤ 1, and then
-    # √(I - bbᵀ) = I - bbᵀ/(1 + √(1 - |b|²)).
+    # Definiteness and factor: docs/mathematics.md, section 2.5, with its b.
 
     @compiled
     def is_psd(self) -> Array:
-        # d may have one negative entry, d_c, if d_c Σ_{k≠c} p_k²/d_k + p_c² ≥ 0.
         if self.centre is None:
             return ~classes.any(~(self._t**2 * self.weights + self._e >= 0), self.axis)[..., 0]
         if self.extra is None:
             negative = classes.sum(jnp.where(self.weights < 0, 1, 0), self.axis)
             centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)
             return (centred_psd & (self._kappa >= 0))[..., 0]
-        # [[D, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of D ⊕ -[[-b, -a], [-a, c]] and of A ⊕ -C⁻¹ (Sylvester),
-        # D = diag(t²d + e) shifted by as much as rounding may have taken from it.
+        # The signs of section 2.5, of A shifted by as much as rounding may have taken from it.
         diagonal = self._t**2 * self.weights + self._e
         slack = 16 * jnp.finfo(self.dtype).eps * classes.max(jnp.abs(diagonal), self.axis)
         slack = jnp.maximum(slack, jnp.finfo(self.dtype).tiny)

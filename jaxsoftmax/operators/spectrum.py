@@ -7,7 +7,7 @@ the two are equal, the root is their common value. A root is kept as λ = o + x,
 distances (p_j - o) - x then have a small relative error, which is all that eigenvalues, eigenvectors and derivatives
 are made of. Everything here takes one probability vector; `jnp.vectorize` makes the batch.
 
-Reference: docs/mathematics.md, section 2.3, the equations (S1) to (S5); Bunch, Nielsen and Sorensen 1978, and LAPACK's
+Reference: docs/mathematics.md, section 2.3, the equations (S1) to (S6); Bunch, Nielsen and Sorensen 1978, and LAPACK's
 laed4 (the iteration); Gu and Eisenstat 1994, and LAPACK's laed3 (orthogonal eigenvectors).
 """
 
@@ -35,30 +35,32 @@ def largest_eigenvalue(p: Array, logs: Array) -> Array:
     upper = jnp.max(p, keepdims=True)
     second = jnp.where(jnp.sum(p == upper) > 1, upper, jnp.max(jnp.where(p < upper, p, 0)))
     roots = _roots(p, second, upper)
-    return _moving(roots.value / SCALE, _one_log_eigenvalue(logs, p, roots))[0]
+    return _moving(roots.value / SCALE, _log_largest(logs, p, roots))[0]
 
 
 @functools.partial(jnp.vectorize, signature="(k),(k)->(k)")
 def eigenvalues(p: Array, logs: Array) -> Array:
     """All eigenvalues of diag(p) - ppᵀ, ascending, in about 7 passes of O(K²), with O(K) memory."""
-    order = jnp.argsort(-lax.stop_gradient(p))
-    p, logs = SCALE * lax.stop_gradient(p)[order], logs[order]
-    roots = _roots(p, p[1:], p[:-1])
-    return _with_zero(_moving(roots.value / SCALE, _log_eigenvalues(logs, p, roots)))
+    return _ascending(*_in_order(p, logs)[1:])
 
 
 @functools.partial(jnp.vectorize, signature="(k),(k)->(k),(k,k)")
 def eigenpairs(p: Array, logs: Array) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors as columns; O(K²)."""
+    order, *found = _in_order(p, logs)
+    return _ascending(*found), _eigenvectors(*found)[::-1, jnp.argsort(order)].T
+
+
+def _in_order(p: Array, logs: Array) -> tuple[Array, Array, Array, "Roots"]:
+    """The order of falling p, log p and p in it, and all roots."""
     order = jnp.argsort(-lax.stop_gradient(p))
-    p, logs = SCALE * lax.stop_gradient(p)[order], logs[order]
-    roots = _roots(p, p[1:], p[:-1])
-    rows = _eigenvectors(logs, p, roots)
-    return _with_zero(_moving(roots.value / SCALE, _log_eigenvalues(logs, p, roots))), rows[::-1, jnp.argsort(order)].T
+    p = SCALE * lax.stop_gradient(p)[order]
+    return order, logs[order], p, _roots(p, p[1:], p[:-1])
 
 
-def _with_zero(descending: Array) -> Array:
-    """Ascending, with the eigenvalue 0 of the null vector 1."""
+def _ascending(logs: Array, p: Array, roots: "Roots") -> Array:
+    """The eigenvalues, with the 0 of the null vector 1."""
+    descending = _moving(roots.value / SCALE, _log_eigenvalues(logs, p, roots))
     return jnp.concatenate([descending, jnp.zeros_like(descending, shape=1)])[::-1]
 
 
@@ -124,12 +126,12 @@ def _interpolate(g, t_a, t_b, alpha, beta, x, width, from_lower) -> Array:
     the width: nothing here over- or underflows.
     """
     r = g - t_a - t_b
-    # A small step solves for the step k itself, in units of x.
+    # A small step solves a k² - b k + c = 0 for the step k itself, in units of x.
     b = g * (alpha + beta) - (t_a * beta + t_b * alpha)
     a, c = r * (x / width), -g * jnp.where(from_lower, beta, alpha)
     root = jnp.sqrt(jnp.maximum(b * b - 4 * a * c, 0))
     k = jnp.where(b > 0, 2 * c / (b + root), (b - root) / (2 * a))
-    # A large one solves for the distance y from the origin, so that no digit of it cancels.
+    # A large one solves r y² - b y + near = 0 for the distance y from the origin, in widths, so that no digit cancels.
     s_a, s_b = t_a * alpha, t_b * beta
     near, far = jnp.where(from_lower, s_a, s_b), jnp.where(from_lower, s_b, s_a)
     r = jnp.where(from_lower, r, -r)
@@ -179,16 +181,16 @@ def _weights(q: Array, r: Array) -> tuple[Array, Array]:
 
 
 @custom_vjp
-def _one_log_eigenvalue(logs: Array, p: Array, roots: Roots) -> Array:
+def _log_largest(logs: Array, p: Array, roots: Roots) -> Array:
     return _log_of(roots)
 
 
-def _one_log_eigenvalue_bwd(residuals, ct):
+def _log_largest_bwd(residuals, ct):
     _, w = _weights(*_ratios(*residuals))
     return jnp.sum(ct[:, None] * (w + _tied(*residuals)), 0), None, None
 
 
-_one_log_eigenvalue.defvjp(lambda *args: (_one_log_eigenvalue(*args), args), _one_log_eigenvalue_bwd)
+_log_largest.defvjp(lambda *args: (_log_largest(*args), args), _log_largest_bwd)
 
 
 def _log_of(roots: Roots) -> Array:
@@ -339,11 +341,10 @@ def _eigenvectors(logs: Array, p: Array, roots: Roots) -> Array:
 
 
 def _weight_correction(p: Array, o: Array, x: Array) -> Array:
-    """ẑ/p, where ẑ are the weights for which the computed roots are the exact ones (Löwner's formula).
+    """ẑ/p of (S6), where ẑ are the weights for which the computed roots are the exact ones.
 
-    (ẑ_j/p_j)² = Σp/(p_0 - p_j) · Π_{k≠j-1} (p_j - λ_k)/(p_j - p_{k+1}) · (λ_{j-1} - p_j)/p_j, a product of about 1 in
-    which every root goes with the pole below it: factors near 1 are summed as logarithms, the few others multiplied.
-    Of n equal classes, each has the n-th part of what the formula gives for all of them.
+    Every root goes with the pole below it: factors near 1 are summed as logarithms, the few others multiplied. Of n
+    equal classes, each has the n-th part of what the formula gives for all of them.
     """
     pole, tied = p[1:, None], (p[1:] == p[:-1])[:, None]
     first, total, p, o, x = p[0], jnp.sum(p), p[None, :], o[:, None], x[:, None]
