@@ -17,6 +17,7 @@ from jax.test_util import check_grads
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from tests.helpers import one_in, shard_map
+from tests.meshes import KINDS, mesh_of
 
 
 def make_scaled_sin():
@@ -154,7 +155,7 @@ def test_vmap_scan_remat(x64):
 
 def test_collectives_inside_the_rule():
     """A class axis sharded over the mesh: log-sum-exp with its pmax and psum, replication checks on."""
-    mesh = jax.make_mesh((8,), ("k",))
+    mesh = mesh_of(KINDS[-1], k=8)
 
     @custom_vjp
     def lse(z):
@@ -176,7 +177,7 @@ def test_collectives_inside_the_rule():
 
 def test_an_argument_that_is_the_same_on_every_device():
     """Its cotangent is the sum of the devices'; a bwd of the wrong length is refused there too."""
-    mesh = jax.make_mesh((8,), ("k",))
+    mesh = mesh_of(KINDS[-1], k=8)
 
     @custom_vjp
     def scaled(x, w):

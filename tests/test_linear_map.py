@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from jaxsoftmax._linear_map import linear_map
 from tests.helpers import shard_map
+from tests.meshes import KINDS, mesh_of
 
 A = np.arange(6.0).reshape(2, 3) - 2.0
 X = np.array([1.0, -2.0, 0.5])
@@ -144,7 +145,7 @@ def test_outputs_that_nobody_asks_for_come_as_none():
 
 def test_under_shard_map():
     """A product whose inner dimension is split over the mesh: its result is the same on every device."""
-    mesh = jax.make_mesh((8,), ("k",))
+    mesh = mesh_of(KINDS[-1], k=8)
 
     def product(a, x):
         forth = lambda a, x: jax.lax.psum(a @ x, "k")
@@ -171,7 +172,7 @@ def test_roofline_counts_the_map():
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no axes of type Explicit")
 def test_vmap_over_an_axis_that_a_mesh_splits():
     """A vector that all examples share is broadcast as the residuals are split."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = mesh_of("Explicit", data=2)
     a, times = jnp.arange(8.0).reshape(4, 2), lambda a, x: a * x
     shared = lambda a: linear_map(times, times, a, jnp.ones(2), jax.typeof(a))
     with jax.set_mesh(mesh):

@@ -14,6 +14,7 @@ import pytest
 from jax.test_util import check_grads
 
 from tests.helpers import DERIVATIVE_RTOL, VALUE_RTOL, assert_close, enable_x64, only, shard_map
+from tests.meshes import KINDS, mesh_of
 from tests.registry import CASES, HEADS, case_id
 
 DEFAULT = CASES[::6]  # the same in every test, since the tests of a case share `computed`
@@ -242,7 +243,7 @@ def test_dtypes(case):
 def test_batch_sharded_over_a_mesh(case):
     """shard_map with its replication checks on, over the batch, in value and in both modes."""
     size = len(case.args[0])
-    mesh = jax.make_mesh((size,), ("batch",), devices=jax.devices()[:size])
+    mesh = mesh_of(KINDS[-1], batch=size)
     spec = jax.sharding.PartitionSpec("batch")
     plain = case.cast("float32")
     args = jax.device_put(plain, jax.sharding.NamedSharding(mesh, spec))

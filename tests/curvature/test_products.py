@@ -14,6 +14,7 @@ from jaxsoftmax import curvature, network
 from jaxsoftmax.curvature import damped_solve, empirical_fisher_vp, fisher_vp, ggn_vp, hvp
 from jaxsoftmax.losses.binary import sigmoid_binary_cross_entropy
 from tests.helpers import assert_close, enable_x64
+from tests.meshes import mesh_of
 
 BATCH, WIDTHS = 7, (5, 4, 3)
 f = network.forward
@@ -303,7 +304,7 @@ def test_dense_keeps_rows_and_columns_apart():
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.6 has it elsewhere, without types")
 def test_each_device_solves_its_own_system():
     """Loops start with what varies over the mesh as their vectors do."""
-    mesh = jax.make_mesh((2,), ("systems",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(systems=2)
     d, b = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), jnp.array([[1.0, 1.0, 2.0], [1.0, 0.0, 1.0]])
 
     def alone(d, b):
