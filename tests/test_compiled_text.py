@@ -107,6 +107,22 @@ def test_of_a_slice_the_slice_is_read_at_its_own_width_and_an_update_is_written_
     assert cost(SLICES).bytes == 2 * 8 + 4 + 4 * 8
 
 
+def test_what_is_done_element_by_element_is_done_to_the_slice_alone_but_to_all_of_a_result():
+    assert cost(SLICES.replace("convert", "negate").replace("bf16", "f32")).bytes == 4 * 8 + 4 + 4 * 8
+    cast = """
+%cast (p: bf16[64]) -> f32[64] {
+  %p = bf16[64]{0} parameter(0)
+  ROOT %r = f32[64]{0} convert(%p)
+}
+
+ENTRY %main (x: bf16[64]) -> f32[64] {
+  %x = bf16[64]{0} parameter(0)
+  ROOT %f = f32[64]{0} fusion(%x), kind=kLoop, calls=%cast
+}
+"""
+    assert cost(cast).bytes == 2 * 64 + 4 * 64
+
+
 LOOP = """
 %body (s: (s32[], f32[64])) -> (s32[], f32[64]) {
   %s = (s32[], f32[64]{0}) parameter(0)

@@ -1,9 +1,10 @@
 """What a compiled program costs at least: per kernel, the longer of products at peak and bytes at full bandwidth.
 
 A kernel is an operation of the program that runs by itself, most often a fusion. It reads each operand once, of one
-that it only slices the slice, and writes its results once, of one that it updates in place the update. What lies in a
-memory on the chip costs nothing until it is copied from or to the device's memory. A loop counts as often as it runs.
-What depends on numbers is bounded from below: of a branch the cheapest side, of a loop a given number of rounds.
+that it only slices, as it stands or element by element, the slice, and writes its results once, of one that it updates
+in place the update. What lies in a memory on the chip costs nothing until it is copied from or to the device's memory.
+A loop counts as often as it runs. What depends on numbers is bounded from below: of a branch the cheapest side, of a
+loop a given number of rounds.
 """
 
 import collections
@@ -23,6 +24,8 @@ SLICES = {"slice", "dynamic-slice", "gather"}
 COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}  # by hardware of their own, beside the kernels
 UPDATES = {"dynamic-update-slice", "scatter"}
 SAME = {"bitcast", "convert", "reshape", "transpose", "copy"}
+ELEMENTWISE = {"add", "subtract", "multiply", "divide", "maximum", "minimum", "select", "compare"}
+ELEMENTWISE |= {"and", "or", "not", "negate", "abs", "exponential", "log", "power", "tanh"}
 SENT = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 HALF_WIDTHS = {"bf16", "f16"}
 
@@ -177,6 +180,8 @@ class _Counter:
     def taken(self, here: Computation, name: str) -> int:
         """How many numbers of one of its values a computation reads."""
         size = _size(here.operations[name].result)
+        if here.operations[name].root:
+            return size
         return min(size, sum(self.taken_by(here, op, i, size) for op, i in here.users[name]))
 
     def taken_by(self, here: Computation, op: Operation, i: int, size: int) -> int:
@@ -184,7 +189,7 @@ class _Counter:
             return _size(op.result)
         if op.opcode in UPDATES and i == 0:
             return 0  # in place
-        if op.opcode in SAME:
+        if op.opcode in SAME or op.opcode in ELEMENTWISE and _size(op.result) == size:
             return self.taken(here, op.name)
         if op.opcode in ("fusion", "fusion-start"):
             inner = self.program.computations[next(op.called("calls"))]

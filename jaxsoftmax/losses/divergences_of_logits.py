@@ -119,7 +119,7 @@ def _arguments(logits, target_logits, axis, where, temperature, axis_name) -> tu
 @functools.partial(jax.jit, static_argnames=("divergence", "axes"), inline=True)
 def _apply(divergence, logits, targets, mask, temperature, axes) -> Array:
     (x, z, mask), axis = classes.one_axis(axes, *dtypes.widen(logits, targets), mask)
-    x, z = (tempered(classes.present(a, mask, axis), temperature, axis) for a in (x, z))
+    (x, z), axis = tempered(temperature, axis, *(classes.present(a, mask, axis) for a in (x, z)))
     return classes.absent_examples(divergence(x, z, axis), mask, axis)
 
 
@@ -170,7 +170,7 @@ def compare(x: Array, z: Array, axis: classes.Axis) -> Sums:
 
 
 def _sums(x: Array, z: Array, axis: classes.Axis) -> tuple[Array, ...]:
-    top_x, top_z = classes.max(x, axis), classes.max(z, axis)
+    top_x, top_z = classes.top(x, axis), classes.top(z, axis)
     below_x, below_z, gap = apart_plainly(x, z, top_x, top_z)
     of_x, of_z = jnp.exp(below_x), jnp.exp(below_z)
     total_x, total_z = classes.sum(of_x, axis), classes.sum(of_z, axis)
@@ -271,7 +271,7 @@ log_ratio.defvjp(None, _log_ratio_bwd)
 @operators_of(softmax_kl_divergence, _arguments, "axis")
 def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
     (x,) = dtypes.widen(logits)
-    x = tempered(classes.present(x, mask, axis), temperature, axis)
+    (x,), _ = tempered(temperature, axis, classes.present(x, mask, axis))
     p = softmax_of(x, axis)
     count = only_examples(mask, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis)
     hessian, model = SoftmaxJacobian(p, count, axis=axis), Likelihood(x, count, _draw_target_logits, _target_score)
@@ -289,7 +289,8 @@ def _target_score(x: Array, target_logits: Array) -> Array:
 @operators_of(jensen_shannon_divergence, _arguments, "axis")
 def _jensen_shannon_operators(logits, targets, mask, temperature, axis) -> Curvature:
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
-    x, z = (tempered(classes.present(a, mask, axis), temperature, axis) for a in dtypes.widen(logits, targets))
+    x, z = (classes.present(a, mask, axis) for a in dtypes.widen(logits, targets))
+    (x, z), _ = tempered(temperature, axis, x, z)
     ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)
     gradient = jacobian_product(log_double_sigmoid(ratio), p, axis) / 2
     return in_logits(of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask, axis), temperature)

@@ -111,7 +111,7 @@ def _brier_arguments(logits, labels, axis, where, axis_name) -> tuple:
 def _softmax_entropy(logits, mask, temperature, axes) -> Array:
     (z, mask), axis = classes.one_axis(axes, logits, mask)
     z = z if temperature is None else dtypes.widen(z)[0]
-    z = tempered(classes.present(z, mask, axis), temperature, axis)
+    (z,), axis = tempered(temperature, axis, classes.present(z, mask, axis))
     return classes.absent_examples(entropy(z, axis), mask, axis)
 
 
@@ -240,7 +240,7 @@ error.defvjp(_error_fwd, _error_bwd)
 
 @operators_of(softmax_entropy, _entropy_arguments, "axis")
 def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
-    z = tempered(classes.present(*dtypes.widen(logits), mask, axis), temperature, axis)
+    (z,), _ = tempered(temperature, axis, classes.present(*dtypes.widen(logits), mask, axis))
     p = softmax_of(z, axis)
     gradient = -jacobian_product(_below(z, classes.top(z, axis)), p, axis)
     return in_logits(of_probabilities(p, -p, gradient, mask, axis), temperature)

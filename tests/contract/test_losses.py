@@ -371,3 +371,14 @@ def test_temperature_of_an_entropy():
     assert_close(jax.jacfwd(f, 1)(jnp.asarray(z, "float32"), t), slope)
     program = lambda **option: str(jax.make_jaxpr(functools.partial(js.softmax_entropy, **option))(jnp.ones((2, 3))))
     assert program() == program(temperature=1) == program(temperature=1.0)
+
+
+@pytest.mark.parametrize("loss", [js.softmax_kl_divergence, js.jensen_shannon_divergence, js.softmax_entropy])
+def test_derivatives_in_the_temperature_leave_excluded_classes_out(loss):
+    """As without them, to second order; excluded by a mask or by a logit of -inf."""
+    z, kept = jnp.array([[2.0, 1.0, -0.5, 3.0], [0.5, -1.0, 2.0, 1.0]]), jnp.array([True, False, True, True])
+    count = 1 if loss is js.softmax_entropy else 2
+    orders = lambda *rows, **where: jax.jvp(jax.grad(lambda t: loss(*rows, temperature=t, **where)), (2.5,), (1.0,))
+    want = orders(*z[:count, kept])
+    assert_close(orders(*z[:count], where=kept), want)
+    assert_close(orders(*jnp.where(kept, z, -jnp.inf)[:count]), want)
