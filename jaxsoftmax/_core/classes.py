@@ -31,10 +31,12 @@ class ClassAxis:
     Args:
       positions: the axis of an array, or several that count as one in the given order.
       mesh_axes: the axes of a `jax.shard_map` over which the classes are split in equal consecutive blocks.
+      from_top: whether logits are counted from their maximum along it, so that `top` is 0.
     """
 
     positions: tuple[int, ...]
     mesh_axes: tuple[str, ...] = ()
+    from_top: bool = False
 
     def without(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape` without the class axis."""
@@ -83,6 +85,8 @@ def max(z: Array, axis: Axis) -> Array:
 
 def top(z: Array, axis: Axis) -> Array:
     """The maximum in at least float32, of no derivative: taken in z's own dtype, so that no wider z is kept for it."""
+    if isinstance(axis, ClassAxis) and axis.from_top:
+        return jnp.zeros_like(sum(z, axis))
     local, names = forms.maximum(lax.stop_gradient(z), positions(axis)), _mesh_axes(axis)
     return lax.pmax(local, names) if names else local
 
