@@ -140,11 +140,14 @@ def in_one_kernel(x: Array, axis: Axis) -> bool:
     return not is_split(axis) and isinstance(size, int) and size <= forms.ROWS
 
 
-def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array) -> tuple:
-    """`known` = find(*arrays, axis) and the arrays, for a derivative beside the value."""
+def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array, second: bool = False) -> tuple:
+    """`known` = find(*arrays, axis) and the arrays, for a derivative beside the value.
+
+    `second` of two terms that do so: else their derivatives share what is found.
+    """
     if not in_one_kernel(arrays[0], axis):
         return known, *arrays
-    return forms.afresh(functools.partial(find, axis=axis), known, *arrays)
+    return forms.afresh(functools.partial(find, axis=axis), second, known, *arrays)
 
 
 def index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:

@@ -119,25 +119,27 @@ def total(e: Array, known: Array, axes: tuple[int, ...]) -> Array:
 ROWS = 16384  # XLA's GPU compiler makes one kernel of rows up to so many classes
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def afresh(find: Callable, known: Any, *arrays: Array) -> tuple:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def afresh(find: Callable, second: bool, known: Any, *arrays: Array) -> tuple:
     """`known` = find(*arrays) and the arrays, for a derivative beside the value.
 
-    A GPU's kernel ends at what the two share. There it is found again, from arrays plus a 0 that XLA does not know.
+    A GPU's kernel ends at what the two share. There it is found again, from arrays plus a 0 that XLA does not know,
+    -0 for the `second` of two derivatives that are added (poly's gradient in half precision took 18 passes for 3).
     Tried, passes over (8192, 4096): the arrays behind a barrier, which keeps a copy of half-precision logits widened
     (soft labels' gradient 6 for 3); z == z ? z : -z, which two kernels come to share (entropy's tangent 8 for 3).
     """
 
     def again(_, *arrays):
-        arrays = [x + lax.optimization_barrier(jnp.zeros((), x.dtype)) for x in arrays]
+        zero = -0.0 if second else 0.0
+        arrays = [x + lax.optimization_barrier(jnp.asarray(zero, x.dtype)) for x in arrays]
         return find(*arrays), *arrays
 
     return on_gpu(again, lambda *same: same, known, *arrays)
 
 
 @functools.partial(afresh.defjvp, symbolic_zeros=True)
-def _afresh_jvp(find, primals, tangents):
-    return afresh(find, *primals), tangents
+def _afresh_jvp(find, second, primals, tangents):
+    return afresh(find, second, *primals), tangents
 
 
 def settled(*numbers: Array) -> list[Array]:

@@ -209,7 +209,7 @@ def _missed_fwd(z, y, axis):
 
 def _missed_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = classes.shared_cotangent(ct, axis), residuals
-    (m, s), z = classes.afresh(moments, (m, s), axis, z)
+    (m, s), z = classes.afresh(moments, (m, s), axis, z, second=True)
     return -ct * jacobian_product(y, probabilities(z, m, 1 + s, axis), axis), ct * one_minus_p(z, m, s, axis)
 
 
