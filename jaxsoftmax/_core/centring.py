@@ -31,21 +31,19 @@ def below_half(p: Array, above: float = 0.5) -> Array:
 AXIS = classes.ClassAxis((-1,))  # the class axis where nothing else is said
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 4, 5))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 4))
 def about_centred(
     v: Array,
     p: Array,
     axis: classes.Axis = AXIS,
     total: Array | float = 1.0,
     above: float = 0.5,
-    chained: bool = True,
 ) -> Array:
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
     With v measured from its value r at the top class, where p > 1/2, the mean <p, v - r> has no term of the size of v
     left to cancel. The top class's own v - r is said to be 0: XLA may round v here otherwise than in the sum. On a CPU
-    `above` moves the threshold, so that two products share no array. `chained=False` says that a GPU's program is
-    several kernels anyhow, each of which a chain of two sums would lengthen.
+    `above` moves the threshold, so that two products share no array.
     """
     in_two_passes, in_one_pass, in_one_kernel = (
         functools.partial(form, axis=axis, above=above) for form in (_in_two_passes, _in_one_pass, _in_one_kernel)
@@ -53,7 +51,7 @@ def about_centred(
     if classes.is_split(axis):
         w, mean = in_two_passes(v, p)
     else:
-        on_gpu = in_one_kernel if chained and classes.in_one_kernel(p, axis) else in_one_pass
+        on_gpu = in_one_kernel if classes.in_one_kernel(p, axis) else in_one_pass
         w, mean = lax.platform_dependent(v, p, cpu=in_two_passes, tpu=in_one_pass, default=on_gpu)
     return w - mean / total
 
@@ -82,11 +80,11 @@ def _in_two_passes(v, p, axis, above):
 
 
 @functools.partial(about_centred.defjvp, symbolic_zeros=True)
-def _about_centred_jvp(axis, above, chained, primals, tangents):
+def _about_centred_jvp(axis, above, primals, tangents):
     """Pv̇ - <ṗ, Pv>, for which nothing but Pv is kept: Σṗ is taken for the tangent of the total."""
     (v, p, total), (dv, dp, _) = primals, tangents
-    out = about_centred(v, p, axis, total, above, chained)
-    again = functools.partial(about_centred, p=p, axis=axis, total=total, above=above, chained=chained)
+    out = about_centred(v, p, axis, total, above)
+    again = functools.partial(about_centred, p=p, axis=axis, total=total, above=above)
     if isinstance(dp, SymbolicZero):
         return out, again(jnp.zeros_like(v) if isinstance(dv, SymbolicZero) else dv)
     along = -classes.sum(dp * out, axis) / total
@@ -101,7 +99,6 @@ def jacobian_product(
     axis: classes.Axis,
     total: Array | float = 1.0,
     weights: Array | None = None,
-    chained: bool = True,
 ) -> Array:
     """Jv = p∘(v - <p,v>), for J = diag(p) - ppᵀ, to a few eps of |J||v| also where one p is near 1.
 
@@ -111,7 +108,7 @@ def jacobian_product(
 
     def product(residuals, v, above):
         p, weights, total = residuals
-        return weights * about_centred(v, p, axis, total, above, chained)
+        return weights * about_centred(v, p, axis, total, above)
 
     # The two meet in an HVP, where one array that says which class is the top one would be kept for both.
     forth, back = (functools.partial(product, above=above) for above in (0.5, 0.5625))
@@ -136,19 +133,50 @@ def gradient_product(
     def plain(residuals, t):
         return classes.sum(gradient(*residuals, axis) * t, axis)
 
-    @jax.custom_jvp
-    def back(residuals, t):
-        if classes.is_split(axis):
-            return plain(residuals, t)
-        beside = lambda residuals, t: along(*residuals, t, axis)
-        return lax.platform_dependent(residuals, t, cpu=plain, default=beside)
-
-    @back.defjvp
-    def _(primals, tangents):
-        return back(*primals), jax.jvp(plain, primals, tangents)[1]
-
+    back = _elsewhere(lambda residuals, t: along(*residuals, t, axis), plain, axis)
     (wide,) = dtypes.widen(z)
     return linear_map(forth, back, (z, *known), ct, jax.typeof(wide))
+
+
+def _elsewhere(form: Callable, plain: Callable, axis: classes.Axis, on_gpu: Callable | None = None) -> Callable:
+    """plain(residuals, v), on no CPU by `form`; its derivatives are those of the plain one."""
+
+    @jax.custom_jvp
+    def f(residuals, v):
+        if classes.is_split(axis):
+            return plain(residuals, v)
+        return lax.platform_dependent(residuals, v, cpu=plain, tpu=form, default=on_gpu or form)
+
+    @f.defjvp
+    def _(primals, tangents):
+        return f(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return f
+
+
+def product_beside(
+    v: Array, plain: Callable, axis: classes.Axis, z: Array, m: Array, total: Array, label: Array | None = None
+) -> Array:
+    """plain(residuals, v) = Jv for p = exp(z - m) / total, 0 at `label`, by sums that stand beside the total's.
+
+    Sums of p, in a program of several kernels, are a pass more. v is measured from its value r at the maximum of z.
+    """
+
+    def form(residuals, v):
+        (z,), m, total, *label = dtypes.widen(residuals[0]), *residuals[1:]
+        others = jnp.where(classes.index(z, axis) == label[0], -jnp.inf, z) if label else z
+        top = classes.max(others, axis) if label else m
+        at_top, e, e_top = others == top, jnp.exp(classes.shift(others, m)), jnp.exp(classes.shift(top, m))
+        parts = jnp.where(at_top, v, 0.0), jnp.where(at_top, 0.0, e * v), jnp.where(at_top, 0.0, e)
+        r, moment, rest = (classes.sum(x, axis) for x in parts)
+        sure = total < 2 * e_top  # p > 1/2 at the top
+        mean = (moment + jnp.where(sure, -r * rest, r * e_top)) / total
+        return e / total * (jnp.where(at_top & sure, 0.0, v - jnp.where(sure, r, 0.0)) - mean)
+
+    product = _elsewhere(form, plain, axis, plain if classes.in_one_kernel(z, axis) else None)
+    residuals = (z, m, total) if label is None else (z, m, total, label)
+    v = v if jax.typeof(v) == jax.typeof(z) else typed_like(z, v)
+    return linear_map(product, product, residuals, v, jax.typeof(v))
 
 
 def rounded_one(p: Array, axis: classes.Axis) -> Array:

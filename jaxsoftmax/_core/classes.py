@@ -32,11 +32,13 @@ class ClassAxis:
       positions: the axis of an array, or several that count as one in the given order.
       mesh_axes: the axes of a `jax.shard_map` over which the classes are split in equal consecutive blocks.
       from_top: whether logits are counted from their maximum along it, so that `top` is 0.
+      alone: whether nothing but sums along it makes the result: what else does, a GPU makes several kernels of.
     """
 
     positions: tuple[int, ...]
     mesh_axes: tuple[str, ...] = ()
     from_top: bool = False
+    alone: bool = True
 
     def without(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape` without the class axis."""
@@ -64,6 +66,16 @@ def _mesh_axes(axis: Axis) -> tuple[str, ...]:
 def is_split(axis: Axis) -> bool:
     """Whether the classes are split over mesh axes."""
     return bool(_mesh_axes(axis))
+
+
+def alone(axis: Axis) -> bool:
+    """`ClassAxis.alone`."""
+    return isinstance(axis, int) or axis.alone
+
+
+def beside_others(axis: Axis) -> ClassAxis:
+    """The axis, not `alone`."""
+    return dataclasses.replace(ClassAxis((axis,)) if isinstance(axis, int) else axis, alone=False)
 
 
 def sum(x: Array, axis: Axis) -> Array:
@@ -137,7 +149,7 @@ def total(e: Array, known: Array, axis: Axis) -> Array:
 def in_one_kernel(x: Array, axis: Axis) -> bool:
     """Whether a row of x is short enough for XLA's GPU compiler to make one kernel of what is done with it."""
     size = math.prod(x.shape[i] for i in positions(axis))
-    return not is_split(axis) and isinstance(size, int) and size <= forms.ROWS
+    return alone(axis) and not is_split(axis) and isinstance(size, int) and size <= forms.ROWS
 
 
 def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array, second: bool = False) -> tuple:
@@ -245,7 +257,7 @@ def one_axis(axes: ClassAxis, *arrays: Array | None) -> tuple[list, ClassAxis]:
         return list(arrays), axes
     merged = [None if x is None else merge_axes(x, axes.positions) for x in arrays]
     last = next(x.ndim for x in merged if x is not None) - 1
-    return merged, ClassAxis((last,), axes.mesh_axes)
+    return merged, dataclasses.replace(axes, positions=(last,))
 
 
 def merge_axes(x: Array, axes: tuple[int, ...]) -> Array:

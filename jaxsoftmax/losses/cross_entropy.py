@@ -25,7 +25,17 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_labels, checked_logits, option_of_examples
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
-from jaxsoftmax.maps.softmax import AxisLike, AxisName, log_softmax_of, logsumexp_of, moments, probabilities, softmax_of
+from jaxsoftmax.maps.softmax import (
+    AxisLike,
+    AxisName,
+    jacobian_at,
+    log_softmax_of,
+    logsumexp_of,
+    mean_of,
+    moments,
+    probabilities,
+    softmax_of,
+)
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
@@ -74,7 +84,7 @@ def softmax_cross_entropy_with_integer_labels(
     Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy_with_integer_labels`.
     """
     options = label_smoothing, class_weights, ignore_index, z_loss
-    return _integer_loss(*_integer_arguments(logits, labels, axis, where, *options, axis_name))
+    return integer_loss(*integer_arguments(logits, labels, axis, where, *options, axis_name))
 
 
 def softmax_cross_entropy(
@@ -137,7 +147,7 @@ def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, axis_nam
     return softmax_cross_entropy(logits, labels, axis_name=axis_name)
 
 
-def _integer_arguments(
+def integer_arguments(
     logits, labels, axis, where, label_smoothing, class_weights, ignore_index, z_loss, axis_name
 ) -> tuple:
     """The arguments, checked; options that are off are None."""
@@ -166,9 +176,10 @@ def _of_labels(label_smoothing, class_weights, logits, axes) -> tuple:
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
-def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> Array:
+def integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> Array:
     """The integer-label loss per example; options that are None are off."""
     (logits, mask), axis = classes.one_axis(axes, logits, mask)
+    axis = axis if penalty is None else classes.beside_others(axis)
     z = classes.present(logits, mask, axis)
     labels = jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), axis.positions)
     (wide,) = dtypes.widen(z)
@@ -180,7 +191,9 @@ def _integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) ->
         loss, weights = label_loss(z if penalty is None else wide, labels, axis), _weights(z, class_weights, axis)
         loss = loss if weights is None else loss * classes.take(weights, labels, axis)
     if penalty is not None:
-        loss = loss + jnp.asarray(penalty, loss.dtype) * logsumexp_of(wide, axis) ** 2
+        # Where a weight may be 0, it has digits of its own.
+        lse = _log_total(wide, labels, axis) if class_weights is None else logsumexp_of(wide, axis)
+        loss = loss + jnp.asarray(penalty, loss.dtype) * lse**2
     return classes.absent_examples(loss, mask, axis)
 
 
@@ -257,6 +270,25 @@ def _label_loss_along(z, label, m, rest, total, t, axis):
 label_loss.defvjp(_label_loss_fwd, _label_loss_bwd)
 
 
+@custom_vjp(nondiff_argnums=(2,))
+def _log_total(z: Array, label: Array, axis: classes.Axis) -> Array:
+    """log Σ exp(z) by the sums of `label_loss`, to the digits that count beside it."""
+    gap, m, rest, _ = label_sums(z, label, axis)
+    return m + jnp.log1p(rest + jnp.expm1(gap))
+
+
+def _log_total_fwd(z, label, axis):
+    _, m, _, total = label_sums(z, label, axis)
+    return _log_total(z, label, axis), (z, m, total)
+
+
+def _log_total_bwd(axis, residuals, ct):
+    return gradient_product(ct, probabilities, mean_of, axis, *residuals), None
+
+
+_log_total.defvjp(_log_total_fwd, _log_total_bwd)
+
+
 @custom_vjp(nondiff_argnums=(5,))
 def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, axis: classes.Axis) -> Array:
     """p - e_label from the known sums; differentiable in z, which fixes them."""
@@ -265,7 +297,7 @@ def label_gradient(z: Array, label: Array, m: Array, rest: Array, total: Array, 
 
 def _label_gradient_bwd(axis, residuals, g):
     z, _, m, _, total = residuals
-    return jacobian_product(g, probabilities(z, m, total, axis), axis), None, None, None, None
+    return jacobian_at(g, z, m, total, axis), None, None, None, None
 
 
 label_gradient.defvjp(None, _label_gradient_bwd)
@@ -336,7 +368,7 @@ scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
 # Hessian: (Σy + 2ζ lse) J + 2ζ ppᵀ, with the weights y that the loss gives to the classes.
 
 
-@operators_of(softmax_cross_entropy_with_integer_labels, _integer_arguments, "axis")
+@operators_of(softmax_cross_entropy_with_integer_labels, integer_arguments, "axis")
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axis) -> Curvature:
     z = classes.present(*dtypes.widen(logits), mask, axis)
     label = classes.labels(labels, classes.number(z, axis))[..., None]

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import centred, gradient_product, jacobian_product
+from jaxsoftmax._core.centring import centred, gradient_product, jacobian_product, product_beside
 from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
@@ -118,7 +118,7 @@ def _poly_arguments(logits, labels, epsilon, axis, where, axis_name) -> tuple:
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
-    (logits, mask), axis = classes.one_axis(axes, logits, mask)
+    (logits, mask), axis = classes.one_axis(classes.beside_others(axes), logits, mask)
     z = classes.present(logits, mask, axis)
     labels = jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), axis.positions)
     s = margin(z, labels, axis)
@@ -186,12 +186,13 @@ def _left(rest: Array) -> Array:
 
 
 def _of_others_fwd(z, label, m, rest, axis):
-    q = softmax_of_others(z, label, m, rest, axis)
-    return q, q
+    return softmax_of_others(z, label, m, rest, axis), (z, label, m, rest)
 
 
-def _of_others_bwd(axis, q, g):
-    return jacobian_product(g, q, axis, chained=False), None, None, None
+def _of_others_bwd(axis, residuals, g):
+    z, label, m, rest = residuals
+    plain = lambda known, g: jacobian_product(g, softmax_of_others(known[0], known[3], known[1], known[2], axis), axis)
+    return product_beside(g, plain, axis, z, m, _left(rest), label), None, None, None
 
 
 softmax_of_others.defvjp(_of_others_fwd, _of_others_bwd)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import dtypes
-from jaxsoftmax.losses.cross_entropy import softmax_cross_entropy_with_integer_labels
+from jaxsoftmax._core import classes, dtypes
+from jaxsoftmax.losses.cross_entropy import integer_arguments, integer_loss
 from jaxsoftmax.maps.softmax import AxisName
 
 
@@ -42,9 +42,8 @@ def natural_gradient_norm(
 
     Reference: Amari 1998; docs/mathematics.md, section 4.
     """
-    loss = softmax_cross_entropy_with_integer_labels(
-        logits, labels, axis, where, ignore_index=ignore_index, axis_name=axis_name
-    )
+    *arguments, axes = integer_arguments(logits, labels, axis, where, 0.0, None, ignore_index, 0.0, axis_name)
+    loss = integer_loss(*arguments, classes.beside_others(axes))
     # Where expm1 overflows, it goes on as its tangent there, whose finite slope times a p of 0 is 0.
     last = math.log(dtypes.largest(loss.dtype)) * (1 - 4 * float(jnp.finfo(loss.dtype).eps))
     return jnp.where(loss < last, jnp.expm1(jnp.minimum(loss, last)), math.exp(last) * (1 + loss - last))

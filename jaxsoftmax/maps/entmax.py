@@ -185,7 +185,7 @@ _with_jacobian.defvjp(_with_jacobian_fwd, _with_jacobian_bwd)
 def entmax_jacobian_product(v: Array, p: Array, alpha: Array, axis: classes.Axis) -> Array:
     """Jv = Σq (π∘(v - <π,v>)), to a few eps of |J||v|."""
     pi, total = escort(p, alpha, axis)
-    return total * jacobian_product(v, pi, axis, chained=False)
+    return total * jacobian_product(v, pi, classes.beside_others(axis))
 
 
 def escort(p: Array, alpha: Array, axis: classes.Axis) -> tuple[Array, Array]:

@@ -18,7 +18,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import about_centred, centred_transpose, gradient_product, jacobian_product
+from jaxsoftmax._core.centring import (
+    about_centred,
+    centred_transpose,
+    gradient_product,
+    jacobian_product,
+    product_beside,
+)
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
@@ -225,14 +231,21 @@ def probabilities(z: Array, m: Array, total: Array, axis: classes.Axis) -> Array
 
 def _probabilities_fwd(z, m, total, axis):
     p = probabilities(z, m, total, axis)
-    return p, p
+    return p, ((p,) if classes.alone(axis) else (z, m, total))
 
 
-def _probabilities_bwd(axis, p, g):
-    return jacobian_product(g, p, axis), None, None
+def _probabilities_bwd(axis, residuals, g):
+    product = jacobian_product if classes.alone(axis) else jacobian_at
+    return product(g, *residuals, axis), None, None
 
 
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
+
+
+def jacobian_at(v: Array, z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
+    """Jv at p = exp(z - m) / total, for the known m and total."""
+    plain = lambda residuals, v: jacobian_product(v, probabilities(*residuals, axis), axis)
+    return product_beside(v, plain, axis, z, m, total)
 
 
 @custom_vjp(nondiff_argnums=(1,))
@@ -305,10 +318,10 @@ def _logsumexp_fwd(z, axis):
 
 def _logsumexp_bwd(axis, residuals, g):
     z, m, s = residuals
-    return (gradient_product(g, probabilities, _mean_of, axis, z, m, 1 + s),)
+    return (gradient_product(g, probabilities, mean_of, axis, z, m, 1 + s),)
 
 
-def _mean_of(z, m, total, t, axis):
+def mean_of(z, m, total, t, axis):
     return classes.sum(jnp.exp(classes.shift(z, m)) * t, axis) / total
 
 
