@@ -8,7 +8,6 @@ L = log1p(R / e_c) and ∂L/∂z_c = -R / (R + e_c) keep their digits when the m
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,12 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import gradient_product, jacobian_product, less
-from jaxsoftmax._core.mesh import sharded_like
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.head import checked_labels, checked_logits, option_of_examples
+from jaxsoftmax.losses.head import checked_labels, checked_logits
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
+from jaxsoftmax.losses.smoothing import checked_options, weighed, weights_beside
 from jaxsoftmax.maps.softmax import (
     AxisLike,
     AxisName,
@@ -123,7 +122,9 @@ def softmax_cross_entropy(
 
     Reference: docs/mathematics.md, sections 4 and 5; `optax.softmax_cross_entropy`.
     """
-    return _soft_loss(*_soft_arguments(logits, labels, axis, where, label_smoothing, class_weights, axis_name))
+    return _soft_loss(
+        *_soft_arguments(logits, labels, axis, where, label_smoothing, class_weights, axis_name=axis_name)
+    )
 
 
 def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, axis_name: AxisName = None) -> Array:
@@ -153,26 +154,15 @@ def integer_arguments(
     """The arguments, checked; options that are off are None."""
     logits, labels, mask, axes = checked_labels(logits, labels, axis, where, ignore_index, axis_name)
     penalty = None if checks.is_known_as(0, checks.number("z_loss", z_loss)) else z_loss
-    return logits, labels, mask, *_of_labels(label_smoothing, class_weights, logits, axes), penalty, axes
+    return logits, labels, mask, *checked_options(label_smoothing, class_weights, logits, axes), penalty, axes
 
 
-def _soft_arguments(logits, labels, axis, where, label_smoothing, class_weights, axis_name) -> tuple:
+def _soft_arguments(
+    logits, labels, axis=-1, where=None, label_smoothing=0.0, class_weights=None, *, axis_name
+) -> tuple:
     logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_probabilities(labels, logits, axes.positions)
-    return logits, labels, mask, *_of_labels(label_smoothing, class_weights, logits, axes), axes
-
-
-def _safe_arguments(logits, labels, axis_name) -> tuple:
-    return _soft_arguments(logits, labels, -1, None, 0.0, None, axis_name)
-
-
-def _of_labels(label_smoothing, class_weights, logits, axes) -> tuple:
-    """Class weights and smoothing, None where they are off."""
-    if class_weights is not None:
-        class_weights = checks.class_weights(class_weights, math.prod(logits.shape[i] for i in axes.positions))
-    if checks.is_known_as(0, label_smoothing):
-        return class_weights, None
-    return class_weights, option_of_examples("label_smoothing", label_smoothing, logits, axes, 0.0, 1.0)
+    return logits, labels, mask, *checked_options(label_smoothing, class_weights, logits, axes), axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
@@ -184,11 +174,11 @@ def integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> 
     labels = jnp.expand_dims(classes.labels(labels, classes.number(z, axis)), axis.positions)
     (wide,) = dtypes.widen(z)
     if smooth is not None:
-        y = _weighed(wide, classes.one_hot(wide, labels, axis), class_weights, smooth, axis)
+        y = weighed(wide, classes.one_hot(wide, labels, axis), class_weights, smooth, axis)
         loss = soft_label_loss(wide, y, axis)
     else:
         # With a term more, the gradients of both are added before the one rounding.
-        loss, weights = label_loss(z if penalty is None else wide, labels, axis), _weights(z, class_weights, axis)
+        loss, weights = label_loss(z if penalty is None else wide, labels, axis), weights_beside(z, class_weights, axis)
         loss = loss if weights is None else loss * classes.take(weights, labels, axis)
     if penalty is not None:
         # Where a weight may be 0, it has digits of its own.
@@ -197,35 +187,12 @@ def integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> 
     return classes.absent_examples(loss, mask, axis)
 
 
-def _weights(z: Array, class_weights: Array | None, axis: classes.ClassAxis) -> Array | None:
-    """The class weights beside z."""
-    if class_weights is None:
-        return None
-    (position,), weights = axis.positions, class_weights.astype(dtypes.compute_dtype(z.dtype))
-    weights = jnp.expand_dims(weights, [i for i in range(z.ndim) if i != position % z.ndim])
-    return sharded_like(z, jnp.broadcast_to(weights, z.shape))
-
-
-def _smoothed(z: Array, y: Array, smooth: Array, axis: classes.ClassAxis) -> Array:
-    """(1 - smooth) y + smooth / (number of classes there are)."""
-    exists = lax.stop_gradient(z) > -jnp.inf
-    count = jnp.maximum(classes.sum(exists.astype(y.dtype), axis), 1)
-    smooth = sharded_like(count, jnp.expand_dims(smooth.astype(y.dtype), axis.positions))
-    return (1 - smooth) * y + jnp.where(exists, smooth / count, 0.0)
-
-
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
 def _soft_loss(logits, labels, mask, class_weights, smooth, axes) -> Array:
     (logits, labels, mask), axis = classes.one_axis(axes, *dtypes.widen_labels(logits, labels), mask)
     z = classes.present(logits, mask, axis)
-    y = _weighed(z, classes.zero_absent(labels, mask), class_weights, smooth, axis)
+    y = weighed(z, classes.zero_absent(labels, mask), class_weights, smooth, axis)
     return classes.absent_examples(soft_label_loss(z, y, axis), mask, axis)
-
-
-def _weighed(z: Array, y: Array, class_weights: Array | None, smooth: Array | None, axis: classes.ClassAxis) -> Array:
-    """The labels that smoothing and class weights make of y."""
-    y, weights = y if smooth is None else _smoothed(z, y, smooth, axis), _weights(z, class_weights, axis)
-    return y if weights is None else weights * y
 
 
 # Rules. z keeps its dtype, so that the residual of half-precision logits is no larger than they are; the class axis
@@ -323,7 +290,7 @@ def _soft_label_loss_bwd(axis, residuals, ct):
     (m, s), z = classes.afresh(moments, (m, s), axis, z)
     (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
     surprise = -log_softmax_of(z, axis)
-    return scaled_soft_label_gradient(ct, z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
+    return ct * soft_label_gradient(z, y, m, s, axis), ct * jnp.where((y == 0) & (z == -jnp.inf), 0.0, surprise)
 
 
 soft_label_loss.defvjp(_soft_label_loss_fwd, _soft_label_loss_bwd)
@@ -346,25 +313,6 @@ def _soft_label_gradient_bwd(axis, residuals, g):
 soft_label_gradient.defvjp(None, _soft_label_gradient_bwd)
 
 
-@custom_vjp(nondiff_argnums=(5,))
-def scaled_soft_label_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
-    """ct times `soft_label_gradient`; its derivative in z is multiplied once per example, by ct Σy.
-
-    Two rules, since forward mode transposes this one in ct, and differentiates what stands inside as it is.
-    """
-    return ct * soft_label_gradient(z, y, m, s, axis)
-
-
-def _scaled_bwd(axis, residuals, g):
-    ct, z, y, m, s = residuals
-    p, scale = probabilities(z, m, 1 + s, axis), ct * classes.sum(y, axis)
-    by_ct = classes.local_sum(g * soft_label_gradient(z, y, m, s, axis), axis)
-    return by_ct, scale * jacobian_product(g, p, axis), ct * (classes.sum(p * g, axis) - g), None, None
-
-
-scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
-
-
 # Hessian: (Σy + 2ζ lse) J + 2ζ ppᵀ, with the weights y that the loss gives to the classes.
 
 
@@ -372,16 +320,16 @@ scaled_soft_label_gradient.defvjp(None, _scaled_bwd)
 def _integer_operators(logits, labels, mask, class_weights, smooth, penalty, axis) -> Curvature:
     z = classes.present(*dtypes.widen(logits), mask, axis)
     label = classes.labels(labels, classes.number(z, axis))[..., None]
-    weight = classes.sum(_weighed(z, classes.one_hot(z, label, axis), class_weights, smooth, axis), axis)
+    weight = classes.sum(weighed(z, classes.one_hot(z, label, axis), class_weights, smooth, axis), axis)
     return categorical(z, only_examples(mask, weight, axis), draw_labels, _label_score, axis, penalty, mask)
 
 
 @operators_of(softmax_cross_entropy, _soft_arguments, "axis")
-@operators_of(safe_softmax_cross_entropy, _safe_arguments, "axis")
+@operators_of(safe_softmax_cross_entropy, _soft_arguments, "axis")
 def _soft_operators(logits, labels, mask, class_weights, smooth, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z = classes.present(logits, mask, axis)
-    weight = classes.sum(_weighed(z, classes.zero_absent(y, mask), class_weights, smooth, axis), axis)
+    weight = classes.sum(weighed(z, classes.zero_absent(y, mask), class_weights, smooth, axis), axis)
     return categorical(z, only_examples(mask, weight, axis), draw_one_hot, soft_label_score, axis)
 
 
