@@ -5,6 +5,7 @@ kept: sums of expm1 with arrays kept 1.6 to 2.2, barriers but one limit for all 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -57,10 +58,10 @@ def divergence_terms(q: Array, d: Array, grown: Array) -> Array:
     return jnp.where(jnp.abs(d) < 1, near, grown - q - jnp.where(q > 0, q * d, 0.0))
 
 
-def sums_on_cpu(x: Array, z: Array, axis: int) -> Numbers:
+def sums_on_cpu(x: Array, z: Array, axis: int, top: Callable) -> Numbers:
     """max x, Σ exp(x - max x), both of z, δ̄ and log Σ q exp(δ - δ̄): kernels apart, so that none keeps an array."""
     limit, total = dtypes.largest(x.dtype), functools.partial(jnp.sum, axis=axis, keepdims=True)
-    tops = settled(*(jnp.max(a, axis, keepdims=True, initial=-jnp.inf) for a in (x, z)))
+    tops = settled(top(x), top(z))
     total_x = total(jnp.exp(_apart_on_cpu(x, z, *tops, kernel=0)[0]))
     total_z = total(jnp.exp(_apart_on_cpu(x, z, *tops, kernel=1)[1]))
     _, below_z, gap = _apart_on_cpu(x, z, *tops, kernel=2)

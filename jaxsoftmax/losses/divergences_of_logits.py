@@ -165,7 +165,8 @@ def compare(x: Array, z: Array, axis: classes.Axis) -> Sums:
     plain = functools.partial(_sums, axis=axis)
     if classes.is_split(axis):
         return Sums(*plain(x, z))
-    on_cpu = functools.partial(sums_on_cpu, axis=classes.positions(axis)[0] % x.ndim)
+    top = functools.partial(classes.top, axis=axis)
+    on_cpu = functools.partial(sums_on_cpu, axis=classes.positions(axis)[0] % x.ndim, top=top)
     return Sums(*lax.platform_dependent(x, z, cpu=on_cpu, default=plain))
 
 
