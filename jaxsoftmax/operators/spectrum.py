@@ -41,14 +41,15 @@ def largest_eigenvalue(p: Array, logs: Array) -> Array:
 @functools.partial(jnp.vectorize, signature="(k),(k)->(k)")
 def eigenvalues(p: Array, logs: Array) -> Array:
     """All eigenvalues of diag(p) - ppᵀ, ascending, in about 7 passes of O(K²), with O(K) memory."""
-    return _ascending(*_in_order(p, logs)[1:])
+    _, logs, p, roots = _in_order(p, logs)
+    return _ascending(logs, p, roots)
 
 
 @functools.partial(jnp.vectorize, signature="(k),(k)->(k),(k,k)")
 def eigenpairs(p: Array, logs: Array) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors as columns; O(K²)."""
-    order, *found = _in_order(p, logs)
-    return _ascending(*found), _eigenvectors(*found)[::-1, jnp.argsort(order)].T
+    order, logs, p, roots = _in_order(p, logs)
+    return _ascending(logs, p, roots), _eigenvectors(logs, p, roots)[::-1, jnp.argsort(order)].T
 
 
 def _in_order(p: Array, logs: Array) -> tuple[Array, Array, Array, "Roots"]:
