@@ -26,6 +26,7 @@ from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 from jaxsoftmax.operators.function_of_loss import FunctionOfLoss
+from jaxsoftmax.operators.log_derivatives import quotient
 from jaxsoftmax.operators.softmax_jacobian import SoftmaxJacobian
 
 
@@ -238,6 +239,21 @@ one_minus_p.defvjp(_one_minus_p_fwd, _one_minus_p_bwd)
 # Hessians.
 
 
+@custom_vjp
+def missed_power(s: Array, exponent: Array) -> Array:
+    """σ(-s)^exponent, whose derivatives have no other power: they would leave float32 before it does."""
+    return sigmoid(-s) ** exponent
+
+
+def _missed_power_bwd(residuals, ct):
+    s, exponent = residuals
+    power = ct * missed_power(s, exponent)
+    return -power * exponent * sigmoid(s), -power * softplus(s)
+
+
+missed_power.defvjp(None, _missed_power_bwd)
+
+
 @operators_of(focal_loss_with_integer_labels, _focal_arguments, "axis")
 def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     # f(L) = u^γ L with u = 1 - p_c.
@@ -249,8 +265,10 @@ def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     s = jnp.clip(margin(z, label, axis), -1e9, -0.9 * jnp.log(jnp.finfo(z.dtype).tiny))
     gamma = typed_like(s, gamma.astype(s.dtype)[..., None])
     u, pc, loss = sigmoid(-s), sigmoid(s), softplus(-s)
-    slope = only_examples(mask, u**gamma * (1 + gamma * pc * (loss / u)), axis)
-    bend = only_examples(mask, gamma * u ** (gamma - 1) * pc * (2 + (gamma - 1) * pc * (loss / u) - loss), axis)
+    ratio = quotient(loss, u)
+    slope = only_examples(mask, missed_power(s, gamma) * (1 + gamma * pc * ratio), axis)
+    bend = gamma * missed_power(s, gamma - 1) * pc * (2 + (gamma - 1) * pc * ratio - loss)
+    bend = only_examples(mask, bend, axis)
     weights = slope * p + bend * (1 - classes.others(z, label, axis))
     hessian = FunctionOfLoss(weights, p, axis=axis, first=slope, second=bend, label=label, missed=u)
     return Curvature(hessian, SoftmaxJacobian(p, slope, axis=axis))

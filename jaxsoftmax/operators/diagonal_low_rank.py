@@ -16,7 +16,7 @@ Reference: docs/mathematics.md, sections 2, 4 and 5.
 import dataclasses
 import functools
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
             p, top = self.centre, is_top(self.centre)
             rest = classes.sum((1 - top) * out, self.axis)
             others = jnp.where(p > 0.5, rest, classes.sum(top * out, self.axis) + rest - out)  # Σ_{k≠i} d_k
-            out = out * complement(p, self.axis) ** 2 + p**2 * (others + self._kappa)
+            missed = complement(p, self.axis)
+            out = out * missed * missed + p * (p * (others + self._kappa))  # squares alone would underflow
         return self._t**2 * out + self._e
 
     @compiled
@@ -128,7 +129,11 @@ class DiagonalPlusLowRank(SymmetricOperator):
         # A off the diagonal is B = W M Wᵀ. With c the class of the largest |B_ii|, which would cancel in the last sums,
         #
         #     Σ A_ij² = Σ A_ii² + 2 Σ_{i≠c} B_ci² + Σ_{i,j≠c} B_ij² - Σ_{i≠c} B_ii²,    Σ B_ij² = tr (M WᵀW)².
-        w, m = self._off_diagonal()
+        # In units of the largest |A_ii|, since squares would underflow.
+        (w, m), diagonal = self._off_diagonal(), self.diagonal()
+        unit = classes.max(lax.stop_gradient(jnp.abs(diagonal)), self.axis)
+        unit = jnp.maximum(jnp.where(unit == 0, 1, unit), jnp.finfo(self.dtype).tiny)
+        w, diagonal = w / jnp.sqrt(unit)[..., None], diagonal / unit
         b = jnp.sum(_dot(w, m) * w, -1)  # B_ii
         size = lax.stop_gradient(jnp.abs(b))
         other = classes.others(b, classes.argmax(size, classes.max(size, self.axis), self.axis), self.axis)
@@ -136,8 +141,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
         gram = _dot(m, jnp.concatenate([self._row_sum(w[..., i, None] * w) for i in range(w.shape[-1])], -2))
         rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - classes.sum((b * other) ** 2, self.axis)[..., 0]
         b_c = jnp.sum(_dot(w_c, m) * w, -1)
-        outer = classes.sum(self.diagonal() ** 2 + 2 * b_c**2, self.axis)[..., 0]
-        return root(outer + jnp.maximum(rest, 0))
+        outer = classes.sum(diagonal**2 + 2 * b_c**2, self.axis)[..., 0]
+        return unit[..., 0] * root(outer + jnp.maximum(rest, 0))
 
     def _row_sum(self, w: Array) -> Array:
         """Σ over the classes, the last axis but one, which stays with length 1."""
@@ -194,61 +199,84 @@ class DiagonalPlusLowRank(SymmetricOperator):
     def _quadratic_form(self, v: Array) -> Array:
         u = v if self.slope is None else self.slope * v
         deviation = u if self.centre is None else centred(u, self.centre, self.axis)
-        out = classes.sum(self.weights * deviation**2, self.axis)[..., 0]
+        out = classes.sum(self.weights * deviation * deviation, self.axis)[..., 0]
         if self.mean_weight is not None and self.centre is not None:
             out = out + (self.mean_weight * classes.sum(self.centre * u, self.axis) ** 2)[..., 0]
         return out if self.extra is None else out + classes.sum(self.extra * v**2, self.axis)[..., 0]
 
-    # Solutions. With ε = e + λ and W = 1/(t²d + ε), (A + λI) x = v reads x = W∘(v + t∘(d m + p n)) for the two numbers
-    # m = <p,tx> and n = Σ d∘(tx - m) - κ m. The mean of tx under p and the sum over d give
+    # Solutions of (A + λI) x = v. With ε = e + λ and W = 1/(t²d + ε) every class but the top one, c, has
     #
-    #     a m - c n = <pt∘W, v>,    b m + a n = <dt∘W, v>,    with a, b, c of docs/mathematics.md, (D1).
+    #     x = W∘(v + t∘(d m + p n)),    m = <p,tx>,    n = Σ d∘(tx - m) - κ m,
     #
-    # They are sums of one sign where d and ε are positive, and det(A + λI) is (D2). Where A is nearly singular m is
-    # large, a and b are small, and the derivatives of a, b, dt∘W are too: as shares of ε and t²d they keep that.
+    # and c, whose weight d_c is far above A where p_c is near 1, an equation without cancellation. Sums over the others,
+    #
+    #     h = Σ p t²dW,    a = Σ p εW,    b = κ + Σ dεW,    B = Σ p²t²W,    q = 1 - h = p_c + a,
+    #     f = <pt∘W, v>,    g = <dt∘W, v>,    D = q² + B (b + d_c),
+    #
+    # give, with y = t_c x_c (0 and ε_c = 1 where p has no top class),
+    #
+    #     (ε_c D + t_c² (p_c² b + d_c (B b + a²))) x_c = D v_c + t_c ((q p_c + B d_c) g + (a d_c - b p_c) f),
+    #     D m = D y + q (f - a y) + B (g - b y),    D n = q (g - b y) - (b + d_c)(f - a y),
+    #
+    # and det(A + λI) is the first bracket times Π(t²d + ε). Where d is positive no sum has two signs.
 
-    def _means(self, damping: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """(W, d∘W, a, b, c) of above; a = 1 in a slice that is masked throughout."""
+    def _reduced(self, damping: Array) -> "_Reduced":
         assert self.centre is not None
-        p, d, t, e = self.centre, self.weights, self._t, self._e + damping
-        load, heavy = t * t * d, t * t * d > e
-        w = quotient(jnp.ones_like(load), load + e)
-        dw = jnp.where(heavy, quotient(share(load, e), jnp.where(heavy, t * t, 1)), d * w)
-        absent = jnp.where(classes.sum(p, self.axis) == 0, 1, 0).astype(p.dtype)
-        a = absent + classes.sum(p * share(e, load), self.axis)
-        b = self._kappa + classes.sum(e * dw, self.axis)
-        return w, dw, a, b, classes.sum((p * t) ** 2 * w, self.axis)
+        total = functools.partial(classes.sum, axis=self.axis)
+        top, e, square = is_top(self.centre), self._e + damping, self._t**2
+        p, d, e_c = (1 - top) * self.centre, (1 - top) * self.weights, 1 - total(top) + total(top * e)
+        load, e = square * d, jnp.where(top > 0, 1, e)
+        heavy, small, left = jnp.abs(load) > jnp.abs(e), share(load, e), share(e, load)
+        w = (1 - top) * quotient(jnp.ones_like(load), load + e)
+        dw = jnp.where(heavy, quotient(small, jnp.where(heavy, square, 1)), d * w)
+        p_c, d_c, t_c = (total(top * x) for x in (self.centre, self.weights, self._t))
+        h, a, b, c = total(p * small), total(p * left), self._kappa + total(e * dw), total((p * self._t) ** 2 * w)
+        q = jnp.where(h < 0.5, 1 - h, p_c + a)
+        det = q**2 + c * (b + d_c)
+        pivot = e_c * det, t_c**2 * (p_c**2 * b + d_c * (c * b + a * a))
+        return _Reduced(p, w, dw, load + e, left, heavy, p_c, d_c, t_c, a, b, c, q, det, *pivot)
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
         if self.centre is None:
             return quotient(v, self._t**2 * self.weights + self._e + damping)
-        p, d, t, e = self.centre, self.weights, self._t, self._e + damping
-        (w, dw, a, b, c), heavy = self._means(damping), t * t * d > e
-        # <dt∘W, v> from u = v/t: where t²d > ε, which is where 1/ε would magnify rounding, dt²∘W = 1 - ε∘W, and the
-        # deviations of u from their mean there sum to 0: what is left of them is -Σ ε∘W∘(u - mean).
-        head = jnp.where(heavy, 1, 0).astype(t.dtype)
-        u = v / jnp.where(heavy, t, 1)
-        mean = classes.sum(head * u, self.axis) / jnp.maximum(classes.sum(head, self.axis), 1)
-        terms = jnp.where(heavy, -share(e, t * t * d) * (u - mean), t * dw * (v - t * mean))
-        of_d = mean * classes.sum(t * t * dw, self.axis) + classes.sum(terms, self.axis)
-        of_p = classes.sum(p * t * w * v, self.axis)
-        # The two equations over c, which is not small; it is 0 where no class is left, and m with it.
-        none = jnp.where(c == 0, 1, 0).astype(t.dtype)
-        a_over_c, of_d = quotient(a, c + none), (1 - none) * of_d
-        det = (1 - none) * b + none + a * a_over_c
-        m = quotient(of_d + a_over_c * of_p, det)
-        n = quotient(a_over_c * of_d - quotient(b, c + none) * of_p, det)
-        return w * (v + t * p * n) + t * dw * m
+        r, t, top, total = self._reduced(damping), self._t, is_top(self.centre), functools.partial(classes.sum, axis=self.axis)
+        # u = v/t where t²d > ε, which is where 1/ε would magnify rounding: dt²∘W = 1 - ε∘W, and the deviations of u from
+        # their mean there sum to 0: what is left of them is -Σ ε∘W∘(u - mean).
+        tied = jnp.abs(r.others) > jnp.abs(r.own)
+        head = jnp.where(r.heavy | tied & (top > 0), 1, 0).astype(t.dtype)
+        u = v / jnp.where(head > 0, t, 1)
+        mean = total(head * u) / jnp.maximum(total(head), 1)
+        common = 0
+        if self.singular and self.slope is None:  # A has no part in what all classes share
+            v, u, common, mean = v - mean, u - mean, quotient(mean, damping), 0 * mean
+        terms = jnp.where(r.heavy, -r.left * (u - mean), t * r.dw * (v - t * mean))
+        sum_d = mean * total(t * t * r.dw + head * top) + total(terms)  # with v_c/t_c where c is tied to the others
+        f, v_c = total(r.p * t * r.w * v), total(top * v)
+        g = sum_d - total(head * top * u)
+        along = (r.a * r.d_c - r.b * r.p_c) * f
+        x_c = jnp.where(
+            tied,
+            r.t_c * (r.det * sum_d - (r.a * r.q + r.c * r.b) * g + along),
+            r.det * v_c + r.t_c * ((r.q * r.p_c + r.c * r.d_c) * g + along),
+        )
+        x_c = quotient(x_c, r.own + r.others)
+        y = r.t_c * x_c
+        f, g = f - r.a * y, g - r.b * y
+        m = y + quotient(r.q * f + r.c * g, r.det)
+        n = quotient(r.q * g - (r.b + r.d_c) * f, r.det)
+        return common + jnp.where(top > 0, x_c, r.w * (v + t * r.p * n) + t * r.dw * m)
 
     @compiled
     def _logdet(self, damping: Array) -> Array:
-        factors = self._t**2 * self.weights + self._e + damping
+        if self.centre is None:
+            factors, last = self._t**2 * self.weights + self._e + damping, None
+        else:
+            r = self._reduced(damping)
+            factors, last = r.factors, r.own + r.others
         logs = classes.sum(jnp.log(jnp.abs(factors)), self.axis)
         negative = classes.sum(jnp.where(factors < 0, 1, 0), self.axis)
-        if self.centre is not None:
-            _, _, a, b, c = self._means(damping)
-            last = a * a + b * c
+        if last is not None:
             logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
         return classes.undefined(negative % 2 == 1, logs)[..., 0]
 
@@ -262,13 +290,14 @@ class DiagonalPlusLowRank(SymmetricOperator):
             negative = classes.sum(jnp.where(self.weights < 0, 1, 0), self.axis)
             centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)
             return (centred_psd & (self._kappa >= 0))[..., 0]
-        # The signs of section 2.5, of A shifted by as much as rounding may have taken from it.
+        # A without the top class, and det A. [[F, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of that minor ⊕ -C⁻¹, and
+        # of F ⊕ [[-B, q], [q, b + d_c]] (Sylvester), F = diag(t²d + e) shifted by as much as rounding may have taken.
         diagonal = self._t**2 * self.weights + self._e
         slack = 16 * jnp.finfo(self.dtype).eps * classes.max(jnp.abs(diagonal), self.axis)
-        slack = jnp.maximum(slack, jnp.finfo(self.dtype).tiny)
-        w, _, a, b, c = self._means(slack)
-        negative = classes.sum(jnp.where(w < 0, 1, 0), self.axis)
-        return jnp.where(a * a + b * c >= 0, negative == 0, (negative == 1) & (c < 0))[..., 0]
+        r = self._reduced(jnp.maximum(slack, jnp.finfo(self.dtype).tiny))
+        negative, last = classes.sum(jnp.where(r.factors < 0, 1, 0), self.axis), r.own + r.others
+        minor = jnp.where(r.det >= 0, (negative == 0) & (last >= 0), (negative == 1) & (r.c < 0) & (last <= 0))
+        return minor[..., 0]
 
     def _excess(self) -> tuple[Array, Array]:
         """b and |b|²; 0 where no weight is negative."""
@@ -314,3 +343,24 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
 def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
+
+
+class _Reduced(NamedTuple):
+    """What is left of A + λI: over the others p, W, d∘W, t²d + ε, ε∘W, whether t²d > ε; and numbers per example."""
+
+    p: Array
+    w: Array
+    dw: Array
+    factors: Array
+    left: Array
+    heavy: Array
+    p_c: Array
+    d_c: Array
+    t_c: Array
+    a: Array
+    b: Array
+    c: Array
+    q: Array
+    det: Array
+    own: Array
+    others: Array
