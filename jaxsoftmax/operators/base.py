@@ -59,9 +59,11 @@ class SymmetricOperator:
     def __getitem__(self, index: Any) -> Self:
         """The operators of a batch at an index of its batch axes: `A[40]`, `A[:, 2]`, `A[mask]`."""
         batch, index = self.shape[:-2], index if isinstance(index, tuple) else (index,)
-        first = index[0] if index else None
-        if not batch or isinstance(first, int) and not -batch[0] <= first < batch[0]:
-            raise IndexError(f"index {index} is out of range for an operator with batch axes {batch}")
+        if not any(isinstance(i, Tracer) for i in jax.tree.leaves(index)):
+            try:
+                np.broadcast_to(0, batch)[tuple(np.asarray(i) if isinstance(i, Array) else i for i in index)]
+            except IndexError as error:
+                raise IndexError(f"index {index} of an operator with batch axes {batch}: {error}") from None
         jax.eval_shape(lambda x: x[index], jax.ShapeDtypeStruct(batch, self.dtype))  # names what is wrong
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, x.shape[-1]))[(*index, slice(None))], self)
 

@@ -59,7 +59,7 @@ def test_index_of_a_batch(operator):
     for index in (3, -1, slice(1, 3), Ellipsis, np.array([0, 4]), np.arange(5) % 2 == 0):
         np.testing.assert_array_equal(operator[index], a[index])
     assert len(list(operator)) == 5
-    for index in (5, -6, (0, 0)):
+    for index in (5, -6, np.int64(5), jnp.array([0, 5]), (0, 0)):
         with pytest.raises(IndexError):
             operator[index]
     with pytest.raises(IndexError, match="batch axes"):
