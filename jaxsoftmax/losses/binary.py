@@ -29,7 +29,7 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, pos_we
     Args:
       logits: floating-point logits x of any shape.
       labels: 0 or 1, or the probability y of the positive class; a shape that broadcasts to that of `logits`.
-      pos_weight: weight ω of the positive class, as in torch; a shape that broadcasts to that of `logits`.
+      pos_weight: weight ω ≥ 0 of the positive class, as in torch; a shape that broadcasts to that of `logits`.
 
     Returns:
       Losses, of the shape of `logits`; float32 for half-precision logits, else of the common dtype of logits and
@@ -80,7 +80,7 @@ def _logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Arr
 def _logistic_arguments(logits, labels, pos_weight) -> tuple:
     logits, labels = _logits_and_labels(logits, labels)
     weight = 1.0 if pos_weight is None else pos_weight
-    weight = checks.option("pos_weight", weight, logits.shape, dtypes.compute_dtype(logits.dtype))
+    weight = checks.option("pos_weight", weight, logits.shape, dtypes.compute_dtype(logits.dtype), low=0.0)
     return aligned(logits, labels, weight)
 
 

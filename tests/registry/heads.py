@@ -211,7 +211,7 @@ OPTIONS = {
         "ignore_index": IGNORED,
     },
     losses.multiclass_sparsemax_loss: {"ignore_index": IGNORED},
-    losses.sigmoid_binary_cross_entropy: {"pos_weight": Option((2.5,), ("x", 1j, np.ones(7)))},
+    losses.sigmoid_binary_cross_entropy: {"pos_weight": Option((2.5,), ("x", 1j, -1.0, np.ones(7)))},
     losses.sigmoid_focal_loss: {
         "alpha": Option((0.25,), ("x", 1j, 1.5, -0.1, np.ones(7))),
         "gamma": Option((0.0, 0.5, 1.0), ("x", 1j, -1.0, np.ones(7))),
