@@ -20,7 +20,7 @@ from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import jacobian_product
 from jaxsoftmax._core.forms_of_two import apart, apart_plainly, divergence_terms, sums_on_cpu
 from jaxsoftmax._core.forms_of_two import log_ratio as log_ratio_of
-from jaxsoftmax._core.scalar_functions import log_double_sigmoid, missing_bits, sigmoid
+from jaxsoftmax._core.scalar_functions import log_double_sigmoid, missing_bits, sigmoid, softplus
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import draw_one_hot, soft_label_score
@@ -230,11 +230,23 @@ def _jensen_shannon_bwd(axis, residuals, ct):
     sums, x, z = classes.afresh(compare, sums, axis, x, z)
     ratio = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3)  # p or q is 0 beyond
     p, q = distributions(x, z, sums, axis)
-    dx, dz = (jacobian_product(log_double_sigmoid(v), of, axis) for v, of in ((ratio, p), (-ratio, q)))
+    dx, dz = (jacobian_product(log_share(v, sums.kl), of, axis) for v, of in ((ratio, p), (-ratio, q)))
     return ct * dx / 2, ct * dz / 2
 
 
 jensen_shannon.defvjp(_jensen_shannon_fwd, _jensen_shannon_bwd)
+
+
+@custom_vjp
+def log_share(ratio: Array, divergence: Array) -> Array:
+    """log(2σ(ρ)) = log(p/m) but for a constant, which J takes to 0: log σ(ρ) where p and q are far from each other.
+
+    Where p is there, the first is near 0 if the two are close, and the second if they are far.
+    """
+    return jnp.where(divergence > 1, -softplus(-ratio), log_double_sigmoid(ratio))
+
+
+log_share.defvjp(None, lambda residuals, ct: (ct * sigmoid(-residuals[0]), None))
 
 
 @custom_vjp(nondiff_argnums=(3,))
@@ -292,6 +304,7 @@ def _jensen_shannon_operators(logits, targets, mask, temperature, axis) -> Curva
     # φ″ = 1/(2p) - 1/(2(p + q)), so b = φ″ p² = ½ p σ(-ρ).
     x, z = (classes.present(a, mask, axis) for a in dtypes.widen(logits, targets))
     (x, z), _ = tempered(temperature, axis, x, z)
-    ratio, p = jnp.clip(log_ratio(x, z, compare(x, z, axis), axis), -1e3, 1e3), softmax_of(x, axis)
-    gradient = jacobian_product(log_double_sigmoid(ratio), p, axis) / 2
+    sums = compare(x, z, axis)
+    ratio, p = jnp.clip(log_ratio(x, z, sums, axis), -1e3, 1e3), softmax_of(x, axis)
+    gradient = jacobian_product(log_share(ratio, sums.kl), p, axis) / 2
     return in_logits(of_probabilities(p, p * sigmoid(-ratio) / 2, gradient, mask, axis), temperature)
