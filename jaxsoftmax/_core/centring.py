@@ -211,8 +211,9 @@ def _transpose(y, p, axis, above):
 
 def _transpose_on_cpu(y, p, axis, above):
     at_top = is_top(p, above)
-    top, others, rest = (classes.sum(x, axis) for x in (at_top * y, y - at_top * y, p - at_top * p))
-    return (1 - at_top + at_top * rest) * y - p * (others + (1 - at_top) * top)
+    other = 1 - at_top  # a product, not y - at_top y, whose transpose would add what it takes away again
+    top, others, rest = (classes.sum(x, axis) for x in (at_top * y, other * y, other * p))
+    return (other + at_top * rest) * y - p * (others + other * top)
 
 
 def less(y: Array, p: Array, rest: Array, mass: Array | float = 1.0) -> Array:
