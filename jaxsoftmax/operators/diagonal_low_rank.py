@@ -204,16 +204,16 @@ class DiagonalPlusLowRank(SymmetricOperator):
             out = out + (self.mean_weight * classes.sum(self.centre * u, self.axis) ** 2)[..., 0]
         return out if self.extra is None else out + classes.sum(self.extra * v**2, self.axis)[..., 0]
 
-    # Solutions of (A + λI) x = v. With ε = e + λ and W = 1/(t²d + ε) every class but the top one, c, has
+    # Solutions of (A + λI) x = v. With ε = e + λ and W = 1/(t²d + ε) every class but one, c, has
     #
     #     x = W∘(v + t∘(d m + p n)),    m = <p,tx>,    n = Σ d∘(tx - m) - κ m,
     #
-    # and c, whose weight d_c is far above A where p_c is near 1, an equation without cancellation. Sums over the others,
+    # and c, whose weight d_c is far above A where p_c is near 1, an equation that does not cancel. Sums over others,
     #
     #     h = Σ p t²dW,    a = Σ p εW,    b = κ + Σ dεW,    B = Σ p²t²W,    q = 1 - h = p_c + a,
     #     f = <pt∘W, v>,    g = <dt∘W, v>,    D = q² + B (b + d_c),
     #
-    # give, with y = t_c x_c (0 and ε_c = 1 where p has no top class),
+    # give, with y = t_c x_c,
     #
     #     (ε_c D + t_c² (p_c² b + d_c (B b + a²))) x_c = D v_c + t_c ((q p_c + B d_c) g + (a d_c - b p_c) f),
     #     D m = D y + q (f - a y) + B (g - b y),    D n = q (g - b y) - (b + d_c)(f - a y),
@@ -223,8 +223,9 @@ class DiagonalPlusLowRank(SymmetricOperator):
     def _reduced(self, damping: Array) -> "_Reduced":
         assert self.centre is not None
         total = functools.partial(classes.sum, axis=self.axis)
-        top, e, square = is_top(self.centre), self._e + damping, self._t**2
-        p, d, e_c = (1 - top) * self.centre, (1 - top) * self.weights, 1 - total(top) + total(top * e)
+        e, square = self._e + damping, self._t**2
+        top = self._apart(square, e)
+        p, d, e_c = (1 - top) * self.centre, (1 - top) * self.weights, total(top * e)
         load, e = square * d, jnp.where(top > 0, 1, e)
         heavy, small, left = jnp.abs(load) > jnp.abs(e), share(load, e), share(e, load)
         w = (1 - top) * quotient(jnp.ones_like(load), load + e)
@@ -234,16 +235,25 @@ class DiagonalPlusLowRank(SymmetricOperator):
         q = jnp.where(h < 0.5, 1 - h, p_c + a)
         det = q**2 + c * (b + d_c)
         pivot = e_c * det, t_c**2 * (p_c**2 * b + d_c * (c * b + a * a))
-        return _Reduced(p, w, dw, load + e, left, heavy, p_c, d_c, t_c, a, b, c, q, det, *pivot)
+        return _Reduced(top, p, w, dw, load + e, left, heavy, p_c, d_c, t_c, a, b, c, q, det, *pivot)
+
+    def _apart(self, square: Array, e: Array) -> Array:
+        """1 at class c, else 0."""
+        p, factors = self.centre, square * self.weights + e
+        assert p is not None
+        cost = jnp.where(p > 0.5, jnp.inf, quotient(square * p * p, jnp.abs(factors)))
+        cost = lax.stop_gradient(cost)
+        return 1 - classes.others(p, classes.argmax(cost, classes.max(cost, self.axis), self.axis), self.axis)
 
     @compiled
     def _solve(self, v: Array, damping: Array) -> Array:
         if self.centre is None:
             return quotient(v, self._t**2 * self.weights + self._e + damping)
-        r, t, top, total = self._reduced(damping), self._t, is_top(self.centre), functools.partial(classes.sum, axis=self.axis)
-        # u = v/t where t²d > ε, which is where 1/ε would magnify rounding: dt²∘W = 1 - ε∘W, and the deviations of u from
-        # their mean there sum to 0: what is left of them is -Σ ε∘W∘(u - mean).
-        tied = jnp.abs(r.others) > jnp.abs(r.own)
+        r, t, total = self._reduced(damping), self._t, functools.partial(classes.sum, axis=self.axis)
+        top = r.top
+        # u = v/t where t²d > ε, which is where 1/ε would magnify rounding: dt²∘W = 1 - ε∘W, and the deviations of u
+        # from their mean there sum to 0: what is left of them is -Σ ε∘W∘(u - mean).
+        tied = 4 * jnp.abs(r.others) > jnp.abs(r.own)
         head = jnp.where(r.heavy | tied & (top > 0), 1, 0).astype(t.dtype)
         u = v / jnp.where(head > 0, t, 1)
         mean = total(head * u) / jnp.maximum(total(head), 1)
@@ -290,8 +300,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
             negative = classes.sum(jnp.where(self.weights < 0, 1, 0), self.axis)
             centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)
             return (centred_psd & (self._kappa >= 0))[..., 0]
-        # A without the top class, and det A. [[F, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of that minor ⊕ -C⁻¹, and
-        # of F ⊕ [[-B, q], [q, b + d_c]] (Sylvester), F = diag(t²d + e) shifted by as much as rounding may have taken.
+        # A without class c, and det A. [[F, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of that minor ⊕ -C⁻¹, and of
+        # F ⊕ [[-B, q], [q, b + d_c]] (Sylvester), F = diag(t²d + e) shifted by as much as rounding may have taken.
         diagonal = self._t**2 * self.weights + self._e
         slack = 16 * jnp.finfo(self.dtype).eps * classes.max(jnp.abs(diagonal), self.axis)
         r = self._reduced(jnp.maximum(slack, jnp.finfo(self.dtype).tiny))
@@ -348,6 +358,7 @@ def _dot(a: Array, b: Array) -> Array:
 class _Reduced(NamedTuple):
     """What is left of A + λI: over the others p, W, d∘W, t²d + ε, ε∘W, whether t²d > ε; and numbers per example."""
 
+    top: Array
     p: Array
     w: Array
     dw: Array
