@@ -158,7 +158,7 @@ def integer_arguments(
 
 
 def _soft_arguments(
-    logits, labels, axis=-1, where=None, label_smoothing=0.0, class_weights=None, *, axis_name
+    logits, labels, axis: Any = -1, where=None, label_smoothing: Any = 0.0, class_weights=None, *, axis_name
 ) -> tuple:
     logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_probabilities(labels, logits, axes.positions)

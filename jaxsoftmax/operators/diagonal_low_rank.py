@@ -204,21 +204,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
             out = out + (self.mean_weight * classes.sum(self.centre * u, self.axis) ** 2)[..., 0]
         return out if self.extra is None else out + classes.sum(self.extra * v**2, self.axis)[..., 0]
 
-    # Solutions of (A + λI) x = v. With ε = e + λ and W = 1/(t²d + ε) every class but one, c, has
-    #
-    #     x = W∘(v + t∘(d m + p n)),    m = <p,tx>,    n = Σ d∘(tx - m) - κ m,
-    #
-    # and c, whose weight d_c is far above A where p_c is near 1, an equation that does not cancel. Sums over others,
-    #
-    #     h = Σ p t²dW,    a = Σ p εW,    b = κ + Σ dεW,    B = Σ p²t²W,    q = 1 - h = p_c + a,
-    #     f = <pt∘W, v>,    g = <dt∘W, v>,    D = q² + B (b + d_c),
-    #
-    # give, with y = t_c x_c,
-    #
-    #     (ε_c D + t_c² (p_c² b + d_c (B b + a²))) x_c = D v_c + t_c ((q p_c + B d_c) g + (a d_c - b p_c) f),
-    #     D m = D y + q (f - a y) + B (g - b y),    D n = q (g - b y) - (b + d_c)(f - a y),
-    #
-    # and det(A + λI) is the first bracket times Π(t²d + ε). Where d is positive no sum has two signs.
+    # Solutions and determinant: docs/mathematics.md, (D1) to (D3), with its letters. The class c stays an unknown; the
+    # others are eliminated.
 
     def _reduced(self, damping: Array) -> "_Reduced":
         assert self.centre is not None
@@ -300,8 +287,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
             negative = classes.sum(jnp.where(self.weights < 0, 1, 0), self.axis)
             centred_psd = (negative == 0) | (negative == 1) & (self._excess()[1] <= 1)
             return (centred_psd & (self._kappa >= 0))[..., 0]
-        # A without class c, and det A. [[F, V], [Vᵀ, -C⁻¹]], V = t∘[d, p], has the inertia of that minor ⊕ -C⁻¹, and of
-        # F ⊕ [[-B, q], [q, b + d_c]] (Sylvester), F = diag(t²d + e) shifted by as much as rounding may have taken.
+        # The signs of A without class c, and of det A, shifted by as much as rounding may have taken.
         diagonal = self._t**2 * self.weights + self._e
         slack = 16 * jnp.finfo(self.dtype).eps * classes.max(jnp.abs(diagonal), self.axis)
         r = self._reduced(jnp.maximum(slack, jnp.finfo(self.dtype).tiny))
