@@ -53,7 +53,8 @@ class SoftmaxJacobian(SymmetricOperator):
 
     A class of probability 0, a masked one included, is a row and column of zeros: it adds a null vector, and a factor
     `damping` to the damped determinant. Derivatives in a probability that is 0 are taken as 0 where they do not
-    exist. At a one-hot p (and K = 1), J = 0. In float32, probabilities below 1.2e-38 count as 0.
+    exist. At a one-hot p (and K = 1), J = 0. In float32, probabilities below 1.2e-38 count as 0. Of α-entmax, second
+    derivatives lose as many digits as p^(1-α) has at the smallest p of the support.
 
     Args:
       probs: π, shape (..., K).
