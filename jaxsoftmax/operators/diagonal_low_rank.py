@@ -225,11 +225,11 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return _Reduced(top, p, w, dw, load + e, left, heavy, p_c, d_c, t_c, a, b, c, q, det, *pivot)
 
     def _apart(self, square: Array, e: Array) -> Array:
-        """1 at class c, else 0."""
-        p, factors = self.centre, square * self.weights + e
-        assert p is not None
-        cost = jnp.where(p > 0.5, jnp.inf, quotient(square * p * p, jnp.abs(factors)))
-        cost = lax.stop_gradient(cost)
+        """1 at class c, else 0: the top class, or else the one whose elimination would cost most digits."""
+        assert self.centre is not None
+        p, d, square, e = lax.stop_gradient((self.centre, self.weights, square, e))
+        cost = jnp.where(p == 0, 0, square * p * p / jnp.abs(square * d + e))
+        cost = jnp.where(p > 0.5, jnp.inf, cost)
         return 1 - classes.others(p, classes.argmax(cost, classes.max(cost, self.axis), self.axis), self.axis)
 
     @compiled
