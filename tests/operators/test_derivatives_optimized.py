@@ -171,14 +171,15 @@ def reference(case: str, scale: int, dtype: str) -> tuple:
         np.asarray(jnp.asarray(x, dtype).astype(float)) for x in (scale * rng.normal(size=K), *rng.normal(size=(3, K)))
     )
     y = KINDS[kind].argument(z, rng)
-    exactly = [[mpf(float(x)) for x in v] if v.ndim else v for v in (z, y, *vectors)]
-    with mp.workdps(exact.digits(exactly[0]) + 150):
+    numbers = lambda x: [mpf(float(v)) for v in x]
+    exactly, other = numbers(z), numbers(y) if y.ndim else y
+    with mp.workdps(exact.digits(exactly) + 150):
 
         def formulas(x):
-            dense = KINDS[kind].dense(x, exactly[1])
-            return [METHODS[name].formula(dense, x, *exactly[2:]) for name in names]
+            dense = KINDS[kind].dense(x, other)
+            return [METHODS[name].formula(dense, x, *map(numbers, vectors)) for name in names]
 
-        gradients, hessians = map(exact.longdouble, exact.derivatives(formulas, exactly[0])[1:])
+        gradients, hessians = map(exact.longdouble, exact.derivatives(formulas, exactly)[1:])
     behind = np.maximum(abs(z - z.max()), 1)
     units = abs(gradients) + abs(hessians) @ behind, abs(hessians).sum(-1, keepdims=True)
     units = tuple(np.full_like(u, u.max()) for u in units) if METHODS[names[0]].whole else units
