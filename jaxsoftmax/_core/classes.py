@@ -162,6 +162,17 @@ def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array, second: bool 
     return forms.afresh(functools.partial(find, axis=axis), second, known, *arrays)
 
 
+def reread(axis: Axis, *arrays: Array, second: bool = False) -> list[Array]:
+    """The arrays, for a pass over rows too long for one kernel of a GPU; `second` for a second one.
+
+    Between passes XLA keeps exponentials of half-precision rows in float32: KL's gradient took 21 passes for 9.
+    """
+    size = math.prod(arrays[0].shape[i] for i in positions(axis))
+    if is_split(axis) or not isinstance(size, int) or size <= forms.ROWS:
+        return list(arrays)
+    return forms.reread(second, *arrays)
+
+
 def index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:
     """0, 1, … along the class axis, of the shape of `like`."""
     (position,), start = positions(axis), first(like, axis)

@@ -130,11 +130,19 @@ def afresh(find: Callable, second: bool, known: Any, *arrays: Array) -> tuple:
     """
 
     def again(_, *arrays):
-        zero = -0.0 if second else 0.0
-        arrays = [x + lax.optimization_barrier(jnp.asarray(zero, x.dtype)) for x in arrays]
+        arrays = _plus_zero(second, *arrays)
         return find(*arrays), *arrays
 
     return on_gpu(again, lambda *same: same, known, *arrays)
+
+
+def _plus_zero(second: bool, *arrays: Array) -> list[Array]:
+    return [x + lax.optimization_barrier(jnp.asarray(-0.0 if second else 0.0, x.dtype)) for x in arrays]
+
+
+def reread(second: bool, *arrays: Array) -> list[Array]:
+    """The arrays; on a GPU plus a 0 that XLA does not know."""
+    return on_gpu(functools.partial(_plus_zero, second), lambda *same: list(same), *arrays)
 
 
 @functools.partial(afresh.defjvp, symbolic_zeros=True)

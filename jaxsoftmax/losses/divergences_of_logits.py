@@ -172,10 +172,15 @@ def compare(x: Array, z: Array, axis: classes.Axis) -> Sums:
 
 def _sums(x: Array, z: Array, axis: classes.Axis) -> tuple[Array, ...]:
     top_x, top_z = classes.top(x, axis), classes.top(z, axis)
-    below_x, below_z, gap = apart_plainly(x, z, top_x, top_z)
-    of_x, of_z = jnp.exp(below_x), jnp.exp(below_z)
+
+    def exponentials(x, z):
+        below_x, below_z, gap = apart_plainly(x, z, top_x, top_z)
+        return jnp.exp(below_x), jnp.exp(below_z), gap
+
+    of_x, of_z, gap = exponentials(x, z)
     total_x, total_z = classes.sum(of_x, axis), classes.sum(of_z, axis)
     mean = classes.sum(jnp.where(of_z > 0, of_z * gap, 0.0), axis) / total_z
+    of_x, of_z, gap = exponentials(*classes.reread(axis, x, z))
     grown = of_x * (jnp.exp(jnp.minimum(-mean, 80)) / total_z)  # q exp(d)
     near = classes.sum(divergence_terms(of_z / total_z, gap - mean, grown), axis)
     return top_x, total_x, top_z, total_z, mean, jnp.log1p(near)
@@ -206,6 +211,7 @@ def _kl_fwd(x, z, axis):
 def _kl_bwd(axis, residuals, ct):
     ct, (x, z, sums) = classes.shared_cotangent(ct, axis), residuals
     sums, x, z = classes.afresh(compare, sums, axis, x, z)
+    x, z = classes.reread(axis, x, z, second=True)
     ratio = jnp.where(z == -jnp.inf, 0.0, log_ratio(x, z, sums, axis))
     _, q = distributions(x, z, sums, axis)
     return ct * difference(x, z, sums, axis), -ct * jacobian_product(ratio, q, axis)

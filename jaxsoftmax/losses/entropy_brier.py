@@ -193,7 +193,7 @@ def _brier_fwd(z, y, axis):
 def _brier_bwd(axis, residuals, ct):
     ct, (z, y, m, s) = classes.shared_cotangent(ct, axis), residuals
     (m, s), z = classes.afresh(moments, (m, s), axis, z)
-    (z,) = dtypes.widen(z)  # used twice: the next derivative adds up before it rounds
+    (z,) = dtypes.widen(*classes.reread(axis, z))  # used twice: the next derivative adds up before it rounds
     return brier_gradient(ct, z, y, m, s, axis), -ct * error(z, y, m, s, axis)
 
 
