@@ -25,7 +25,8 @@ COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}  # by hardware of 
 UPDATES = {"dynamic-update-slice", "scatter"}
 SAME = {"bitcast", "convert", "reshape", "transpose", "copy"}
 ELEMENTWISE = {"add", "subtract", "multiply", "divide", "maximum", "minimum", "select", "compare"}
-ELEMENTWISE |= {"and", "or", "not", "negate", "abs", "exponential", "log", "power", "tanh"}
+ELEMENTWISE |= {"and", "or", "not", "negate", "abs", "exponential", "exponential-minus-one", "log", "log-plus-one"}
+ELEMENTWISE |= {"floor", "ceil", "sign", "sqrt", "rsqrt", "power", "tanh"}
 SENT = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 HALF_WIDTHS = {"bf16", "f16"}
 
