@@ -90,10 +90,7 @@ def tied(arrays, to):
 
 def zeros_like(x: Array) -> Array:
     """Zeros that lie on a mesh as x does: `jnp.zeros_like` forgets how since JAX 0.12."""
-    zeros, wanted = jnp.zeros_like(x), getattr(jax.typeof(x), "sharding", None)
-    if getattr(jax.typeof(zeros), "sharding", None) == wanted or not hasattr(jax.sharding, "reshard"):
-        return zeros
-    return jax.sharding.reshard(zeros, wanted)
+    return typed_like(x, jnp.zeros_like(x))
 
 
 def zero_of(arrays) -> Array:
