@@ -187,14 +187,14 @@ linear head: class weight dropped from the gradient | linear_head/test_cross_ent
 linear head: the mean of the tangent dropped from the Hessian | linear_head/test_cross_entropy.py -k equals_full_logits
   - jnp.exp(classes.shift(u, m)) * (du - at_top)
   + jnp.exp(classes.shift(u, m)) * at_top
-[linear_head/derivatives.py]
+[linear_head/call.py]
 linear head: mean over all tokens | linear_head/test_cross_entropy.py -k 'equals_full_logits or nothing_counted'
-  - counted = jnp.sum(a if valid is None else jnp.where(valid, a, 0.0))
+  - counted = jnp.sum(counts(a))
   + counted = jnp.sum(jnp.ones_like(a))
-[linear_head/mesh.py]
-linear head: the gradient in x is not added up over the classes' devices | linear_head/test_mesh.py -k equals_one_device
-  - row = total(row, () if axes.copies else axes.classes)
-  + row = total(row, ())
+[linear_head/stream.py]
+linear head: what the devices of the classes share counts once for each | linear_head/test_mesh.py -k equals_one_device
+  - return varying(row / head.devices, frozenset(head.classes))
+  + return varying(row, frozenset(head.classes))
 """
 BLOCK = re.compile(r"(.+) \| (.+)\n((?:  - .*\n)+)((?:  \+ .*\n)+)")
 

@@ -8,19 +8,17 @@ columns of the Hessian of F. Every higher derivative of F is a symmetric form: t
 derivative again, so both modes and all orders stream.
 """
 
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes
-from jaxsoftmax.linear_head import rows
-from jaxsoftmax.linear_head.derivatives import evaluate
-from jaxsoftmax.linear_head.plan import Axes, Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
-
-PRECISIONS = "default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32"
+from jaxsoftmax.linear_head.call import Call, called, evaluate, options
+from jaxsoftmax.linear_head.plan import MeshAxes, Precision, Reduction, Tokens
+from jaxsoftmax.linear_head.rows import of_labels
 
 
 class TokenStatistics(NamedTuple):
@@ -119,11 +117,13 @@ def linear_softmax_cross_entropy_loss(
 
     Reference: docs/mathematics.md, section 6; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
     """
-    theta, head, tokens = _prepared(
-        x, labels, weights, bias, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap,
-        None, reduction, chunk_size, precision, vocab_axis, axis_name,
-    )  # fmt: skip
-    return evaluate(head, reduction, theta, tokens, token_axes, class_axes)[0]
+    call = called(
+        x, weights, bias, token_weights, reduction, chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes
+    )
+    return _of_labels(
+        call, 1, labels, label_smoothing=label_smoothing, class_weights=class_weights, ignore_index=ignore_index,
+        z_loss=z_loss, logit_softcap=logit_softcap,
+    )[0]  # fmt: skip
 
 
 def linear_softmax_cross_entropy_with_statistics(
@@ -168,12 +168,13 @@ def linear_softmax_cross_entropy_with_statistics(
 
     Reference: docs/mathematics.md, section 6.
     """
-    theta, head, tokens = _prepared(
-        x, labels, weights, bias, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap,
-        None, reduction, chunk_size, precision, vocab_axis, axis_name,
+    call = called(
+        x, weights, bias, token_weights, reduction, chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes
+    )
+    return _of_labels(
+        call, 5, labels, label_smoothing=label_smoothing, class_weights=class_weights, ignore_index=ignore_index,
+        z_loss=z_loss, logit_softcap=logit_softcap,
     )  # fmt: skip
-    loss, facts = evaluate(head._replace(columns=5), reduction, theta, tokens, token_axes, class_axes)
-    return loss, _statistics(facts, tokens)
 
 
 def linear_softmax_log_probs(
@@ -220,105 +221,31 @@ def linear_softmax_log_probs(
 
     Reference: docs/mathematics.md, section 6.
     """
-    checks.positive("temperature", temperature)
-    theta, head, tokens = _prepared(
-        x, labels, weights, bias, None, 0.0, None, ignore_index, 0.0, logit_softcap,
-        temperature, "none", chunk_size, precision, vocab_axis, axis_name,
-    )  # fmt: skip
-    return _statistics(evaluate(head._replace(columns=5), "none", theta, tokens, token_axes, class_axes)[1], tokens)
+    call = called(x, weights, bias, None, "none", chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes)
+    return _of_labels(call, 5, labels, ignore_index=ignore_index, logit_softcap=logit_softcap, temperature=temperature)[
+        1
+    ]
 
 
-# From arguments to what is differentiated, what is static, and the tokens' constants.
-
-
-def _prepared(
-    x, labels, weights, bias, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap,
-    temperature, reduction, chunk_size, precision, vocab_axis, axis_name,
-):  # fmt: skip
-    theta, axis = layer(x, weights, bias, token_weights, vocab_axis)
-    vocab, wide = theta["weights"].shape[axis], wide_dtype(theta)
+def _of_labels(
+    call: Call, columns: int, labels, *, ignore_index=None, class_weights=None, **given
+) -> tuple[Array, Any]:
+    """The reduced loss; with the columns of statistics these too, 0 for tokens that do not count."""
     labels = checks.as_labels("labels", labels)
-    checks.same_shape("labels", labels, "x without its feature axis", theta["x"].shape[:-1])
-    options = {
-        "label_smoothing": checks.number("label_smoothing", label_smoothing, 0.0, 1.0),
-        "z_loss": checks.number("z_loss", z_loss),
-    }
-    theta |= {name: jnp.asarray(value, wide) for name, value in options.items() if not checks.is_known_as(0, value)}
-    if logit_softcap is not None:
-        theta["logit_softcap"] = jnp.asarray(checks.positive("logit_softcap", logit_softcap), wide)
-    if temperature is not None and not checks.is_known_as(1, temperature):
-        theta["temperature"] = jnp.asarray(checks.positive("temperature", temperature), wide)
+    checks.same_shape("labels", labels, "x without its feature axis", call.theta["x"].shape[:-1])
+    found = options(call.dtype, **given)
     if class_weights is not None:
-        theta["class_weights"] = checks.class_weights(class_weights, vocab).astype(wide)
-    axes = split_by(axis_name, theta["weights"])
-    known, valid = classes.labels(labels, vocab * lax.psum(1, axes.classes)), None
+        found["class_weights"] = checks.class_weights(class_weights, call.vocab).astype(call.dtype)
+    known, valid = classes.labels(labels, call.num_classes), None
     if ignore_index is not None:
         valid = ~classes.labels_equal(labels, checks.integer("ignore_index", ignore_index))
         known = jnp.where(valid, known, 0)
-    checked(reduction, chunk_size, precision)
-    head = Head(rows.of_labels, 1, axis, chunk_size, precision, token_weights is None, axes=axes)
-    return theta, head, Tokens(known, valid)
-
-
-def _statistics(facts, tokens: Tokens) -> TokenStatistics:
-    """What stands in the columns beside the loss, 0 for tokens that do not count."""
+    loss, facts = evaluate(call, of_labels, Tokens(known, valid), found, columns)
+    if facts is None:
+        return loss, None
     numbers, prediction = facts
     log_prob, lse, entropy, log_top = (numbers[..., i] for i in range(1, 5))
-    correct, probability = prediction == tokens.rows, jnp.exp(log_top)
-    if tokens.valid is not None:
-        correct, probability = correct & tokens.valid, jnp.where(tokens.valid, probability, 0.0)
-    return TokenStatistics(lse, prediction, probability, correct, entropy, log_prob)
-
-
-def layer(x, weights, bias, token_weights, vocab_axis) -> tuple[dict[str, Array], int]:
-    """The checked arguments of the layer by name, and the vocabulary's axis."""
-    x, weights = (_as_array(name, x) for name, x in (("x", x), ("weights", weights)))
-    if x.ndim == 0:
-        raise ValueError("x must have a feature axis, (..., D), got a scalar")
-    if weights.ndim != 2:
-        raise ValueError(f"weights must have shape (D, V), or (V, D) with vocab_axis=0, got {weights.shape}")
-    if not all(isinstance(n, int) for n in weights.shape):
-        sizes = f"weights must have known sizes, got {weights.shape}"
-        raise TypeError(f"{sizes}: only the number of tokens may be symbolic")
-    axis = checks.axis_index(vocab_axis, 2, "vocab_axis")
-    if weights.shape[1 - axis] != x.shape[-1]:
-        raise ValueError(
-            f"x has {x.shape[-1]} features, weights of shape {weights.shape} has {weights.shape[1 - axis]} with "
-            f"vocab_axis={vocab_axis}: need the same; a (V, D) array goes with vocab_axis=0"
-        )
-    theta = {"x": x, "weights": weights}
-    if bias is not None:
-        theta["bias"] = checks.as_loss_float("bias", bias)
-        checks.same_shape("bias", theta["bias"], "the classes", (weights.shape[axis],))
-    wide = wide_dtype(theta)
-    if token_weights is None:
-        token_weights = jnp.ones_like(jnp.sum(x, -1), wide)  # typed as x is on a mesh
-    token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
-    theta["token_weights"] = checks.broadcast("token_weights", token_weights, x.shape[:-1])
-    return theta, axis
-
-
-def _as_array(name: str, x) -> Array:
-    """An argument to differentiate in: floating point, with a 0 and negative numbers."""
-    x = checks.as_loss_float(name, x)
-    if x.dtype.name == "float8_e8m0fnu":
-        raise TypeError(
-            f"{name} must have a dtype that holds 0 and negative numbers, got {x.dtype}: scale and convert it"
-        )
-    return x
-
-
-def checked(reduction: str, chunk_size: int | None, precision) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}")
-    if chunk_size is not None:
-        checks.at_least("chunk_size", chunk_size, 1)
-    if not (precision is None or isinstance(precision, lax.Precision) or precision in PRECISIONS):
-        names = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}")
-
-
-def split_by(axis_name: MeshAxes, weights: Array, *beside: Array) -> Axes:
-    """The axes of the shard_map around that split the classes, of the weights or what is beside them."""
-    names = checks.split_over(axis_name, "weights", weights, *beside)
-    return Axes(classes=names, copies=bool(names))
+    correct, probability = prediction == known, jnp.exp(log_top)
+    if valid is not None:
+        correct, probability = correct & valid, jnp.where(valid, probability, 0.0)
+    return loss, TokenStatistics(lse, prediction, probability, correct, entropy, log_prob)

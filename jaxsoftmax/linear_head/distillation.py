@@ -16,9 +16,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes
-from jaxsoftmax.linear_head.cross_entropy import checked, layer, split_by
-from jaxsoftmax.linear_head.derivatives import evaluate
-from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, wide_dtype
+from jaxsoftmax.linear_head.call import called, evaluate, options
+from jaxsoftmax.linear_head.plan import Head, MeshAxes, Precision, Reduction, Tokens, operand_dtype
 from jaxsoftmax.linear_head.rows import of_divergence, of_top_k
 from jaxsoftmax.linear_head.stream import logits
 
@@ -76,28 +75,24 @@ def linear_softmax_kl_divergence(
     Reference: Hinton et al. 2015, https://arxiv.org/abs/1503.02531; Agarwal et al. 2023,
     https://arxiv.org/abs/2306.13649; docs/mathematics.md, sections 5 and 6.
     """
-    theta, axis = layer(x, weights, bias, token_weights, vocab_axis)
-    shape, vocab, wide = theta["x"].shape[:-1], theta["weights"].shape[axis], wide_dtype(theta)
-    _add_options(theta, temperature, logit_softcap)
-    rule = _rule(of_divergence, float(checks.number("beta", beta, 0.0, 1.0)), _teacher_logits)
     target_x = checks.as_loss_float("target_x", target_x)
     target_weights = checks.as_loss_float("target_weights", target_weights)
+    call = called(
+        x, weights, bias, token_weights, reduction, chunk_size, precision, vocab_axis, axis_name, token_axes,
+        class_axes, target_weights,
+    )  # fmt: skip
+    shape, vocab = call.theta["x"].shape[:-1], call.vocab
     if target_x.shape[:-1] != shape:
         raise ValueError(f"target_x must have shape {shape} and a feature axis, as x, got {target_x.shape}")
-    features = target_x.shape[-1]
-    needed = (features, vocab) if axis == 1 else (vocab, features)
+    needed = (target_x.shape[-1], vocab)[:: 1 if call.head.vocab_axis == 1 else -1]
     checks.same_shape("target_weights", target_weights, "target_x's features and weights' classes", needed)
-    shared = {"weights": target_weights}
+    shared = {"weights": target_weights, **options(call.dtype, target_softcap=target_softcap)}
     if target_bias is not None:
         shared["bias"] = checks.as_loss_float("target_bias", target_bias)
         checks.same_shape("target_bias", shared["bias"], "the classes", (vocab,))
-    if target_softcap is not None:
-        shared["target_softcap"] = jnp.asarray(checks.positive("target_softcap", target_softcap), wide)
     tokens = jax.tree.map(lax.stop_gradient, Tokens(target_x, None, shared))
-    checked(reduction, chunk_size, precision)
-    axes = split_by(axis_name, theta["weights"], target_weights)
-    head = Head(rule, 1, axis, chunk_size, precision, token_weights is None, axes=axes)
-    return evaluate(head, reduction, theta, tokens, token_axes, class_axes)[0]
+    found = options(call.dtype, temperature=temperature, logit_softcap=logit_softcap)
+    return evaluate(call, _rule(of_divergence, beta, _teacher_logits), tokens, found)[0]
 
 
 def linear_softmax_top_k_kl_divergence(
@@ -147,40 +142,34 @@ def linear_softmax_top_k_kl_divergence(
 
     Reference: docs/mathematics.md, sections 5 and 6.
     """
-    theta, axis = layer(x, weights, bias, token_weights, vocab_axis)
-    shape, vocab, wide = theta["x"].shape[:-1], theta["weights"].shape[axis], wide_dtype(theta)
-    _add_options(theta, temperature, logit_softcap)
+    call = called(
+        x, weights, bias, token_weights, reduction, chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes
+    )
+    shape = call.theta["x"].shape[:-1]
     indices = checks.as_labels("target_indices", target_indices)
-    log_probs = checks.as_loss_float("target_log_probs", target_log_probs).astype(wide)
+    log_probs = checks.as_loss_float("target_log_probs", target_log_probs).astype(call.dtype)
     if indices.ndim == 0 or indices.shape[:-1] != shape:
         raise ValueError(f"target_indices must have shape {shape} and an axis of classes, got {indices.shape}")
     checks.same_shape("target_log_probs", log_probs, "target_indices", indices.shape)
-    checked(reduction, chunk_size, precision)
-    axes = split_by(axis_name, theta["weights"])
-    known = classes.labels(indices, vocab * lax.psum(1, axes.classes))
+    known = classes.labels(indices, call.num_classes)
     log_sum = jnp.minimum(jax.nn.logsumexp(log_probs, -1, keepdims=True), 0.0)
     tail = jnp.where(log_sum > -0.5, jnp.log(-jnp.expm1(log_sum)), jnp.log1p(-jnp.exp(log_sum)))
-    tokens = Tokens((known, lax.stop_gradient(jnp.concatenate([log_probs, tail], -1))), None)
-    rule = _rule(of_top_k, float(checks.number("beta", beta, 0.0, 1.0)))
-    head = Head(rule, 1, axis, chunk_size, precision, token_weights is None, axes=axes)
-    return evaluate(head, reduction, theta, tokens, token_axes, class_axes)[0]
+    tokens = Tokens((known, lax.stop_gradient(jnp.concatenate([log_probs, tail], -1))))
+    found = options(call.dtype, temperature=temperature, logit_softcap=logit_softcap)
+    return evaluate(call, _rule(of_top_k, beta), tokens, found)[0]
 
 
-def _add_options(theta: dict[str, Array], temperature, logit_softcap) -> None:
-    wide = wide_dtype(theta)
-    theta["temperature"] = jnp.asarray(checks.positive("temperature", temperature), wide)
-    if logit_softcap is not None:
-        theta["logit_softcap"] = jnp.asarray(checks.positive("logit_softcap", logit_softcap), wide)
+def _rule(rule: Callable, beta: float, *more: Callable) -> Callable:
+    return _of_beta(rule, float(checks.number("beta", beta, 0.0, 1.0)), *more)
 
 
 @functools.cache
-def _rule(rule: Callable, beta: float, *more: Callable):
+def _of_beta(rule: Callable, beta: float, *more: Callable) -> Callable:
     """One function for each β: what is compiled is found again by it."""
     return functools.partial(rule, beta, *more)
 
 
 def _teacher_logits(head: Head, constants: Any) -> Array:
     target_x, teacher = constants
-    arrays = {"x": target_x, "weights": teacher["weights"]}
-    x, weights = (array.astype(head.operand_dtype(arrays)) for array in arrays.values())
-    return logits(head, x, weights, teacher.get("bias"))
+    dtype = operand_dtype(head.precision, {"x": target_x, "weights": teacher["weights"]})
+    return logits(head, target_x.astype(dtype), teacher["weights"].astype(dtype), teacher.get("bias"))

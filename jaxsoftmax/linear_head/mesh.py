@@ -1,8 +1,8 @@
 """A call on global arrays, divided over the devices of a mesh.
 
-Each device gets its tokens and its block of the classes, and works as if alone; `stream` says what the devices tell
-each other. How the arrays lie is read from their types where axes of the mesh are of type Explicit, and told by
-`token_axes` and `class_axes` where they are of type Auto.
+It is the call inside a `jax.shard_map`: each device gets its tokens and its block of the classes, and works as if
+alone. What devices add up then are JAX's transposes of what they share. How the arrays lie is read from their types
+where axes of the mesh are of type Explicit, and told by `token_axes` and `class_axes` where they are of type Auto.
 """
 
 import functools
@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._core.mesh import varying
-from jaxsoftmax.linear_head.plan import Arrays, Axes, Head, Tokens
+from jaxsoftmax.linear_head.plan import Tokens
 
 if hasattr(jax, "shard_map"):
     from jax import shard_map
@@ -25,8 +24,6 @@ else:  # JAX 0.6.0
     from jax.experimental.shard_map import shard_map
 
 Names = tuple[str, ...]
-LOCAL = ("x", "token_weights")  # one row per token
-SPLIT = ("x", "weights", "bias", "class_weights")  # of whose gradient each device of the classes finds another part
 
 
 class Layout(NamedTuple):
@@ -46,14 +43,10 @@ class Layout(NamedTuple):
     classes: Names = ()
     gathered: Names = ()
 
-    @property
-    def axes(self) -> Axes:
-        return Axes(sum(self.tokens, ()), self.classes, self.gathered)
-
-    def spec(self, name: str, ndim: int, vocab_axis: int) -> PartitionSpec:
+    def spec(self, name: str, vocab_axis: int) -> PartitionSpec:
         """How the argument `name` is split; "" stands for anything with a row per token."""
         if name in ("", "x", "token_weights"):
-            return spec_of(*self.tokens, *[()] * (ndim - len(self.tokens)))
+            return spec_of(*self.tokens)
         if name == "weights":
             return spec_of(*(self.gathered, self.classes)[:: 1 if vocab_axis == 1 else -1])
         return spec_of(self.classes) if name in ("bias", "class_weights") else PartitionSpec()
@@ -118,35 +111,25 @@ def divided_by_xla(*arrays: Array) -> int:
     return max((mesh.shape[name] for mesh in meshes for name in _of_type(mesh, AxisType.Auto)), default=1)
 
 
-def placed(head: Head, theta: dict[str, Array], tokens: Tokens) -> tuple[dict[str, Array], Tokens]:
-    """The arguments, moved where their types say that they lie otherwise."""
-    where = specs(head, theta), token_specs(head, tokens)
-    return jax.tree.map(lambda x, spec: _placed(x, head.layout, spec), (theta, tokens), where)
+def divided(work: Callable, layout: Layout, vocab_axis: int, per_token: bool) -> Callable:
+    """work(theta, tokens) on every device. Its results: one `per_token` or summed, one summed, one per token."""
+
+    def run(theta, tokens: Tokens):
+        row, whole = spec_of(*layout.tokens), layout._replace(gathered=())
+        of = lambda layout, arrays: {name: layout.spec(name, vocab_axis) for name in arrays}
+        shared = None if tokens.shared is None else of(whole, tokens.shared)
+        specs = of(layout, theta), Tokens(*jax.tree.map(lambda _: row, tokens[:2]), shared)
+        args = jax.tree.map(functools.partial(_placed, layout), (theta, tokens), specs)
+        manual: dict[str, Any] = {"axis_names": layout.manual}
+        if not hasattr(jax, "shard_map"):
+            manual = {"auto": frozenset(layout.mesh.axis_names) - layout.manual}
+        out_specs = row if per_token else PartitionSpec(), PartitionSpec(), row
+        return shard_map(work, mesh=layout.mesh, in_specs=specs, out_specs=out_specs, **manual)(*args)
+
+    return run
 
 
-def specs(head: Head, theta) -> dict[str, PartitionSpec]:
-    return {name: head.layout.spec(name, x.ndim, head.vocab_axis) for name, x in theta.items()}
-
-
-def token_specs(head: Head, tokens: Tokens) -> Tokens:
-    rows, valid = jax.tree.map(lambda x: head.layout.spec("", x.ndim, head.vocab_axis), tokens[:2])
-    shared = head._replace(layout=head.layout._replace(gathered=()))
-    return Tokens(rows, valid, None if tokens.shared is None else specs(shared, tokens.shared))
-
-
-def divided(work: Callable, head: Head, args: tuple, in_specs: tuple, out_specs):
-    """work(head, *args) on every device."""
-    layout, here = head.layout, head._replace(layout=None, axes=head.layout.axes)
-    args = jax.tree.map(lambda x, spec: _placed(x, layout, spec), args, in_specs)
-    work = functools.partial(work, here)
-    if hasattr(jax, "shard_map"):
-        manual = {"axis_names": layout.manual}
-    else:
-        manual = {"auto": frozenset(layout.mesh.axis_names) - layout.manual}
-    return shard_map(work, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, **manual)(*args)
-
-
-def _placed(x: Array, layout: Layout, spec: PartitionSpec) -> Array:
+def _placed(layout: Layout, x: Array, spec: PartitionSpec) -> Array:
     """x, moved where its type says that it lies otherwise."""
     mesh = _mesh(x)
     if not hasattr(jax.sharding, "reshard") or not _of_type(layout.mesh, AxisType.Explicit):
@@ -179,47 +162,3 @@ def _names(entry: Any) -> Names:
 
 def spec_of(*entries: Names) -> PartitionSpec:
     return PartitionSpec(*(names or None for names in entries))
-
-
-# On a device.
-
-
-def whole(head: Head, arrays: Arrays, theta: Arrays) -> dict[str, Array]:
-    """The arrays by name, tokens in one axis, as they are multiplied, weights with all features, copies as one."""
-    axes, out = head.axes, dict(arrays)
-    for name, x in arrays.items():
-        if name in ("x", "weights"):
-            x = x.astype(head.operand_dtype(theta))
-        if name in LOCAL:
-            x = flat(x, x.ndim - 1)
-        if name == "weights" and axes.gathered:
-            x = lax.all_gather(x, axes.gathered, axis=1 - head.vocab_axis, tiled=True)
-        if axes.copies and name not in SPLIT:
-            x = lax.pmean(x, axes.classes)
-        out[name] = x
-    return out
-
-
-def added_up(head: Head, name: str, row: Array, argument: Array) -> Array:
-    """The gradient in the argument `name`, of which each device has found a part, split and rounded as it is."""
-    axes, row = head.axes, row.astype(argument.dtype) if name in ("x", "weights") and not head.exact else row
-    if axes.copies and name not in SPLIT:
-        row = varying(row / lax.psum(1, axes.classes), frozenset(axes.classes))
-    elif name == "x":
-        row = total(row, () if axes.copies else axes.classes)
-    elif name == "weights" and axes.gathered:
-        row = total(row, tuple(axis for axis in axes.tokens if axis not in axes.gathered))
-        row = lax.psum_scatter(row, axes.gathered, scatter_dimension=1 - head.vocab_axis, tiled=True)
-    elif name != "token_weights":
-        row = total(row, axes.tokens)
-    return row.astype(argument.dtype)
-
-
-def total(x: Array, axes: tuple[str, ...]) -> Array:
-    """Σ over the devices of the mesh axes."""
-    return lax.psum(x, axes) if axes else x
-
-
-def flat(rows: Array, axes: int) -> Array:
-    """The first axes as one."""
-    return rows.reshape(math.prod(rows.shape[:axes]), *rows.shape[axes:])

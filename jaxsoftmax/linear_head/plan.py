@@ -7,7 +7,7 @@ tokens, fewer only where one array of their logits would take more than 2 GiB. A
 64 MiB.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,72 +29,47 @@ ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
 MANY = 1 << 30  # tokens, where a size is symbolic
 
 
-class Axes(NamedTuple):
-    """Axes of the mesh, inside a `shard_map`, over whose devices F is one sum.
-
-    Attributes:
-      tokens: each device has its own tokens.
-      classes: each device has its block of the classes, and the same tokens.
-      gathered: those of `tokens` that split the features of the weights as well.
-      copies: whether every argument is one of its own on each device of `classes`, x and the options too: F then
-        depends on the mean of the token weights and options, and the gradients stay in parts.
-    """
-
-    tokens: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    gathered: tuple[str, ...] = ()
-    copies: bool = False
-
-
 class Head(NamedTuple):
-    """What is static in a linear head: how logits become numbers per token, and how the work is divided.
+    """What is static in a linear head: how logits become numbers per token, and what is known of the call.
 
     Attributes:
-      rule: rule(head, z, constants, options) -> `rows.Facts` of the logits of a chunk.
-      columns: how many numbers it finds per token, beside indices.
       vocab_axis: the classes' axis in the weights.
+      classes: axes of the mesh, inside a `shard_map`, over whose devices the classes are split.
       chunk_size: what the caller chose, or None.
       precision: of the matrix products.
       every: whether the token weights are 1: how many tokens count is then known beforehand.
       spread: over how many devices XLA is to divide the tokens of each chunk, and the classes.
-      layout: how the arguments lie on a mesh, outside of a `shard_map`.
-      axes: inside of one.
+      rule: rule(head, z, constants, options) -> `rows.Facts` of the logits of a chunk.
+      columns: how many numbers it finds per token; where there are several, an index too.
+      weighed: how many of them F weighs: the first, or all.
     """
 
-    rule: Callable[..., Any]
-    columns: int
     vocab_axis: int
+    classes: tuple[str, ...] = ()
     chunk_size: int | None = None
     precision: Precision = None
     every: bool = False
     spread: int = 1
-    layout: Any = None
-    axes: Axes = Axes()
+    rule: Any = None
+    columns: int = 1
+    weighed: int = 1
 
     @property
     def class_axis(self) -> Any:
         """Of arrays (C, V)."""
-        return ClassAxis((1,), self.axes.classes) if self.axes.classes else 1
+        return ClassAxis((1,), self.classes) if self.classes else 1
 
     @property
-    def exact(self) -> bool:
-        """Whether the products are to be those of numbers in the loss's dtype."""
-        return self.precision not in (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT)
-
-    def operand_dtype(self, arrays: Arrays) -> jnp.dtype:
-        """What x, the weights and ∂F/∂z are multiplied in."""
-        if self.exact:
-            return wide_dtype(arrays)
-        found = {arrays[name].dtype for name in ("x", "weights")}
-        found = {d if jnp.finfo(d).bits >= 16 else jnp.dtype(jnp.bfloat16) for d in found}
-        return found.pop() if len(found) == 1 else wide_dtype(arrays)
+    def devices(self) -> int:
+        """How many share the classes."""
+        return lax.psum(1, self.classes)
 
 
 class Tokens(NamedTuple):
     """The tokens' constants: arrays with one row per token, which of the tokens count, and what they share."""
 
     rows: Any
-    valid: Array | None
+    valid: Array | None = None
     shared: Any = None
 
 
@@ -102,6 +77,14 @@ def wide_dtype(arrays: Arrays) -> jnp.dtype:
     """The dtype of logits, losses and sums."""
     found = (arrays[n] for n in ("x", "weights", "bias") if n in arrays)
     return dtypes.compute_dtype(dtypes.common_dtype(*found))
+
+
+def operand_dtype(precision: Precision, arrays: Arrays) -> jnp.dtype:
+    """What x, the weights and the gradient in the logits are multiplied in."""
+    found = {arrays[name].dtype for name in ("x", "weights")}
+    found = {d if jnp.finfo(d).bits >= 16 else jnp.dtype(jnp.bfloat16) for d in found}
+    rounded = precision in (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT)
+    return found.pop() if rounded and len(found) == 1 else wide_dtype(arrays)
 
 
 class Plan(NamedTuple):

@@ -1,4 +1,4 @@
-"""One pass over the tokens, chunk by chunk: prepare, loop, collect.
+"""One pass over the tokens, chunk by chunk: prepare, loop, collect. And its derivatives, which are such passes.
 
 The one quantity is F = Σ_iq a_iq l_q(z_i), z = xW + b, with a weight per token and number: its gradient in a is the
 array of numbers (docs/mathematics.md, section 6). Of a chunk,
@@ -6,75 +6,166 @@ array of numbers (docs/mathematics.md, section 6). Of a chunk,
     z = x W + b,    G = Σ_q a_q ∂l_q/∂z,    dx = G Wᵀ,    dW += xᵀ G,    db += Σ G,    da = l,
 
 with products of x's and W's own dtype, to which G is rounded, and sums in the loss's dtype. A derivative along a
-direction is forward mode of a chunk, as often as wanted; no loop is ever differentiated, and none transposed: reverse
-mode uses the symmetry of the second and higher derivatives of F. On a mesh, weights are gathered before the loop and
-gradients added up after it; within the loop devices exchange what their blocks of the classes tell of a token.
+direction is forward mode of a chunk, as often as wanted; no loop is ever differentiated, and none transposed:
+
+    tangent of F: <grad F, t>,    tangent of grad F: (D grad F)[t],    its transpose: the same symmetric form.
+
+So a sum's gradient is formed with its value and only scaled by the cotangent; losses per token are the row ∂F/∂a, and
+what reverse mode asks of them is a column of the Hessian, grad F with the cotangents for token weights.
+
+Where devices split the classes, they exchange within the loop what their blocks tell of a token. F is one sum of them
+all: of the gradient in what a device has of its own it finds a part or its block, and of what all have copies of, F
+depends on the mean.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoftmax._core import dtypes
-from jaxsoftmax._core.mesh import zero_of
-from jaxsoftmax.linear_head.mesh import LOCAL, SPLIT, added_up, flat, whole
-from jaxsoftmax.linear_head.plan import Arrays, Head, Plan, Tokens, plan, wide_dtype
+from jaxsoftmax._core.mesh import varying, zero_of, zeros_like
+from jaxsoftmax._linear_map import linear_map
+from jaxsoftmax.linear_head.plan import Arrays, Head, Plan, Tokens, plan
 
 LINEAR = ("x", "weights", "token_weights", "bias")  # what is no option
+LOCAL = ("x", "token_weights")  # one row per token
+SPLIT = ("x", "weights", "bias", "class_weights")  # of whose gradient each device of the classes finds another part
 
 
-def stream(
-    head: Head, rows: tuple[str, ...], theta: Arrays, directions: tuple[Arrays, ...], tokens: Tokens, skip: bool
-) -> tuple[Array, dict[str, Array], Array | None]:
-    """One pass over the tokens, on one device.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def value_and_gradient(head: Head, rows: tuple[str, ...], theta: Arrays, tokens: Tokens):
+    """F, the rows of its gradient by name, and where a head has several numbers per token, indices.
+
+    The tangent of F is <grad F, t>, so that reverse mode only scales grad F.
 
     Args:
       head: the static part.
       rows: names of the arguments whose rows of the gradient are wanted.
-      theta: the arguments by name: x (..., D), weights, token_weights (..., Q), and where given bias (V,) and options.
-      directions: none for the gradient itself, or those of its derivative, by name; a missing name means zero.
+      theta: the arguments by name: x (N, D), weights, token_weights (N, Q), and where given bias (V,) and options.
       tokens: what is not differentiated.
-      skip: whether to leave out tokens of weight 0; only where nothing differentiates the weights.
-
-    Returns:
-      The numbers (..., columns) of the tokens, 0 for skipped ones, or their derivative; the rows by name, of the shapes
-      and dtypes of `theta`; indices (...), or None.
     """
+    return stream(head, rows, theta, (), tokens)
+
+
+@functools.partial(value_and_gradient.defjvp, symbolic_zeros=True)
+def _value_and_gradient_jvp(head, rows, primals, tangents):
+    theta, tokens = primals
+    direction = _moving(tangents[0])
+    value, gradient, index = value_and_gradient(head, tuple(dict.fromkeys((*rows, *direction))), theta, tokens)
+    wide = lambda x: x.astype(value.dtype)
+    inner = sum((jnp.sum(wide(gradient[n]) * wide(t)) for n, t in direction.items()), jnp.zeros_like(value))
+    moved = gradient_along(head, rows, theta, (direction,), tokens) if rows and direction else _zeros(theta, rows)
+    still = None if index is None else np.zeros(index.shape, jax.dtypes.float0)
+    return (value, {name: gradient[name] for name in rows}, index), (total(inner, head.classes), moved, still)
+
+
+def gradient_along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
+    """Rows of (D^k grad F)[t_1, …, t_k], k ≥ 1: linear in the last direction, and transposable there.
+
+    With M that linear map, <c, M t> = <t, Mᵀ c> is the same form with other rows, since F's derivatives are symmetric.
+    """
+    *fixed, last = directions
+    last = {n: t.astype(theta[n].dtype) for n, t in last.items()}
+
+    def forth(given, t):
+        theta, fixed, tokens = given
+        return _along(head, rows, theta, (*fixed, t), tokens)
+
+    def back(given, c):
+        theta, fixed, tokens = given
+        return _along(head, tuple(last), theta, (*fixed, {n: v for n, v in c.items() if v is not None}), tokens)
+
+    return linear_map(forth, back, (theta, tuple(fixed), tokens), last, {n: jax.typeof(theta[n]) for n in rows})
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _along(head: Head, rows: tuple[str, ...], theta, directions, tokens: Tokens) -> dict[str, Array]:
+    """What `gradient_along` computes; its derivatives are made of `gradient_along`, so that they transpose."""
+    return _rows_along(head, rows, theta, directions, tokens)
+
+
+@functools.partial(_along.defjvp, symbolic_zeros=True)
+def _along_jvp(head, rows, primals, tangents):
+    theta, directions, tokens = primals
+    terms = [(_moving(tangents[0]), directions)]
+    terms += [(_moving(t), (*directions[:i], *directions[i + 1 :])) for i, t in enumerate(tangents[1])]
+    found = [gradient_along(head, rows, theta, (*rest, t), tokens) for t, rest in terms if t]
+    moved = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found) if found else _zeros(theta, rows)
+    return _along(head, rows, theta, directions, tokens), moved
+
+
+@functools.partial(jax.jit, static_argnames=("head", "rows"))
+def _rows_along(head, rows, theta, directions, tokens) -> dict[str, Array]:
+    """Rows of (D^k grad F)[t_1, …, t_k]. F is linear in the token weights: a direction in them alone replaces them."""
+    if any("token_weights" in t for t in directions):
+        head = head._replace(every=False, weighed=head.columns)
+    weightings = [t for t in directions if tuple(t) == ("token_weights",)]
+    if len(weightings) > 1:
+        return _zeros(theta, rows)
+    if weightings:
+        directions = tuple(t for t in directions if tuple(t) != ("token_weights",))
+        theta = {**theta, **weightings[0]}
+        found = tuple(name for name in rows if name != "token_weights")
+        return {**_zeros(theta, rows), **(_rows_along(head, found, theta, directions, tokens) if found else {})}
+    return stream(head, rows, theta, directions, tokens)[1]
+
+
+def _moving(tangents) -> dict[str, Array]:
+    return {name: t for name, t in tangents.items() if not isinstance(t, SymbolicZero)}
+
+
+def _zeros(theta, rows) -> dict[str, Array]:
+    return {name: zeros_like(theta[name]) for name in rows}
+
+
+# The pass.
+
+
+def stream(head: Head, rows, theta: Arrays, directions: tuple[Arrays, ...], tokens: Tokens):
+    """F, rows of its gradient, and indices; with directions the rows' derivative along them, a missing name means 0."""
     plans = {platform: _plan(head, theta, platform, len(directions) + 1) for platform in ("cpu", "other")}
-    run = {name: functools.partial(_run, head, rows, skip, found) for name, found in plans.items()}
+    run = {name: functools.partial(_run, head, rows, found) for name, found in plans.items()}
     if plans["cpu"] == plans["other"]:
         return run["other"](theta, directions, tokens)
     return lax.platform_dependent(theta, directions, tokens, cpu=run["cpu"], default=run["other"])
 
 
 def _plan(head: Head, theta: Arrays, platform: str, order: int) -> Plan:
-    num_tokens, features = math.prod(theta["x"].shape[:-1]), theta["x"].shape[-1]
-    vocab = theta["weights"].shape[head.vocab_axis]
-    devices = head.spread * lax.psum(1, head.axes.tokens + head.axes.classes)
-    found = plan(platform, -(-num_tokens // head.spread), features, vocab, wide_dtype(theta).itemsize, order, devices)
+    num_tokens, features = theta["x"].shape
+    vocab, itemsize = theta["weights"].shape[head.vocab_axis], theta["token_weights"].dtype.itemsize
+    devices = head.spread * head.devices
+    found = plan(platform, -(-num_tokens // head.spread), features, vocab, itemsize, order, devices)
     chunk = found.chunk * head.spread
     if head.chunk_size is not None:
         chunk = max(1, head.chunk_size // (1 if order < 2 else 2))
     return Plan(chunk, vocab if head.spread > 1 else found.slab)  # to cut slabs, XLA would gather a split one
 
 
-def _run(head: Head, rows, skip: bool, plan: Plan, given, directions, tokens: Tokens):
+def _run(head: Head, rows, plan: Plan, theta, directions, tokens: Tokens):
     """Prepare, loop, collect."""
-    shape, vocab = given["token_weights"].shape[:-1], given["weights"].shape[head.vocab_axis]
-    if math.prod(shape) == 0 or vocab == 0:
-        return _of_nothing(head, rows, given)
-    chunks, counts, theta, directions, tokens = _prepared(head, skip, plan, given, directions, tokens)
+    theta, *directions = (_as_one(head, arrays) for arrays in (theta, *directions))
+    (num_tokens, _), counts = theta["token_weights"].shape, tokens.valid
+    if num_tokens == 0 or theta["weights"].shape[head.vocab_axis] == 0:
+        return _of_nothing(head, rows, theta, bool(directions))
+    if not (head.every or any("token_weights" in names for names in (rows, *directions))):
+        nonzero = jnp.any(theta["token_weights"] != 0, 1)
+        counts = nonzero if counts is None else counts & nonzero
+    chunks = in_a_row(plan.chunk, num_tokens, counts)
+    if head.spread > 1 and isinstance(num_tokens, int):
+        chunks = every_nth(plan.chunk, num_tokens)
+        only = lambda arrays: {n: _only(counts, v) if n in LOCAL else v for n, v in arrays.items()}
+        theta, directions = only(theta), list(map(only, directions))
     # What the loop carries varies over the mesh from the start. Numbers are the same on all devices of the classes.
     zero, shared = zero_of((theta, directions, tokens)), zero_of(theta["token_weights"])
     like = lambda name, x: x + (zero if name in SPLIT else shared).astype(x.dtype)
     theta, *directions = ({n: v if n in LINEAR else like(n, v) for n, v in a.items()} for a in (theta, *directions))
-    num_tokens, wide = theta["x"].shape[0], wide_dtype(given)
-    dtype = lambda name: wide if name != "x" or head.exact else given["x"].dtype
+    wide = theta["token_weights"].dtype
+    dtype = lambda name: theta["x"].dtype if name == "x" else wide
     out = {n: like(n, jnp.zeros(theta[n].shape, dtype(n))) for n in rows if n != "token_weights"}
     numbers = like("", jnp.zeros((num_tokens, head.columns), wide))
     indices = like("", jnp.zeros(num_tokens, jnp.int32)) if head.columns > 1 and not directions else None
@@ -83,7 +174,7 @@ def _run(head: Head, rows, skip: bool, plan: Plan, given, directions, tokens: To
         j, numbers, out, indices = carry
         take = lambda arrays: {n: chunks.take(v, j) if n in LOCAL else v for n, v in arrays.items()}
         constants = jax.tree.map(lambda row: chunks.take(row, j), tokens.rows), tokens.shared
-        work = _along(functools.partial(_chunk, head, rows, plan.slab, constants), list(map(take, directions)))
+        work = _chunk_along(functools.partial(_chunk, head, rows, plan.slab, constants), list(map(take, directions)))
         found, sums, index = work(take(theta), {n: v for n, v in out.items() if n != "x"})
         put = lambda whole, part: chunks.put(whole, j, part.astype(whole.dtype))
         out = {n: put(out[n], sums[n]) if n == "x" else sums[n] for n in out}
@@ -93,33 +184,33 @@ def _run(head: Head, rows, skip: bool, plan: Plan, given, directions, tokens: To
     _, numbers, out, indices = lax.while_loop(lambda carry: carry[0] < jnp.asarray(chunks.steps), step, start)
     if chunks.order is None:
         numbers, indices = jax.tree.map(lambda row: _only(counts, row), (numbers, indices))
-    if "token_weights" in rows:
-        out["token_weights"] = numbers[:, : given["token_weights"].shape[-1]]
-    gradient = {n: added_up(head, n, out[n], given[n]).reshape(given[n].shape) for n in rows}
-    return numbers.reshape(*shape, head.columns), gradient, None if indices is None else indices.reshape(shape)
+    value = jnp.sum(theta["token_weights"] * numbers)
+    out["token_weights"] = numbers
+    return value, {n: _part(head, n, out[n].astype(theta[n].dtype)) for n in rows}, indices
 
 
-def _prepared(head: Head, skip: bool, plan: Plan, given, directions, tokens: Tokens):
-    """The chunks, which tokens count, and all arrays as they are multiplied, with one axis of tokens."""
-    theta, *directions = (whole(head, arrays, given) for arrays in (given, *directions))
-    axes = given["token_weights"].ndim - 1
-    tokens = Tokens(*jax.tree.map(lambda row: flat(row, axes), tokens[:2]), tokens.shared)
-    num_tokens, counts = theta["x"].shape[0], tokens.valid
-    if skip and not head.every:
-        nonzero = jnp.any(theta["token_weights"] != 0, 1)
-        counts = nonzero if counts is None else counts & nonzero
-    if head.spread == 1 or not isinstance(num_tokens, int):
-        return in_a_row(plan.chunk, num_tokens, counts), counts, theta, directions, tokens
-    only = lambda arrays: {n: _only(counts, v) if n in LOCAL else v for n, v in arrays.items()}
-    return every_nth(plan.chunk, num_tokens), counts, only(theta), list(map(only, directions)), tokens
+def _as_one(head: Head, arrays: Arrays) -> Arrays:
+    """The arrays by name, with what each device of the classes has a copy of as their mean."""
+    if not head.classes:
+        return arrays
+    mean = lambda x: lax.pmean(varying(x, frozenset(head.classes)), head.classes)
+    return {n: v if n in SPLIT else mean(v) for n, v in arrays.items()}
 
 
-def _of_nothing(head: Head, rows, theta):
+def _part(head: Head, name: str, row: Array) -> Array:
+    """The device's part of a row of the gradient, which adds up over the devices of the classes."""
+    if not head.classes or name in SPLIT:
+        return row
+    return varying(row / head.devices, frozenset(head.classes))
+
+
+def _of_nothing(head: Head, rows, theta, along: bool):
     """The result where there is no token, or no class, so that no label is one."""
-    shape, wide = theta["token_weights"].shape[:-1], wide_dtype(theta)
-    numbers = jnp.full((*shape, head.columns), jnp.nan, wide)
-    out = {name: jnp.zeros_like(theta[name]) for name in rows}
-    return numbers, out, jnp.zeros(shape, jnp.int32) if head.columns > 1 else None
+    out = {name: jnp.zeros_like(theta[name]) for name in ("token_weights", *rows)}
+    if not along:
+        out["token_weights"] = jnp.full_like(out["token_weights"], jnp.nan)
+    indices = jnp.zeros(len(theta["x"]), jnp.int32) if head.columns > 1 and not along else None
+    return jnp.sum(out["token_weights"]), {name: out[name] for name in rows}, indices
 
 
 def _only(counts: Array | None, rows: Array) -> Array:
@@ -129,12 +220,17 @@ def _only(counts: Array | None, rows: Array) -> Array:
     return jnp.where(counts.reshape(-1, *[1] * (rows.ndim - 1)), rows, jnp.zeros((), rows.dtype))
 
 
+def total(x, axes: tuple[str, ...]):
+    """Σ over the devices of the mesh axes."""
+    return lax.psum(x, axes) if axes else x
+
+
 # One chunk.
 
 
 def _chunk(head: Head, rows, slab: int, constants, theta: Arrays, sums: Arrays):
     """Numbers of the tokens, what is known of F's gradient with this chunk, and indices."""
-    x, weights, a = theta["x"], theta["weights"], theta["token_weights"]
+    x, weights, a = theta["x"], theta["weights"], theta["token_weights"][:, : head.weighed]
     options = {name: value for name, value in theta.items() if name not in LINEAR}
     z = logits(head, x, weights, theta.get("bias"))
     facts, out = head.rule(head, z, constants, options), dict(sums)
@@ -166,7 +262,7 @@ def _weighed(a: Array, found: tuple[Array, ...]) -> Array:
     return functools.reduce(jnp.add, (a[:, q] * found[q] for q in range(a.shape[1])))
 
 
-def _along(work, directions):
+def _chunk_along(work, directions):
     """The derivative of a chunk along the directions, the last of which carries the sums."""
     for direction in directions:
         work = functools.partial(_one_along, work, direction)

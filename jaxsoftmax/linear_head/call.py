@@ -1,0 +1,175 @@
+"""From the arguments of a call to its result: checked, as they are multiplied, on each device of a mesh, reduced."""
+
+import functools
+import math
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxsoftmax._core import checks
+from jaxsoftmax._core.mesh import tied, varies_over, varying
+from jaxsoftmax.linear_head import mesh
+from jaxsoftmax.linear_head.mesh import Layout
+from jaxsoftmax.linear_head.plan import Head, Reduction, Tokens, operand_dtype, wide_dtype
+from jaxsoftmax.linear_head.rows import class_weight
+from jaxsoftmax.linear_head.stream import total, value_and_gradient
+
+PRECISIONS = "default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32"
+OPTIONS = {  # that are one number: how it is checked, and the value that is off
+    "label_smoothing": (functools.partial(checks.number, low=0.0, high=1.0), 0),
+    "z_loss": (checks.number, 0),
+    "temperature": (checks.positive, 1),
+    "logit_softcap": (checks.positive, None),
+    "target_softcap": (checks.positive, None),
+}
+
+
+class Call(NamedTuple):
+    """The checked arguments that all heads share.
+
+    Attributes:
+      theta: arrays to differentiate in, by name: x (..., D), weights, token_weights (...), and where given bias (V,).
+      head: what is static, but for the rule.
+      reduction: "none", "sum" or "mean".
+      layout: how the arrays lie on a mesh, outside of a `shard_map`.
+    """
+
+    theta: dict[str, Array]
+    head: Head
+    reduction: str
+    layout: Layout | None
+
+    @property
+    def vocab(self) -> int:
+        """The number of classes, inside a `shard_map` of this device's."""
+        return self.theta["weights"].shape[self.head.vocab_axis]
+
+    @property
+    def num_classes(self) -> int:
+        """With those of other devices."""
+        return self.vocab * (1 if self.layout else self.head.devices)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of logits, losses and sums."""
+        return self.theta["token_weights"].dtype
+
+
+def called(
+    x, weights, bias, token_weights, reduction, chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes,
+    *beside: Array,
+) -> Call:  # fmt: skip
+    """The call; with axis_name the weights, or what is `beside` them, vary over it."""
+    x, weights = (_as_array(name, x) for name, x in (("x", x), ("weights", weights)))
+    if x.ndim == 0:
+        raise ValueError("x must have a feature axis, (..., D), got a scalar")
+    if weights.ndim != 2:
+        raise ValueError(f"weights must have shape (D, V), or (V, D) with vocab_axis=0, got {weights.shape}")
+    if not all(isinstance(n, int) for n in weights.shape):
+        sizes = f"weights must have known sizes, got {weights.shape}"
+        raise TypeError(f"{sizes}: only the number of tokens may be symbolic")
+    axis = checks.axis_index(vocab_axis, 2, "vocab_axis")
+    if weights.shape[1 - axis] != x.shape[-1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, weights of shape {weights.shape} has {weights.shape[1 - axis]} with "
+            f"vocab_axis={vocab_axis}: need the same; a (V, D) array goes with vocab_axis=0"
+        )
+    theta = {"x": x, "weights": weights}
+    if bias is not None:
+        theta["bias"] = checks.as_loss_float("bias", bias)
+        checks.same_shape("bias", theta["bias"], "the classes", (weights.shape[axis],))
+    wide, every = wide_dtype(theta), token_weights is None
+    if token_weights is None:
+        token_weights = jnp.ones_like(jnp.sum(x, -1), wide)  # typed as x is on a mesh
+    token_weights = checks.as_real("token_weights", token_weights, wide).astype(wide)
+    theta["token_weights"] = checks.broadcast("token_weights", token_weights, x.shape[:-1])
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}")
+    if chunk_size is not None:
+        checks.at_least("chunk_size", chunk_size, 1)
+    if not (precision is None or isinstance(precision, lax.Precision) or precision in PRECISIONS):
+        names = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}")
+    names, layout, spread = checks.split_over(axis_name, "weights", weights, *beside), None, 1
+    if names and (token_axes is not None or class_axes is not None):
+        raise ValueError("axis_name is for use inside shard_map, token_axes and class_axes outside of it: give one")
+    if not names:
+        layout = mesh.layout_of(x, weights, axis, token_axes, class_axes)
+        spread = 1 if layout else mesh.divided_by_xla(x, weights)
+    head = Head(axis, names or (layout.classes if layout else ()), chunk_size, precision, every, spread)
+    return Call(theta, head, reduction, layout)
+
+
+def _as_array(name: str, x) -> Array:
+    """An argument to differentiate in: floating point, with a 0 and negative numbers."""
+    x = checks.as_loss_float(name, x)
+    if x.dtype.name == "float8_e8m0fnu":
+        raise TypeError(
+            f"{name} must have a dtype that holds 0 and negative numbers, got {x.dtype}: scale and convert it"
+        )
+    return x
+
+
+def options(dtype: jnp.dtype, **given) -> dict[str, Array]:
+    """The options that are one number, checked, without those that are off."""
+    out = {}
+    for name, value in given.items():
+        check, off = OPTIONS[name]
+        if not (value is off or checks.is_known_as(off, check(name, value))):
+            out[name] = jnp.asarray(check(name, value), dtype)
+    return out
+
+
+def evaluate(call: Call, rule, tokens: Tokens, options: dict[str, Array], columns: int = 1) -> tuple[Array, Any]:
+    """The reduced loss; with several columns the numbers (..., columns) of the tokens and their indices (...)."""
+    head = call.head._replace(rule=rule, columns=columns)
+    return _evaluate(head, call.layout, call.reduction, {**call.theta, **options}, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _evaluate(head: Head, layout: Layout | None, reduction: str, theta, tokens: Tokens):
+    work = functools.partial(_on_device, head, layout, reduction)
+    if layout is not None:
+        work = mesh.divided(work, layout, head.vocab_axis, reduction == "none")
+    out, counted, facts = work(theta, tokens)
+    if reduction == "mean":
+        out = jnp.where(counted == 0, 0.0, out / jnp.where(counted == 0, 1.0, counted))
+    return out, facts
+
+
+def _on_device(head: Head, layout: Layout | None, reduction: str, theta: dict[str, Array], tokens: Tokens):
+    """The losses or their sum, what was counted, and the numbers and indices of the tokens, of this device's tokens."""
+    a, valid, columns = theta["token_weights"], tokens.valid, head.columns
+    counts = lambda row: row if valid is None else jnp.where(valid, row, 0.0)
+    theta, tokens = _as_multiplied(head, layout, theta, tokens)
+    # Each device differentiates in a copy of its own. Over axes that split no classes, it computes a sum of its own.
+    around = frozenset().union(head.classes, *map(varies_over, jax.tree.leaves((theta, tokens))))
+    weights = tied(jnp.ones_like(a), a) if reduction == "none" else a
+    theta["token_weights"] = jnp.pad(weights.reshape(-1, 1), ((0, 0), (0, columns - 1)))
+    theta, facts, counted = varying(theta, around), None, jnp.zeros((), a.dtype)
+    rows = ("token_weights",) if reduction == "none" or columns > 1 else ()
+    out, found, index = value_and_gradient(head, rows, theta, tokens)
+    numbers = {name: total(row, head.classes).reshape(*a.shape, columns) for name, row in found.items()}
+    if columns > 1:
+        facts = numbers["token_weights"], index.reshape(a.shape)
+    if reduction == "none":
+        return counts(numbers["token_weights"][..., 0] * a), counted, facts
+    if reduction == "mean":
+        if "class_weights" in theta:
+            a = a * class_weight(head, theta["class_weights"], tokens.rows).reshape(a.shape)
+        counted = jnp.sum(counts(a))
+    return *total((out, counted), () if layout is None else sum(layout.tokens, ())), facts
+
+
+def _as_multiplied(head: Head, layout: Layout | None, theta, tokens: Tokens):
+    """The arrays of this device with one axis of tokens, in the dtypes of the products, weights with all features."""
+    shape, out = theta["x"].shape[:-1], dict(theta)
+    flat = lambda row: row.reshape(math.prod(shape), *row.shape[len(shape) :])
+    for name in ("x", "weights"):
+        out[name] = theta[name].astype(operand_dtype(head.precision, theta))
+    if layout is not None and layout.gathered:
+        out["weights"] = lax.all_gather(out["weights"], layout.gathered, axis=1 - head.vocab_axis, tiled=True)
+    out["x"] = flat(out["x"])
+    return out, Tokens(*jax.tree.map(flat, tokens[:2]), tokens.shared)
