@@ -157,9 +157,11 @@ def _run(head: Head, rows, plan: Plan, theta, directions, tokens: Tokens):
         counts = nonzero if counts is None else counts & nonzero
     chunks = in_a_row(plan.chunk, num_tokens, counts)
     if head.spread > 1 and isinstance(num_tokens, int):
-        chunks = every_nth(plan.chunk, num_tokens)
-        only = lambda arrays: {n: _only(counts, v) if n in LOCAL else v for n, v in arrays.items()}
-        theta, directions = only(theta), list(map(only, directions))
+        chunks = every_nth(plan.chunk, num_tokens, head.spread)
+        fit = lambda row: chunks.padded(_only(counts, row))
+        of = lambda arrays: {n: fit(v) if n in LOCAL else v for n, v in arrays.items()}
+        theta, directions = of(theta), list(map(of, directions))
+        tokens = tokens._replace(rows=jax.tree.map(fit, tokens.rows))
     # What the loop carries varies over the mesh from the start. Numbers are the same on all devices of the classes.
     zero, shared = zero_of((theta, directions, tokens)), zero_of(theta["token_weights"])
     like = lambda name, x: x + (zero if name in SPLIT else shared).astype(x.dtype)
@@ -167,8 +169,8 @@ def _run(head: Head, rows, plan: Plan, theta, directions, tokens: Tokens):
     wide = theta["token_weights"].dtype
     dtype = lambda name: theta["x"].dtype if name == "x" else wide
     out = {n: like(n, jnp.zeros(theta[n].shape, dtype(n))) for n in rows if n != "token_weights"}
-    numbers = like("", jnp.zeros((num_tokens, head.columns), wide))
-    indices = like("", jnp.zeros(num_tokens, jnp.int32)) if head.columns > 1 and not directions else None
+    numbers = like("", jnp.zeros(theta["token_weights"].shape, wide))
+    indices = like("", jnp.zeros(len(numbers), jnp.int32)) if head.columns > 1 and not directions else None
 
     def step(carry):
         j, numbers, out, indices = carry
@@ -183,7 +185,9 @@ def _run(head: Head, rows, plan: Plan, theta, directions, tokens: Tokens):
     start = jnp.int32(0), numbers, out, indices
     _, numbers, out, indices = lax.while_loop(lambda carry: carry[0] < jnp.asarray(chunks.steps), step, start)
     if chunks.order is None:
-        numbers, indices = jax.tree.map(lambda row: _only(counts, row), (numbers, indices))
+        cut = lambda row: _only(counts, row[:num_tokens])
+        numbers, indices = jax.tree.map(cut, (numbers, indices))
+        theta, out = ({n: v[:num_tokens] if n in LOCAL else v for n, v in a.items()} for a in (theta, out))
     value = jnp.sum(theta["token_weights"] * numbers)
     out["token_weights"] = numbers
     return value, {n: _part(head, n, out[n].astype(theta[n].dtype)) for n in rows}, indices
@@ -292,7 +296,6 @@ def _product(precision, a: Array, b: Array, i: int, j: int) -> Array:
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _plus_product(how: tuple, total: Array, a: Array, b: Array) -> Array:
     """total + aᵀb; a slab of the classes at a time where XLA would hold a whole aᵀb beside the sum, on a CPU."""
     precision, axis, size = how
@@ -308,16 +311,6 @@ def _plus_product(how: tuple, total: Array, a: Array, b: Array) -> Array:
     whole = vocab // size
     total = lax.fori_loop(0, whole, lambda j, total: add(j * size, size, total), total)
     return add(whole * size, vocab - whole * size, total) if vocab % size else total
-
-
-@functools.partial(_plus_product.defjvp, symbolic_zeros=True)
-def _plus_product_jvp(how, primals, tangents):
-    (total, a, b), (out, da, db) = primals, tangents
-    out = jnp.zeros_like(total) if isinstance(out, SymbolicZero) else out
-    for x, y in ((da, b), (a, db)):
-        if not isinstance(x, SymbolicZero) and not isinstance(y, SymbolicZero):
-            out = _plus_product(how, out, x, y)
-    return _plus_product(how, total, a, b), out
 
 
 # Which tokens make a chunk.
@@ -347,6 +340,10 @@ class Chunks(NamedTuple):
             return lax.dynamic_update_index_in_dim(self._split(x), rows, j, 1).reshape(x.shape)
         return x.at[self._in_a_row(self.order, j)].set(rows, mode="drop")
 
+    def padded(self, x: Array) -> Array:
+        """x with rows of 0 after it, for all chunks."""
+        return jnp.pad(x, [(0, self.size * self.steps - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
     def _in_a_row(self, order: Array, j: Array) -> Array:
         return lax.dynamic_slice_in_dim(order, j * self.size, self.size)
 
@@ -366,7 +363,8 @@ def in_a_row(size: int, num_tokens: int, counts: Array | None) -> Chunks:
     return Chunks(size, -(-count // size), chosen)
 
 
-def every_nth(size: int, num_tokens: int) -> Chunks:
-    """Chunks of the largest size up to `size` that divides the number of tokens."""
-    size = next(c for c in range(max(1, min(size, num_tokens)), 0, -1) if num_tokens % c == 0)
-    return Chunks(size, num_tokens // size, None)
+def every_nth(size: int, num_tokens: int, devices: int) -> Chunks:
+    """Chunks of nearly equal size, the same for each device; the last ones are `padded`."""
+    chunks = -(-num_tokens // size)
+    size = -(-num_tokens // (chunks * devices)) * devices
+    return Chunks(size, -(-num_tokens // size), None)

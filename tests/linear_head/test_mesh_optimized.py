@@ -83,3 +83,20 @@ def test_chunks_that_xla_divides_are_as_long_on_each_device():
         loss = functools.partial(linear_softmax_cross_entropy_loss, **told)
         text = jax.jit(jax.grad(loss, 2)).lower(x, labels, weights).compile().as_text()
         assert '"known_trip_count":{"n":"2"}' in text
+
+
+@pytest.mark.skipif(RELEASE < (0, 10), reason="XLA tells the trip counts of fewer loops")
+def test_chunks_that_xla_divides_of_a_number_without_divisors():
+    """4099 tokens per device, a prime number: padded to nine chunks, with the numbers of one device."""
+    mesh, n = Mesh((8, 1), WHOLE), 8 * 4099
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weights = jax.random.normal(keys[0], (n, 4)), jax.random.normal(keys[1], (4, 32))
+    labels = jax.random.randint(keys[2], (n,), 0, 32)
+    f = jax.jit(jax.value_and_grad(functools.partial(linear_softmax_cross_entropy_loss, reduction="mean"), (0, 2)))
+    wanted = f(x, labels, weights)
+    x, labels, weights = mesh.place((x, labels, weights), (P("data"), P("data"), WHOLE))
+    compiled = f.lower(x, labels, weights).compile()
+    assert '"known_trip_count":{"n":"9"}' in compiled.as_text()
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), compiled(x, labels, weights), wanted
+    )
