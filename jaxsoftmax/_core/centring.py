@@ -5,6 +5,7 @@ Pv = v - <p,v>,    P = I - 1pᵀ:    J = Pᵀ diag(p) P.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,13 @@ def is_top(p: Array, above: float = 0.5) -> Array:
 
 
 def below_half(p: Array, above: float = 0.5) -> Array:
-    """p where p ≤ 1/2, else 0."""
-    return p * jnp.floor((1 + above) - p)
+    """p where p ≤ above, else 0."""
+    return p * not_top(p, above)
+
+
+def not_top(p: Array, above: float = 0.5) -> Array:
+    """1 where p ≤ above, else 0."""
+    return jnp.floor((1 + above) - p)
 
 
 AXIS = classes.ClassAxis((-1,))  # the class axis where nothing else is said
@@ -42,8 +48,8 @@ def about_centred(
     """Pv = v - <p,v>, to a few eps of |P||v|, also where one p is near 1.
 
     With v measured from its value r at the top class, where p > 1/2, the mean <p, v - r> has no term of the size of v
-    left to cancel. The top class's own v - r is said to be 0: XLA may round v here otherwise than in the sum. On a CPU
-    `above` moves the threshold, so that two products share no array.
+    left to cancel. The top class's own v - r is said to be 0: XLA may round v here otherwise than in the sum. `above`
+    moves the threshold, so that two products share no array.
     """
     in_two_passes, in_one_pass, in_one_kernel = (
         functools.partial(form, axis=axis, above=above) for form in (_in_two_passes, _in_one_pass, _in_one_kernel)
@@ -70,13 +76,13 @@ def _in_one_kernel(v, p, axis, above):
 def _in_one_pass(v, p, axis, above):
     """The same where each pass over the classes costs time: Σp(v - r) = Σ_{others} pv - r Σ_{others} p."""
     r, moment, rest = (classes.sum(x, axis) for x in (is_top(p) * v, below_half(p) * v, below_half(p)))
-    return jnp.floor((1 + above) - p) * (v - r), moment - r * rest
+    return not_top(p, above) * (v - r), moment - r * rest
 
 
 def _in_two_passes(v, p, axis, above):
     """The same in fewer sums: on a CPU each costs time, on a mesh it crosses."""
     r = classes.sum(is_top(p, above) * v, axis)
-    return jnp.floor((1 + above) - p) * (v - r), classes.sum(below_half(p, above) * (v - r), axis)
+    return not_top(p, above) * (v - r), classes.sum(below_half(p, above) * (v - r), axis)
 
 
 @functools.partial(about_centred.defjvp, symbolic_zeros=True)
@@ -114,8 +120,13 @@ def jacobian_product(
     forth, back = (functools.partial(product, above=above) for above in (0.5, 0.5625))
 
     residuals = p, p if weights is None else weights, jnp.asarray(total, p.dtype)
-    v = v if jax.typeof(v) == jax.typeof(p) else typed_like(p, v)
-    return linear_map(forth, back, residuals, v, jax.typeof(v))
+    return own_transpose(forth, residuals, v, p, back)
+
+
+def own_transpose(product: Callable, residuals: Any, v: Array, like: Array, back: Callable | None = None) -> Array:
+    """product(residuals, v), a symmetric linear map of vectors typed as `like`; back is another form of the same."""
+    v = v if jax.typeof(v) == jax.typeof(like) else typed_like(like, v)
+    return linear_map(product, back or product, residuals, v, jax.typeof(v))
 
 
 def gradient_product(
@@ -175,8 +186,7 @@ def product_beside(
 
     product = _elsewhere(form, plain, axis, plain if classes.in_one_kernel(z, axis) else None)
     residuals = (z, m, total) if label is None else (z, m, total, label)
-    v = v if jax.typeof(v) == jax.typeof(z) else typed_like(z, v)
-    return linear_map(product, product, residuals, v, jax.typeof(v))
+    return own_transpose(product, residuals, v, z)
 
 
 def rounded_one(p: Array, axis: classes.Axis) -> Array:

@@ -16,9 +16,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import about_centred, below_half, centred_transpose, jacobian_product, less
-from jaxsoftmax._core.mesh import typed_like
-from jaxsoftmax._linear_map import linear_map
+from jaxsoftmax._core.centring import (
+    about_centred,
+    below_half,
+    centred_transpose,
+    jacobian_product,
+    less,
+    own_transpose,
+)
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
@@ -176,8 +181,7 @@ def _hessian_product(v: Array, p: Array, weights: Array, axis: classes.Axis) -> 
         # By another threshold than the J of the gradient, so that the two share no array.
         return centred_transpose(weights * about_centred(v, p, axis, above=0.5625), p, axis)
 
-    v = v if jax.typeof(v) == jax.typeof(p) else typed_like(p, v)
-    return linear_map(product, product, (p, weights), v, jax.typeof(v))
+    return own_transpose(product, (p, weights), v, p)
 
 
 @custom_vjp(nondiff_argnums=(2,))
