@@ -126,7 +126,7 @@ KL: gradient in the target with the wrong sign | contract/test_transformations.p
   - return ct * difference(x, z, sums, axis), -ct * jacobian_product(
   + return ct * difference(x, z, sums, axis), ct * jacobian_product(
 KL: difference of logarithms where the two are close | ../jaxsoftmax/losses/divergences_of_logits.py
-  - return jnp.where(self.is_near, self.excess, self.change - self.mean)
+  - return jnp.where(is_near(self.change, self.mean), self.excess, self.change - self.mean)
   + return self.change - self.mean
 [losses/temperature.py]
 KL: temperature not applied to the target | contract/test_losses.py -k 'combination and softmax_kl'

@@ -38,17 +38,22 @@ def _apart_on_cpu(x, z, top_x, top_z, kernel):
     return -(top_x - x), -(top_z - z), gap
 
 
+def is_near(change: Array, mean: Array) -> Array:
+    """Whether KL is small, so that δ̄ + excess is the logarithm of Σ q exp δ."""
+    return change - mean < 1
+
+
 def log_ratio(gap: Array, change: Array, mean: Array, excess: Array) -> Array:
     """log p - log q = δ - log Σ q exp δ, whose logarithm is δ̄ + excess where KL is small."""
     return lax.platform_dependent(gap, change, mean, excess, cpu=_log_ratio_on_cpu, default=_log_ratio)
 
 
 def _log_ratio(gap, change, mean, excess):
-    return jnp.where(change - mean < 1, (gap - mean) - excess, gap - change)
+    return jnp.where(is_near(change, mean), (gap - mean) - excess, gap - change)
 
 
 def _log_ratio_on_cpu(gap, *numbers):
-    known = lambda change, mean, excess: jnp.where(change - mean < 1, mean + excess, change)
+    known = lambda change, mean, excess: jnp.where(is_near(change, mean), mean + excess, change)
     return gap - per_slice(known)(*numbers)
 
 

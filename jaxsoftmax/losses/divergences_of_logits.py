@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import jacobian_product
-from jaxsoftmax._core.forms_of_two import apart, apart_plainly, divergence_terms, sums_on_cpu
+from jaxsoftmax._core.forms_of_two import apart, apart_plainly, divergence_terms, is_near, sums_on_cpu
 from jaxsoftmax._core.forms_of_two import log_ratio as log_ratio_of
 from jaxsoftmax._core.scalar_functions import log_double_sigmoid, missing_bits, sigmoid, softplus
 from jaxsoftmax._core.tracing import traced_once
@@ -142,12 +142,8 @@ class Sums(NamedTuple):
         return jnp.log(self.total_x) - jnp.log(self.total_z)
 
     @property
-    def is_near(self) -> Array:
-        return self.change - self.mean < 1
-
-    @property
     def kl(self) -> Array:
-        return jnp.where(self.is_near, self.excess, self.change - self.mean)
+        return jnp.where(is_near(self.change, self.mean), self.excess, self.change - self.mean)
 
     def ratio(self, gap: Array) -> Array:
         """ρ = log p - log q of δ."""
