@@ -41,11 +41,11 @@ def as_inexact(name: str, x: ArrayLike) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.complexfloating) else as_float(name, x)
 
 
-def as_loss_float(name: str, x: ArrayLike) -> Array:
+def as_loss_float(name: str, x: ArrayLike, remedy: str = "convert it with .astype(float)") -> Array:
     """Argument of a loss: floating point, nothing else."""
     x = as_array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}; convert it with .astype(float)")
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}; {remedy}")
     return x
 
 
@@ -303,6 +303,15 @@ def as_real(name: str, x: ArrayLike, dtype: Any) -> Array:
 def positive(name: str, value: Any) -> Any:
     """A real scalar larger than 0: NaN where a traced one is not."""
     return within(name, number(name, value), 0.0, above_low=True)
+
+
+def inverse(name: str, value: ArrayLike, x: Array) -> tuple[Array, Array]:
+    """1 / value of a positive option, a number or one per slice (...) of x (..., K): as it is, and to multiply x."""
+    found = 1 / option(name, value, None, x.dtype, 0.0, above_low=True).astype(x.dtype)
+    if found.ndim == 0:
+        return found, found
+    found = broadcast(name, found, x.shape[:-1])
+    return found, found[..., None]
 
 
 def option(

@@ -18,9 +18,10 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import gradient_product, jacobian_product, less
+from jaxsoftmax._core.mesh import sharded_like
 from jaxsoftmax._core.tracing import traced_once
 from jaxsoftmax.autodiff import custom_vjp
-from jaxsoftmax.losses.head import checked_labels, checked_logits
+from jaxsoftmax.losses.head import checked_labels, checked_logits, option_of_examples
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.likelihood import Likelihood
 from jaxsoftmax.losses.smoothing import checked_options, weighed, weights_beside
@@ -67,7 +68,7 @@ def softmax_cross_entropy_with_integer_labels(
       label_smoothing: ε in [0, 1], spread evenly over the classes that are present; one number, or one per example.
       class_weights: weights of shape (K,), as in torch.nn.functional.cross_entropy.
       ignore_index: label of examples to leave out; loss 0, gradient 0.
-      z_loss: ζ, a penalty that keeps the logits' normaliser near 0.
+      z_loss: ζ, a penalty that keeps the logits' normaliser near 0; one number, or one per example.
       axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
     Returns:
@@ -153,7 +154,7 @@ def integer_arguments(
 ) -> tuple:
     """The arguments, checked; options that are off are None."""
     logits, labels, mask, axes = checked_labels(logits, labels, axis, where, ignore_index, axis_name)
-    penalty = None if checks.is_known_as(0, checks.number("z_loss", z_loss)) else z_loss
+    penalty = None if checks.is_known_as(0, z_loss) else option_of_examples("z_loss", z_loss, logits, axes)
     return logits, labels, mask, *checked_options(label_smoothing, class_weights, logits, axes), penalty, axes
 
 
@@ -183,7 +184,8 @@ def integer_loss(logits, labels, mask, class_weights, smooth, penalty, axes) -> 
     if penalty is not None:
         # Where a weight may be 0, it has digits of its own.
         lse = _log_total(wide, labels, axis) if class_weights is None else logsumexp_of(wide, axis)
-        loss = loss + jnp.asarray(penalty, loss.dtype) * lse**2
+        penalty = sharded_like(loss, jnp.expand_dims(penalty.astype(loss.dtype), axis.positions))
+        loss = loss + penalty * lse**2
     return classes.absent_examples(loss, mask, axis)
 
 
@@ -348,7 +350,7 @@ def categorical(
     fisher = SoftmaxJacobian(p, weight, Likelihood(z, weight, draw, score), axis)
     if penalty is None:
         return Curvature(likelihood, likelihood, fisher)
-    slope = only_examples(mask, jnp.broadcast_to(2 * jnp.asarray(penalty, z.dtype), weight.shape), axis)
+    slope = only_examples(mask, 2 * sharded_like(weight, penalty.astype(z.dtype)[..., None]), axis)
     hessian = DiagonalPlusLowRank((weight + slope * logsumexp_of(z, axis)) * p, p, slope, axis=axis)
     return Curvature(hessian, DiagonalPlusLowRank(weight * p, p, slope, axis=axis), fisher)
 

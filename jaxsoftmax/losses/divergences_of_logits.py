@@ -111,7 +111,8 @@ def jensen_shannon_divergence(
 
 def _arguments(logits, target_logits, axis, where, temperature, axis_name) -> tuple:
     logits, mask, axes = checked_logits(logits, axis, axis_name, where)
-    targets = checks.as_loss_float("target_logits", target_logits)
+    remedy = "class indices go to softmax_cross_entropy_with_integer_labels, other integers as .astype(float)"
+    targets = checks.as_loss_float("target_logits", target_logits, remedy)
     targets = checks.broadcast("target_logits", targets, logits.shape)
     return logits, targets, mask, as_temperature(temperature, logits, axes), axes
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import centred, gradient_product, jacobian_product, product_beside
-from jaxsoftmax._core.mesh import typed_like
+from jaxsoftmax._core.mesh import sharded_like, typed_like
 from jaxsoftmax._core.scalar_functions import finite, infinite_at, sigmoid, softplus
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.cross_entropy import label_sums, soft_label_loss
@@ -86,7 +86,7 @@ def poly_loss_cross_entropy(
     Args:
       logits: floating-point logits; `axis` counts the classes.
       labels: real weights of the classes, of a shape that broadcasts to that of `logits`.
-      epsilon: coefficient ε of the first power of 1 - p; 0 gives the cross-entropy.
+      epsilon: coefficient ε of the first power of 1 - p; 0 gives the cross-entropy. One number, or one per example.
       axis: class axis, a tuple of axes, or None for all.
       where: boolean mask of the shape of the result (False: the example is absent, with loss 0 and gradient 0), else
         one that broadcasts to `logits` (False: the class is absent, its label too).
@@ -114,7 +114,7 @@ def _focal_arguments(logits, labels, gamma, axis, where, ignore_index, axis_name
 def _poly_arguments(logits, labels, epsilon, axis, where, axis_name) -> tuple:
     logits, mask, axes = checked_logits(logits, axis, axis_name, where)
     labels = checks.class_probabilities(labels, logits, axes.positions)
-    return logits, labels, checks.number("epsilon", epsilon), mask, axes
+    return logits, labels, option_of_examples("epsilon", epsilon, logits, axes), mask, axes
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
@@ -132,7 +132,9 @@ def _focal_loss(logits, labels, gamma, mask, axes) -> Array:
 def _poly_loss(logits, labels, epsilon, mask, axes) -> Array:
     (logits, y, mask), axis = classes.one_axis(axes, *dtypes.widen(logits, labels), mask)
     z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)
-    loss = soft_label_loss(z, y, axis) + jnp.asarray(epsilon, z.dtype) * missed(z, y, axis)
+    loss = soft_label_loss(z, y, axis)
+    epsilon = sharded_like(loss, jnp.expand_dims(epsilon.astype(loss.dtype), axis.positions))
+    loss = loss + epsilon * missed(z, y, axis)
     return classes.absent_examples(loss, mask, axis)
 
 
@@ -279,6 +281,6 @@ def _poly_operators(logits, labels, epsilon, mask, axis) -> Curvature:
     logits, y = dtypes.widen(logits, labels)
     z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)
     p, mass = softmax_of(z, axis), classes.sum(y, axis)
-    weights = p * (mass - jnp.asarray(epsilon, z.dtype) * centred(y, p, axis))
+    weights = p * (mass - sharded_like(mass, epsilon.astype(z.dtype)[..., None]) * centred(y, p, axis))
     outer = SoftmaxJacobian(p, only_examples(mask, mass, axis), axis=axis)
     return Curvature(DiagonalPlusLowRank(only_examples(mask, weights, axis), p, axis=axis), outer)

@@ -48,7 +48,7 @@ def option_of_examples(
     value: ArrayLike,
     logits: Array,
     axes: classes.ClassAxis,
-    low: float,
+    low: float = -jnp.inf,
     high: float = jnp.inf,
     **bounds: bool,
 ) -> Array:

@@ -112,7 +112,8 @@ def logits_hessian(
         diagonal operator along the last axis.
       *args: what `loss` takes after the logits.
       logit_softcap: cap c, for the Hessian of loss(softcap_logits(logits, c), …).
-      logit_temperature: T, for that of loss(logits / T, …); with a cap, of loss(softcap_logits(logits, c) / T, …).
+      logit_temperature: T, or one per example (...), for that of loss(logits / T, …); with a cap, of
+        loss(softcap_logits(logits, c) / T, …).
       **kwargs: the options of `loss`, `where` included; `axis`, if it is given, must be the last. With `axis_name`,
         inside `jax.shard_map`, every vector of the operator is this device's block of classes.
 
@@ -136,7 +137,7 @@ def logits_hessian(
     head, x = _at(loss, logits, args, kwargs, logit_softcap, logit_temperature)
     if x is None:
         return head.hessian
-    scale = 1 / jnp.asarray(1 if logit_temperature is None else logit_temperature, x.dtype)
+    _, scale = checks.inverse("logit_temperature", 1.0 if logit_temperature is None else logit_temperature, x)
     part = classes.part_of_one(head.hessian.axis)
     gradient = jax.grad(lambda x: part * jnp.sum(loss(x * scale, *args, **kwargs)))(x)
     slope, bend = cap_derivatives(*dtypes.widen(jnp.asarray(logits)), logit_softcap)
@@ -284,9 +285,9 @@ def _at(loss, logits, args, kwargs, softcap, temperature) -> tuple[Curvature, Ar
     logits = logits if x is None else x
     if temperature is None:
         return head(logits, *args, **options), x
-    temperature = checks.positive("logit_temperature", temperature)
-    scale = 1 / jnp.asarray(temperature, dtypes.compute_dtype(logits.dtype))
-    return head(dtypes.widen(logits)[0] * scale, *args, **options).scaled(scale * scale), x
+    (wide,) = dtypes.widen(logits)
+    scale, beside_classes = checks.inverse("logit_temperature", temperature, wide)
+    return head(wide * beside_classes, *args, **options).scaled(scale * scale), x
 
 
 def _capped(operator: SymmetricOperator, logits: ArrayLike, cap: ArrayLike | None) -> SymmetricOperator:

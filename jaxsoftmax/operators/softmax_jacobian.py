@@ -100,7 +100,7 @@ class SoftmaxJacobian(SymmetricOperator):
           x: real logits (..., K).
           where: boolean mask that broadcasts to `x`; False marks an absent class.
           alpha: 1 for softmax, else the α of `entmax`, as it takes it.
-          temperature: T > 0, for the Jacobian of x ↦ softmax(x/T), which has the factor 1/T.
+          temperature: T > 0, or one per slice (...), for the Jacobian of x ↦ softmax(x/T), which has the factor 1/T.
           axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
 
         Raises:
@@ -110,8 +110,8 @@ class SoftmaxJacobian(SymmetricOperator):
         x = checks.as_float("x", x)
         _check_classes("x", x)
         (z,) = dtypes.widen(x)
-        scale = 1 / jnp.asarray(checks.positive("temperature", temperature), z.dtype)
-        z = z if checks.is_known_as(1, temperature) else z * scale
+        scale, beside_classes = checks.inverse("temperature", temperature, z)
+        z = z if checks.is_known_as(1, temperature) else z * beside_classes
         if _is_one(alpha):
             J = cls._of_probs(softmax(z, where=where, axis_name=axis_name), alpha, axis_name)
             J = dataclasses.replace(J, logits=z)

@@ -358,6 +358,43 @@ def test_label_smoothing_may_be_one_per_example(x64):
     assert_close(H.as_matrix(), jax.jit(jax.vmap(jax.hessian(ce)))(z, labels))
 
 
+OPTIONS_OF_EXAMPLES = {
+    "z_loss": lambda z, c, o: js.softmax_cross_entropy_with_integer_labels(z, c, z_loss=o),
+    "epsilon": lambda z, c, o: js.poly_loss_cross_entropy(z, jax.nn.one_hot(c, 4), o),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS_OF_EXAMPLES)
+def test_other_options_per_example(name):
+    """As example by example: value, gradient in logits and option, Hessian; a shape that does not fit raises."""
+    f, z, c, option = OPTIONS_OF_EXAMPLES[name], jnp.cos(jnp.arange(12.0)).reshape(3, 4), jnp.array([0, 3, 1]), 0.5
+    options = jnp.array([0.5, 0.0, -0.25])
+    both = jax.jit(jax.value_and_grad(lambda z, o, c: jnp.sum(f(z, c, o)), (0, 1)))
+    _, gradients = both(z, options, c)
+    assert_close(gradients, [jnp.stack(g) for g in zip(*(both(*each)[1] for each in zip(z, options, c)))])
+    loss = {"z_loss": js.softmax_cross_entropy_with_integer_labels, "epsilon": js.poly_loss_cross_entropy}[name]
+    target = c if name == "z_loss" else jax.nn.one_hot(c, 4)
+    H = js.logits_hessian(loss, z, target, **{name: options}).as_matrix()
+    assert_close(H, jax.vmap(jax.hessian(lambda z, o, c: f(z, c, o)))(z, options, c), scale=1.0)
+    with pytest.raises(ValueError, match=name):
+        f(z, c, jnp.full(2, option))
+
+
+def test_temperatures_of_operators_per_example():
+    z, t, c = jnp.cos(jnp.arange(12.0)).reshape(3, 4), jnp.array([0.5, 1.0, 3.0]), jnp.array([0, 3, 1])
+    J = js.SoftmaxJacobian.from_logits(z, temperature=t).as_matrix()
+    assert_close(J, jax.vmap(jax.jacobian(lambda z, t: js.softmax(z / t)))(z, t))
+    loss = js.softmax_cross_entropy_with_integer_labels
+    for cap in ({}, {"logit_softcap": 2.0}):
+        at = lambda z: js.softcap_logits(z, 2.0) if cap else z
+        H = js.logits_hessian(loss, z, c, logit_temperature=t, **cap).as_matrix()
+        assert_close(H, jax.vmap(jax.hessian(lambda z, t, c: loss(at(z) / t, c)))(z, t, c), scale=1.0)
+    with pytest.raises(ValueError, match="temperature"):
+        js.SoftmaxJacobian.from_logits(z, temperature=t[:2])
+    with pytest.raises(ValueError, match="logit_temperature must be larger than 0"):
+        js.logits_hessian(loss, z, c, logit_temperature=-t)
+
+
 def test_temperature_of_an_entropy():
     """The entropy of z / T, of its own digits: where logits are far from 0, and in the derivative by T."""
     z, t = np.array([1e6, 1e6 + 1, 1e6 - 0.5]), 3.0
