@@ -149,11 +149,8 @@ def linear_softmax_cross_entropy_with_statistics(
     """The loss of `linear_softmax_cross_entropy_loss`, and statistics of the same logits at no further matrix product.
 
     Args:
-      x: hidden states (..., D); all other arguments too are those of `linear_softmax_cross_entropy_loss`.
-      labels: integer classes (...).
-      weights: (D, V), or (V, D) with `vocab_axis=0`.
-      bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss, logit_softcap, chunk_size,
-        precision, vocab_axis, axis_name, token_axes, class_axes: see there.
+      x, labels, weights, bias, reduction, token_weights, label_smoothing, class_weights, ignore_index, z_loss,
+        logit_softcap, chunk_size, precision, vocab_axis, axis_name, token_axes, class_axes: as there.
 
     Returns:
       The loss and `TokenStatistics`, each field of shape (...), of the capped logits. Floats are differentiable, in
