@@ -41,9 +41,9 @@ class DiagonalPlusLowRank(SymmetricOperator):
     """A = T (Pᵀ diag(d) P + κ ppᵀ) T + diag(e), with P = I - 1pᵀ for a centre p and P = I without, T = diag(t).
 
     A frozen pytree, batched over leading axes, which all fields share. Every method but `as_matrix` costs O(K).
-    In float32, small entries of second derivatives of `frobenius_norm` and of lightly damped `solve` and `logdet` may
-    keep four digits; so may those of first ones of the Jensen-Shannon Hessian where both sides are sure, of different
-    classes.
+    In float32 the smallest entries of second derivatives of `frobenius_norm` and of lightly damped `solve` and `logdet`
+    may keep four digits; those of first ones of the Jensen-Shannon Hessian, where both sides are sure of different
+    classes, may keep none beside the largest.
 
     Args:
       weights: d, shape (..., K). Of any sign; `factor_mv` and `is_psd` say what they need.
@@ -207,8 +207,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
             out = out + (self.mean_weight * classes.sum(self.centre * u, self.axis) ** 2)[..., 0]
         return out if self.extra is None else out + classes.sum(self.extra * v**2, self.axis)[..., 0]
 
-    # Solutions and determinant: docs/mathematics.md, (D1) to (D3), with its letters. The class c stays an unknown; the
-    # others are eliminated.
+    # Solutions and determinant: docs/mathematics.md, section 2.5, (D1) to (D3) with their letters. The class c stays an
+    # unknown; the others are eliminated.
 
     def _reduced(self, damping: Array) -> "_Reduced":
         assert self.centre is not None
