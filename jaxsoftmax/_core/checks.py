@@ -49,11 +49,11 @@ def as_loss_float(name: str, x: ArrayLike, remedy: str = "convert it with .astyp
     return x
 
 
-def as_labels(name: str, labels: ArrayLike) -> Array:
+def as_labels(name: str, labels: ArrayLike, remedy: str = "") -> Array:
     """Integer class labels."""
     labels = as_array(name, labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype (class indices), got {labels.dtype}")
+        raise TypeError(f"{name} must have an integer dtype (class indices), got {labels.dtype}{remedy}")
     return labels
 
 
@@ -250,6 +250,13 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {_shown(name, value)}") from None
+
+
+def known_positive(name: str, value: Any) -> float:
+    """A positive number that is known when a function is traced."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} must be a number, got {_shown(name, value)}")
+    return float(positive(name, value))
 
 
 def _shown(name: str, value: Any) -> str:

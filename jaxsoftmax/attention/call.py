@@ -119,7 +119,7 @@ def dot_product_attention(
         scale = 1 / math.sqrt(width)
     elif not isinstance(scale, (int, float)):
         q, scale = _scaled(q, checks.as_real("scale", checks.number("scale", scale), q.dtype)), 1.0
-    softcap = None if logit_softcap is None else float(checks.positive("logit_softcap", logit_softcap))
+    softcap = None if logit_softcap is None else checks.known_positive("logit_softcap", logit_softcap)
     constants = _lengths(batch, query_seq_lengths, key_value_seq_lengths)
     constants |= _segments(segment_ids, batch, queries, k.shape[1])
     if names:

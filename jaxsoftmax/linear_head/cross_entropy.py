@@ -228,7 +228,7 @@ def _of_labels(
     call: Call, columns: int, labels, *, ignore_index=None, class_weights=None, **given
 ) -> tuple[Array, Any]:
     """The reduced loss; with the columns of statistics these too, 0 for tokens that do not count."""
-    labels = checks.as_labels("labels", labels)
+    labels = checks.as_labels("labels", labels, "; one-hot labels go as jnp.argmax(labels, -1), others to full logits")
     checks.same_shape("labels", labels, "x without its feature axis", call.theta["x"].shape[:-1])
     found = options(call.dtype, **given)
     if class_weights is not None:

@@ -13,6 +13,8 @@ from jaxsoftmax.operators import SoftmaxJacobian
 from tests.wrong_calls import LABELS, K, N, P, V, Z
 
 ce = js.softmax_cross_entropy_with_integer_labels
+linear = js.linear_head.linear_softmax_cross_entropy_loss
+capped = lambda c: js.dot_product_attention(*[jnp.ones((2, 1, 4))] * 3, logit_softcap=c)
 J = SoftmaxJacobian.from_probs(P[0])
 INDICES = np.ones((N, K), int)  # of a dtype that class indices have, too
 
@@ -39,6 +41,9 @@ ROWS = [
     (lambda: js.softmax_cross_entropy(Z, 1j * P), TypeError, "labels must be real"),
     (lambda: js.softmax_cross_entropy(Z, V[0, 1:]), ValueError, r"labels has shape \(2,\)"),
     (lambda: js.squared_error(V[0], V[0, 1:]), ValueError, r"targets must have the shape of predictions, .*got \(2,\)"),
+    (lambda: js.softmax_kl_divergence(Z, LABELS), TypeError, "target_logits .*; class indices go to softmax_cross"),
+    (lambda: linear(Z, P, np.eye(K, dtype="float32")), TypeError, r"labels .* got float32; one-hot labels go as jnp.argmax"),
+    (lambda: jax.jit(capped)(2.0), TypeError, "logit_softcap must be a number, got a traced array: .* static"),
     # Curvature of the heads.
     (lambda: js.logits_hessian(jnp.mean, Z), TypeError, r"must be a head .*\(brier_loss, .*_error\).*got mean"),
     (lambda: js.logits_ggn(3, Z), TypeError, "got 3"),
