@@ -1,5 +1,7 @@
 """Pictures: the Jacobian and its spectrum. Each function returns a matplotlib Figure and shows nothing itself."""
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module("jaxsoftmax.network.picture").visualize_gradient_flow
 
 
-def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequence[str] | None = None) -> "Figure":
+def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequence[str] | None = None) -> Figure:
     """Draw J = ∂p/∂x: a heat map symmetric about 0, its diagonal p(1-p), and the probabilities p.
 
     Args:
@@ -72,7 +74,7 @@ def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequenc
     return figure
 
 
-def visualize_spectrum(x: ArrayLike, *, where: ArrayLike | None = None, alpha: float = 1.0) -> "Figure":
+def visualize_spectrum(x: ArrayLike, *, where: ArrayLike | None = None, alpha: float = 1.0) -> Figure:
     """Draw the eigenvalues of J with the intervals that interlace them, q₍ᵢ₎ ≥ λᵢ ≥ q₍ᵢ₊₁₎, and the bounds of λ₁.
 
     The eigenvalues 0 are counted in the title. The axis is logarithmic where the others are many, or of unlike size.

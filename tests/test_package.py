@@ -107,6 +107,7 @@ def test_public_name_and_arguments(name):
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(f"jaxsoftmax.{module}".rstrip(".")), attribute)
     assert_shows_an_example(found)
+    assert "ndarray" not in str(inspect.signature(found))  # ArrayLike as it is written, not what it stands for
     promised = inspect.signature(eval(f"lambda {PUBLIC[name]}: None")).parameters.values()
     given = list(inspect.signature(found).parameters.values())
     assert [p.name for p in given[: len(promised)]] == [p.name for p in promised]

@@ -3,6 +3,8 @@
 A check runs on Python values and abstract shapes only, so a wrong call fails before anything is computed or traced.
 """
 
+from __future__ import annotations
+
 import operator
 from typing import Any
 

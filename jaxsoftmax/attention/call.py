@@ -1,5 +1,7 @@
 """`dot_product_attention`: the arguments of a call, checked, and one pass over its blocks."""
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Any, Literal, overload

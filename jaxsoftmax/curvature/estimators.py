@@ -13,6 +13,8 @@ matfree has more of the kind. By hand stay, where it differs:
 - mean and standard error over the probes: matfree holds all of them at once, and calls the error of one probe 0.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -265,7 +267,7 @@ class _Flat(NamedTuple):
     dtype: Any
 
     @classmethod
-    def of(cls, product: Product, like: Any) -> "_Flat":
+    def of(cls, product: Product, like: Any) -> _Flat:
         checks.function("product", product)
         like = jax.tree.map(lambda leaf: checks.as_loss_float("each array of like", leaf), like)
         checks.float_tree("like", like)

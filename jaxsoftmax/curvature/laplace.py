@@ -9,6 +9,8 @@ One eigendecomposition of G serves every δ. What is predicted follows from the 
 sigmoid of each logit, or a normal distribution for the squared errors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -120,7 +122,7 @@ class LastLayerLaplace:
         share = jnp.where(self.eigenvalues == 0, 0.0, self.eigenvalues / precision)
         return fit - jnp.sum(jnp.log1p(share)) / 2
 
-    def with_best_prior(self, num_steps: int = 100) -> "LastLayerLaplace":
+    def with_best_prior(self, num_steps: int = 100) -> LastLayerLaplace:
         """The posterior with the prior precision that maximizes the evidence, W held fixed, by MacKay's iteration.
 
         It is inf where W = 0, and 0 where the data have no curvature: there the evidence only rises, or only falls.

@@ -8,6 +8,8 @@ columns of the Hessian of F. Every higher derivative of F is a symmetric form: t
 derivative again, so both modes and all orders stream.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

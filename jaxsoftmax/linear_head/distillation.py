@@ -5,6 +5,8 @@ KL(q ‖ p),    q = softmax(z̃ / T),    p = softmax(z / T),    ∂/∂z = (p - 
 its reverse KL(p ‖ q), and what lies between them.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

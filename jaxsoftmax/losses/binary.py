@@ -6,6 +6,8 @@
 Written with σ(-x), never with 1 - σ(x), so that a model that is right and sure of it keeps its digits.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 

@@ -7,6 +7,8 @@ With m = max z, e = exp(z - m) and R = Σ_{k≠c} e_k (the label left out of the
 L = log1p(R / e_c) and ∂L/∂z_c = -R / (R + e_c) keep their digits when the model is right and sure of it.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

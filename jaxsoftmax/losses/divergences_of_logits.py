@@ -8,6 +8,8 @@ with H the entropy of a pair. No term is negative, and each is of second order i
 digits: ρ comes from x - z, never from two logarithms. (Σ q (exp(ρ) - 1) = 0, so the first sum is -Σ q ρ.)
 """
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

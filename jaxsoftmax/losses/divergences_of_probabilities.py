@@ -6,6 +6,8 @@
 A class with target 0 contributes t log t = 0 whatever its prediction; its slope in t is that at the smallest number.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

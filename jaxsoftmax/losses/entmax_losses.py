@@ -9,6 +9,8 @@ with p and J those of α-entmax. The three terms cancel near the solution. With 
     L = Σ ω(y_k) - ω(p_k) - ω'(p_k) (y_k - p_k) + y_k max(ψ - z_k - 1/β, 0),    ω(t) = (t^α - t) / (α(α-1)).
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

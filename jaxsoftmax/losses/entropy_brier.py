@@ -8,6 +8,8 @@ and for any f = Σ φ_k(p_k), with g = ∂f/∂z = J φ′(p), b = φ″ p² and
     ∂²f/∂z² = Pᵀ diag(b + g) P,    of which Pᵀ diag(b) P = J diag(φ″) J is the Gauss-Newton part.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

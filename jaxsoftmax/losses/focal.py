@@ -8,6 +8,8 @@ so its Hessian F″ ∇s ∇sᵀ - F′ (diag(q) - qqᵀ) is positive semidefini
 f(L) = u^γ L with u = 1 - p_c, of Hessian f′J + f″ggᵀ. The poly loss adds ε Σ_k y_k (1 - p_k) to the cross-entropy.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

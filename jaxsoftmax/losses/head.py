@@ -1,5 +1,7 @@
 """What the heads over classes share before their formulas: arguments that every one of them takes, checked."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike

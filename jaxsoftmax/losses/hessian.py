@@ -6,6 +6,8 @@ vector in U (`jaxsoftmax.operators`). Where the logits are capped first, x = x(z
     ∂²L/∂z² = diag(t) H diag(t) + diag(g ∘ ∂²x/∂z²),    which is diagonal plus low rank as well.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable
@@ -39,7 +41,7 @@ class Curvature(NamedTuple):
     gauss_newton: SymmetricOperator
     fisher: SymmetricOperator | None = None
 
-    def scaled(self, weight: ArrayLike) -> "Curvature":
+    def scaled(self, weight: ArrayLike) -> Curvature:
         """All of them times a number, or an array that broadcasts to the batch axes."""
         return Curvature(*(None if operator is None else operator.scaled(weight) for operator in self))  # pyright: ignore[reportArgumentType]
 

@@ -1,5 +1,7 @@
 """The length of the natural gradient of cross-entropy, which the loss alone determines."""
 
+from __future__ import annotations
+
 import math
 
 import jax.numpy as jnp

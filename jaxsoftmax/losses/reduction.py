@@ -1,5 +1,7 @@
 """What stands after a head: the weighted mean of the losses, in which 0/0 is 0."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -5,6 +5,8 @@ l = (z - y)ᵀ(z - y),    dl = 2 (z - y) : dz,    ∂l/∂z = 2 (z - y)ᵀ,    �
 Reference: docs/mathematics.md, section 7.4.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The soft cap that may stand before a head: x = c tanh(z/c), ∂x/∂z = sech²(z/c), so that |x| < c."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """A temperature that divides the logits: one number, or one per example. Where it is off, it is None."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 

@@ -6,6 +6,8 @@ J is symmetric, so its products with a tangent and with a cotangent are one func
 object.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

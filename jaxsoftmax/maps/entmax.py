@@ -8,6 +8,8 @@ With β = α - 1 and ln_β(p) = (p^β - 1)/β, the deformed logarithm (log p at 
 J is the Jacobian of softmax at π, up to a factor, so one rule serves every α, also for the derivative in α.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 

@@ -8,6 +8,8 @@ see plain logits and no value behind a mask reaches a derivative. The rules wide
 results are rounded once on the way out.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Literal, overload

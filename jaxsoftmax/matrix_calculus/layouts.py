@@ -7,6 +7,8 @@ the shape of X (denominator layout). `python -m jaxsoftmax.matrix_calculus` prin
 the error of each, measured in float64 at a random point.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -5,6 +5,8 @@ layer, so that l = f(z_N) for a loss head f. Vectors are the rows of arrays: the
 batch.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Literal, NamedTuple

@@ -1,5 +1,7 @@
 """What becomes of gradients on their way down a network: norms, singular values, saturation."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

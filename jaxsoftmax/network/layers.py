@@ -4,6 +4,8 @@ z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x, and no activation after the las
 the leading axes of x, if any, are the batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

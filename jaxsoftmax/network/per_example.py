@@ -1,5 +1,7 @@
 """Gradients of each example's own loss, and their norms, from one pass."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """A picture of how gradients fare on their way down a network."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ def visualize_gradient_flow(
     targets: ArrayLike,
     loss: Loss,
     activation: Activation = jnp.tanh,
-) -> "Figure":
+) -> Figure:
     """Draw how gradients fare on their way down a network: norms, singular values, saturated units, layer by layer.
 
     Args:

@@ -1,5 +1,7 @@
 """What every symmetric operator here shares: shape, products, algebra, checked arguments."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -108,7 +110,7 @@ class SymmetricOperator:
 
     # Algebra.
 
-    def __add__(self, other: "SymmetricOperator") -> "SymmetricOperator":
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
         """A + B; with a closed form for `solve` and the rest where one of the two is diagonal."""
         if not isinstance(other, SymmetricOperator):
             return NotImplemented
@@ -120,29 +122,29 @@ class SymmetricOperator:
                 return total
         return SumOfOperators((self, other))
 
-    def __sub__(self, other: "SymmetricOperator") -> "SymmetricOperator":
+    def __sub__(self, other: SymmetricOperator) -> SymmetricOperator:
         return self + -other if isinstance(other, SymmetricOperator) else NotImplemented
 
-    def __mul__(self, factor: ArrayLike) -> "SymmetricOperator":
+    def __mul__(self, factor: ArrayLike) -> SymmetricOperator:
         """c A for a number, or an array that broadcasts to the batch axes."""
         return NotImplemented if isinstance(factor, SymmetricOperator) else self._times(factor)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: ArrayLike) -> "SymmetricOperator":
+    def __truediv__(self, divisor: ArrayLike) -> SymmetricOperator:
         return NotImplemented if isinstance(divisor, SymmetricOperator) else self._times(1 / jnp.asarray(divisor))
 
-    def __neg__(self) -> "SymmetricOperator":
+    def __neg__(self) -> SymmetricOperator:
         return self._times(-1.0)
 
-    def _times(self, factor: ArrayLike) -> "SymmetricOperator":
+    def _times(self, factor: ArrayLike) -> SymmetricOperator:
         return self.scaled(factor)
 
     def _only_diagonal(self) -> Array | None:
         """The diagonal, of an operator that is nothing else."""
         return None
 
-    def _plus_diagonal(self, e: Array) -> "SymmetricOperator | None":
+    def _plus_diagonal(self, e: Array) -> SymmetricOperator | None:
         """A + diag(e), where that has a closed form."""
         return None
 
@@ -256,7 +258,7 @@ class SymmetricOperator:
         """weight · A, for a number or an array that broadcasts to the batch axes."""
         raise NotImplementedError
 
-    def transformed(self, slope: Array, extra: Array | None = None) -> "SymmetricOperator":
+    def transformed(self, slope: Array, extra: Array | None = None) -> SymmetricOperator:
         """diag(slope) A diag(slope) + diag(extra): a Hessian at logits x(z), seen from z.
 
         Args:
@@ -364,11 +366,11 @@ class SumOfOperators(SymmetricOperator):
     def scaled(self, weight: ArrayLike) -> Self:
         return dataclasses.replace(self, terms=tuple(a._times(weight) for a in self.terms))
 
-    def transformed(self, slope: Array, extra: Array | None = None) -> "SumOfOperators":
+    def transformed(self, slope: Array, extra: Array | None = None) -> SumOfOperators:
         first, *others = self.terms
         return SumOfOperators((first.transformed(slope, extra), *(a.transformed(slope) for a in others)))
 
-    def _plus_diagonal(self, e: Array) -> "SymmetricOperator | None":
+    def _plus_diagonal(self, e: Array) -> SymmetricOperator | None:
         first, *others = self.terms
         first = first._plus_diagonal(e)
         return first and SumOfOperators((first, *others))

@@ -13,6 +13,8 @@ T and e come from logits that are transformed first. No K×K matrix is built exc
 Reference: docs/mathematics.md, sections 2, 4 and 5.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -210,7 +212,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
     # Solutions and determinant: docs/mathematics.md, section 2.5, (D1) to (D3) with their letters. The class c stays an
     # unknown; the others are eliminated.
 
-    def _reduced(self, damping: Array) -> "_Reduced":
+    def _reduced(self, damping: Array) -> _Reduced:
         assert self.centre is not None
         total = functools.partial(classes.sum, axis=self.axis)
         e, square = self._e + damping, self._t**2

@@ -3,6 +3,8 @@
 f(L)″ = f′J + f″ggᵀ,    g = p - e_c.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any, Self

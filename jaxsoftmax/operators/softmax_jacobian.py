@@ -5,6 +5,8 @@
 Every formula is one of softmax at π, times s or √s. A scale of 0 is the zero matrix.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -93,7 +95,7 @@ class SoftmaxJacobian(SymmetricOperator):
         *,
         temperature: ArrayLike = 1.0,
         axis_name: AxisName = None,
-    ) -> "SoftmaxJacobian":
+    ) -> SoftmaxJacobian:
         """J at the logits x; O(K).
 
         Args:
@@ -120,7 +122,7 @@ class SoftmaxJacobian(SymmetricOperator):
         return J if checks.is_known_as(1, temperature) else J.scaled(scale)
 
     @classmethod
-    def from_probs(cls, p: ArrayLike, alpha: ArrayLike = 1.0, *, axis_name: AxisName = None) -> "SoftmaxJacobian":
+    def from_probs(cls, p: ArrayLike, alpha: ArrayLike = 1.0, *, axis_name: AxisName = None) -> SoftmaxJacobian:
         """J where the map's output is p; O(K).
 
         Args:
@@ -140,7 +142,7 @@ class SoftmaxJacobian(SymmetricOperator):
         return cls._of_probs(jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p), alpha, axis_name)
 
     @classmethod
-    def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> "SoftmaxJacobian":
+    def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> SoftmaxJacobian:
         axis = classes.ClassAxis((-1,), checks.split_over(axis_name, "p", p))
         if _is_one(alpha):
             return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis)

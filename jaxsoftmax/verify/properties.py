@@ -3,6 +3,8 @@
 docs/mathematics.md, sections 1 to 3, has the proofs.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 
