@@ -43,7 +43,6 @@ def visualize_jacobian(x: ArrayLike, *, alpha: float = 1.0, class_names: Sequenc
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: if `x` is not a vector, or the number of names is not K.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -89,8 +88,6 @@ def visualize_spectrum(x: ArrayLike, *, where: ArrayLike | None = None, alpha: f
 
     Raises:
       ImportError: if matplotlib is not installed.
-      TypeError: if `where` is not boolean.
-      ValueError: if `x` is not a vector, or `where` does not fit it.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -57,7 +57,7 @@ def _below(z, m):
 
 
 def _below_on_cpu(z, m):
-    four = per_slice(lambda m: 1 + 3 * jnp.minimum(m - finite(m), 1))  # where m = inf, else 1
+    four = per_slice(lambda m: 1 + 3 * jnp.minimum(m - below_inf(m), 1))  # where m = inf, else 1
     return shift_on_cpu(z, m) * four(m)
 
 
@@ -67,10 +67,10 @@ def shift(z: Array, m: Array) -> Array:
 
 
 def shift_on_cpu(z, m):
-    return -(per_slice(finite)(m) - finite(z.astype(m.dtype)))  # z - m takes XLA five times as long in short rows
+    return -(per_slice(below_inf)(m) - below_inf(z.astype(m.dtype)))  # z - m takes XLA five times as long in short rows
 
 
-def finite(x):
+def below_inf(x):
     return jnp.minimum(x, dtypes.largest(x.dtype))
 
 

@@ -1,6 +1,7 @@
 """How arrays lie on a mesh, and what JAX wants said of it: shardings and types that the mathematics does not show.
 
-Outside a mesh each of these is its argument. Where one is left out JAX refuses the program; its words stand beside it.
+Outside a mesh each of these is its argument. Where one is left out JAX refuses the program; its words stand beside it
+where they tell more than the name.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,10 @@ def sharded_like(z: Array, x: Array) -> Array:
 
 
 def aligned(*arrays: Array | None) -> tuple[Any, ...]:
-    """The arrays, of one shape, all split as the first that is split by mesh axes of type Explicit."""
+    """The arrays, of one shape, all split as the first that is split by mesh axes of type Explicit.
+
+    Without it JAX says "… produces an illegally sharded result" where axes differ.
+    """
     like = next((x for x in arrays if x is not None and any(split_axes_of(x))), None)
     return tuple(x if x is None or like is None else sharded_like(like, x) for x in arrays)
 
@@ -53,6 +57,8 @@ def split_axes_of(x: Array) -> tuple:
 def tensordot(a: Array, b: Array, axes: tuple, like: Array | None = None) -> Array:
     """`jnp.tensordot`, also where mesh axes of type Explicit split what it sums over.
 
+    Without it JAX says "Contracting dimensions are sharded and it is ambiguous how the output should be sharded".
+
     Args:
       a, b, axes: as there, the axes an integer or a tuple for each.
       like: an array that is split as the result is to be; None for as a, then b are along their other axes.
@@ -69,6 +75,8 @@ def tensordot(a: Array, b: Array, axes: tuple, like: Array | None = None) -> Arr
 
 def in_auto_mode(fun: Callable, x: Any, *specs: tuple) -> Any:
     """fun(x), where XLA and not the types divide the work if mesh axes of type Explicit split arrays of x.
+
+    For what has no rule for such axes ("Arguments to sort must be unsharded over the sorting dimension").
 
     Args:
       fun: function of x.

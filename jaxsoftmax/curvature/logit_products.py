@@ -19,7 +19,7 @@ def hessian_product(loss: Callable, z: Array, labels: Any, options: dict, u: Arr
     return jax.jvp(jax.grad(lambda z: jnp.sum(loss(z, labels, **options))), (z,), (u,))[1]
 
 
-def gradient_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
+def squared_gradient_product(loss: Callable, z: Array, labels: Any, options: dict, u: Array) -> Array:
     """g <g,u> for the gradient g of each loss value; where every logit has its own, g² u."""
     losses, pullback = jax.vjp(lambda z: loss(z, labels, **options), z)
     (g,) = pullback(jnp.ones_like(losses))

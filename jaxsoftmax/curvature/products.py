@@ -28,9 +28,9 @@ from jaxsoftmax._core import checks, dtypes
 from jaxsoftmax.curvature.batches import num_examples, options_per_example, sum_over_batches
 from jaxsoftmax.curvature.logit_products import (
     fisher_product,
-    gradient_product,
     hessian_product,
     sampled_fisher_product,
+    squared_gradient_product,
 )
 from jaxsoftmax.curvature.vectors import Product, conformed
 
@@ -173,7 +173,7 @@ def empirical_fisher_vp(
 
     Reference: Kunstner et al., Limitations of the empirical Fisher approximation, arXiv:1905.12558.
     """
-    return _Call.of(f, loss, params, x, labels, v, batch_size).sandwich(gradient_product)
+    return _Call.of(f, loss, params, x, labels, v, batch_size).sandwich(squared_gradient_product)
 
 
 def linearized(product: Product, like: Any) -> Product:

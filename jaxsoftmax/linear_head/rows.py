@@ -35,9 +35,9 @@ class Facts(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def moments(u: Array, axis: classes.Axis) -> tuple[Array, Array]:
+def top_and_rest(u: Array, axis: classes.Axis) -> tuple[Array, Array]:
     """m = max u and s = Σ exp(u - m) over every class but the one that attains m; -1 where all u are -inf."""
-    m_here, s_here = _online_on(("cuda",), _moments_plainly, u)
+    m_here, s_here = _online_on(("cuda",), _top_and_rest_plainly, u)
     if not isinstance(axis, classes.ClassAxis):
         return m_here, s_here
     m = classes.max(m_here, axis)
@@ -45,14 +45,14 @@ def moments(u: Array, axis: classes.Axis) -> tuple[Array, Array]:
     return m, classes.sum(shares, axis) + classes.leave_top_out(m_here, m, axis)
 
 
-@moments.defjvp
-def _moments_jvp(axis, primals, tangents):
-    m, s, dm, ds = _moments_along(*primals, *tangents, axis)
+@top_and_rest.defjvp
+def _top_and_rest_jvp(axis, primals, tangents):
+    m, s, dm, ds = _top_and_rest_along(*primals, *tangents, axis)
     return (m, s), (dm, ds)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _moments_along(u: Array, du: Array, axis: classes.Axis) -> tuple[Array, ...]:
+def _top_and_rest_along(u: Array, du: Array, axis: classes.Axis) -> tuple[Array, ...]:
     """m and s, and along u̇ ṁ = u̇ at the top class and ṡ = Σ exp(u - m) (u̇ - ṁ)."""
     plainly = functools.partial(_along_plainly, axis)
     if isinstance(axis, classes.ClassAxis):
@@ -60,12 +60,12 @@ def _moments_along(u: Array, du: Array, axis: classes.Axis) -> tuple[Array, ...]
     return _online_on(("cuda", "tpu"), plainly, u, du)
 
 
-@_moments_along.defjvp
-def _moments_along_jvp(axis, primals, tangents):
+@_top_and_rest_along.defjvp
+def _top_and_rest_along_jvp(axis, primals, tangents):
     return jax.jvp(functools.partial(_along_plainly, axis), primals, tangents)
 
 
-def _moments_plainly(u: Array) -> tuple[Array, Array]:
+def _top_and_rest_plainly(u: Array) -> tuple[Array, Array]:
     m = classes.max(u, 1)
     e = jnp.exp(classes.shift(u, m))
     tops = jnp.floor(e)
@@ -73,7 +73,7 @@ def _moments_plainly(u: Array) -> tuple[Array, Array]:
 
 
 def _along_plainly(axis, u: Array, du: Array) -> tuple[Array, ...]:
-    m, s = moments(u, axis)
+    m, s = top_and_rest(u, axis)
     if isinstance(axis, classes.ClassAxis):
         top = classes.argmax(u, m, axis)
     else:  # its argmax, inside a linear map, is one that shard_map of JAX 0.6.0 does not follow
@@ -126,7 +126,7 @@ class Distribution(NamedTuple):
 
 
 def distribution(u: Array, axis: classes.Axis) -> Distribution:
-    m, s = moments(u, axis)
+    m, s = top_and_rest(u, axis)
     # NaN where no word is left, and for several of +inf, whose tangents u does not carry.
     s = classes.undefined(lax.stop_gradient((m == -jnp.inf) | (m == jnp.inf) & (s > 0)), s)
     return Distribution(m, s, 1 + s, jnp.log1p(s), classes.shift(u, m))

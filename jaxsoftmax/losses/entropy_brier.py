@@ -156,7 +156,7 @@ entropy.defvjp(_entropy_fwd, _entropy_bwd)
 @custom_vjp(nondiff_argnums=(4,))
 def entropy_gradient(ct: Array, z: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """-ct J log p from the known sums; differentiable in ct and in z, which fixes them."""
-    return -ct * jacobian_product(_below(z, m), probabilities(z, m, 1 + s, axis), axis)
+    return -ct * jacobian_product(_log_p(z, m), probabilities(z, m, 1 + s, axis), axis)
 
 
 def _entropy_gradient_bwd(axis, residuals, g):
@@ -170,7 +170,7 @@ def _entropy_gradient_bwd(axis, residuals, g):
 entropy_gradient.defvjp(None, _entropy_gradient_bwd)
 
 
-def _below(z: Array, m: Array) -> Array:
+def _log_p(z: Array, m: Array) -> Array:
     """z - m, which is log p but for a constant that J takes to 0; finite."""
     return jnp.maximum(classes.shift(z, m), NEVER)
 
@@ -248,7 +248,7 @@ error.defvjp(_error_fwd, _error_bwd)
 def _entropy_operators(logits, mask, temperature, axis) -> Curvature:
     (z,), _ = tempered(temperature, axis, classes.present(*dtypes.widen(logits), mask, axis))
     p = softmax_of(z, axis)
-    gradient = -jacobian_product(_below(z, classes.top(z, axis)), p, axis)
+    gradient = -jacobian_product(_log_p(z, classes.top(z, axis)), p, axis)
     return in_logits(of_probabilities(p, -p, gradient, mask, axis), temperature)
 
 

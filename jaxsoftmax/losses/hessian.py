@@ -125,7 +125,6 @@ def logits_hessian(
 
     Raises:
       TypeError: if `loss` is no head with a closed form (it names those that are), and what `loss` itself raises.
-      ValueError: if `axis` is not the last.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -170,10 +169,6 @@ def logits_ggn(
 
     Returns:
       Operator of shape (..., K, K), as `logits_hessian` gives it, with factor_mv and factor_rmv: L Lᵀ = G.
-
-    Raises:
-      TypeError: if `loss` is no head with a closed form; it names those that are.
-      ValueError: if `axis` is not the last.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -223,7 +218,6 @@ def logits_fisher(
 
     Raises:
       TypeError: if `loss` is no likelihood with a closed form.
-      ValueError: if `axis` is not the last.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax

@@ -167,8 +167,7 @@ class SymmetricOperator:
             where A itself is regular.
 
         Raises:
-          TypeError: if `v` or `damping` is complex.
-          ValueError: if `v` does not fit, or `damping` is negative, or 0 where A is singular.
+          ValueError: if `damping` is 0 where A is singular.
         """
         operator, v = self._with("v", v)
         return operator._solve(v, self._damping(damping, "pinv_mv", v.ndim))

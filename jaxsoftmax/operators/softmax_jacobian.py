@@ -104,10 +104,6 @@ class SoftmaxJacobian(SymmetricOperator):
           alpha: 1 for softmax, else the α of `entmax`, as it takes it.
           temperature: T > 0, or one per slice (...), for the Jacobian of x ↦ softmax(x/T), which has the factor 1/T.
           axis_name: the mesh axis that splits the classes inside `jax.shard_map`; see docs/conventions.md.
-
-        Raises:
-          TypeError: if `x` or `alpha` is complex or `where` is not boolean.
-          ValueError: if `x` has no class axis or no class, `alpha` is below 1, or a shape does not fit.
         """
         x = checks.as_float("x", x)
         _check_classes("x", x)
@@ -131,9 +127,7 @@ class SoftmaxJacobian(SymmetricOperator):
           axis_name: as in `from_logits`.
 
         Raises:
-          TypeError: if `p` is not floating or `alpha` is complex.
-          ValueError: if `p` has no class axis or no class; if it is negative or does not sum to 1, as far as its values
-            are known (not under jit); if `alpha` is below 1 or does not broadcast.
+          ValueError: if `p` is negative or does not sum to 1, as far as its values are known (not under jit).
         """
         p = checks.as_loss_float("p", p)
         _check_classes("p", p)
