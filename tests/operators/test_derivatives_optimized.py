@@ -1,6 +1,6 @@
 """First and second derivatives of every method in the logits, in all compositions, against 150 digits and more.
 
-Of the Hessians of the heads the first, in both modes.
+Of the Hessians of the heads the second in the slow set, for one in three.
 
 In units of eps: a gradient of |g| + |H| w (w the size of the logits behind their maximum, by whose rounding it is
 known), a Hessian of the absolute sum of its row. Eigenvectors in units of the largest row: their derivative is 0 along
@@ -200,7 +200,7 @@ def compositions(f: Callable, orders: tuple[int, ...]) -> Callable:
     return lambda *args: {key: g(*args) for key, g in derivatives.items() if key[0] in orders}
 
 
-def missed(case: str, dtype: str, orders: tuple[int, ...] = (1, 2)) -> dict:
+def missed(case: str, dtype: str, orders: tuple[int, ...] = (1, 2), goal: dict[int, int] = GOAL) -> dict:
     kind, names = CASES[case]
 
     def f(z, y, *vectors):
@@ -218,7 +218,7 @@ def missed(case: str, dtype: str, orders: tuple[int, ...] = (1, 2)) -> dict:
             error = abs(np.asarray(values[i], np.longdouble) - want[order - 1]) - 100 * info.tiny
             error = np.where(error > 0, error / (info.eps * units[order - 1]), error)
             for name, worst in zip(names, np.max(error.reshape(len(names), -1), -1)):
-                if not worst <= GOAL[order]:  # a NaN is not
+                if not worst <= goal[order]:  # a NaN is not
                     out[name, order, how, SCALES[i]] = worst
     return out
 
@@ -235,6 +235,12 @@ def test_float32(case):
 @pytest.mark.parametrize("case", one_in(5, HEADS))
 def test_heads_in_float32(case):
     assert not missed(case, "float32", (1,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HEADS[::3])
+def test_heads_in_float32_at_second_order(case):
+    assert not missed(case, "float32", (2,), {2: 150})
 
 
 @pytest.mark.slow
