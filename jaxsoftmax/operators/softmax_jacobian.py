@@ -191,10 +191,12 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def frobenius_norm(self) -> Array:
         """√(Σ J_ij²), shape (...); O(K). J_ii and, off the diagonal, the top class apart from the rest."""
-        # By choices, not `is_top`: a GPU's kernel ends there in float32 (7 passes for 1).
+        # By choices, not `is_top`: a GPU's kernel ends there in float32 (7 passes for 1). What crosses a mesh is the
+        # sum of `complement`, which the diagonal needs as well.
         p, at_top = self.probs, self.probs > 0.5
         below, top = jnp.where(at_top, 0.0, p), classes.sum(jnp.where(at_top, p, 0.0), self.axis)
-        diagonal = p * jnp.where(at_top, classes.sum(below, self.axis), 1 - p)
+        split = classes.is_split(self.axis)
+        diagonal = p * (complement(p, self.axis) if split else jnp.where(at_top, classes.sum(below, self.axis), 1 - p))
         unit = classes.max(lax.stop_gradient(diagonal), self.axis)
         unit = jnp.where(unit == 0, 1, unit)
         relative = below / unit  # squares of probabilities would underflow
