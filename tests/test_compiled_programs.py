@@ -4,10 +4,12 @@ A kernel more, or a pass more over an array of the logits' size, is a program th
 The compilers need no device: `pip install ".[accelerators]"`.
 """
 
+import jax
 import pytest
 
 from benchmarks.compiled import chips, rows
 from benchmarks.compiled.cost import Cost
+from jaxsoftmax import brier_loss, logits_hessian
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +61,22 @@ def measured(chip: str, name: str, mode: str, size: tuple[int, ...], dtype: str)
     ].dtype.itemsize
 
 
-@pytest.mark.parametrize("chip, name, mode, size, dtype, kernels, passes", PROGRAMS)
-def test_no_fusion_is_lost(chip, name, mode, size, dtype, kernels, passes):
+def skip_without(chip: str) -> None:
     if absent := chips.missing(chip):
         pytest.skip(f"no compiler for {chip} here: {', '.join(absent)} not installed, see docs/performance.md")
+
+
+@pytest.mark.parametrize("chip, name, mode, size, dtype, kernels, passes", PROGRAMS)
+def test_no_fusion_is_lost(chip, name, mode, size, dtype, kernels, passes):
+    skip_without(chip)
     cost, logits = measured(chip, name, mode, size, dtype)
     assert cost.bytes <= passes * logits
     assert kernels is None or cost.kernels <= kernels
+
+
+def test_a_solve_with_a_hessian_is_one_kernel():
+    """Though it looks for a class to keep apart."""
+    skip_without("h100")
+    solve = lambda z, y, v: logits_hessian(brier_loss, z, y).solve(v, 1.0)
+    cost = chips.measure(solve, *[jax.ShapeDtypeStruct(MIDDLE, "float32")] * 3, chip="h100")
+    assert cost.kernels == 1

@@ -89,10 +89,10 @@ def linear_softmax_cross_entropy_loss(
       reduction: "none", "sum", or "mean", which divides by the sum of what was counted: token weights times the
         labels' class weights.
       token_weights: a, broadcast to (...). Tokens of weight 0 cost nothing while a is not differentiated.
-      label_smoothing: in [0, 1], as in the plain head.
+      label_smoothing: one number in [0, 1], else as in the plain head.
       class_weights: (V,), as in the plain head.
       ignore_index: label of tokens to leave out; loss 0, gradient 0.
-      z_loss: factor of logsumexp², as in the plain head.
+      z_loss: factor of logsumexp², one number.
       logit_softcap: c > 0; None for no cap.
       chunk_size: tokens whose logits exist at once, on one device; half as many in derivatives of the gradient; None
         chooses by `default_chunk_size`.

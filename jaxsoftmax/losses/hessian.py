@@ -164,7 +164,7 @@ def logits_ggn(
       logits: floating-point logits (..., K), as in `logits_hessian`.
       *args: what `loss` takes after the logits.
       logit_softcap: cap c, for loss(softcap_logits(logits, c), …).
-      logit_temperature: T, for loss(logits / T, …).
+      logit_temperature: T, or one per example (...), for loss(logits / T, …).
       **kwargs: the options of `loss`.
 
     Returns:
@@ -209,7 +209,7 @@ def logits_fisher(
       logits: floating-point logits (..., K), as in `logits_hessian`.
       *args: what `loss` takes after the logits; of the targets only the weight matters.
       logit_softcap: cap c, for loss(softcap_logits(logits, c), …).
-      logit_temperature: T, for loss(logits / T, …).
+      logit_temperature: T, or one per example (...), for loss(logits / T, …).
       **kwargs: the options of `loss`.
 
     Returns:

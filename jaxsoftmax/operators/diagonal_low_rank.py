@@ -347,7 +347,11 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 class _Reduced(NamedTuple):
-    """What is left of A + λI: over the others p, W, d∘W, t²d + ε, ε∘W, whether t²d > ε; and numbers per example."""
+    """A + λI with class c (1 at `top`) kept apart, in the letters of docs/mathematics.md, section 2.5.
+
+    Over the others p, W, d∘W (dw), t²d + ε (factors), ε∘W (left), and whether t²d > ε (heavy). Per example p_c, d_c,
+    t_c, the sums of (D1) with c for B, det for Δ, and own + others, the factor of x_c in (D3).
+    """
 
     top: Array
     p: Array
