@@ -4,12 +4,14 @@ A kernel more, or a pass more over an array of the logits' size, is a program th
 The compilers need no device: `pip install ".[accelerators]"`.
 """
 
+import functools
+
 import jax
 import pytest
 
-from benchmarks.compiled import chips, rows
+from benchmarks.compiled import attention, chips, rows
 from benchmarks.compiled.cost import Cost
-from jaxsoftmax import brier_loss, logits_hessian
+from jaxsoftmax import brier_loss, dot_product_attention, logits_hessian
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +82,13 @@ def test_a_solve_with_a_hessian_is_one_kernel():
     solve = lambda z, y, v: logits_hessian(brier_loss, z, y).solve(v, 1.0)
     cost = chips.measure(solve, *[jax.ShapeDtypeStruct(MIDDLE, "float32")] * 3, chip="h100")
     assert cost.kernels == 1
+
+
+@pytest.mark.parametrize("case, passes", [("plain", 26), ("causal", 16)])
+def test_the_gradient_of_attentions_tangent_compiles_for_a_tpu(case, passes):
+    """It ran out of memory for vectors where a product, sums over its rows and what is done with them were a kernel."""
+    skip_without("v5e")
+    call = functools.partial(dot_product_attention, **attention.CASES[case])
+    cost = attention.measure(call, "gradient of JVP", "bfloat16", attention.SIZE, "v5e")
+    batch, tokens, heads, _ = attention.SIZE
+    assert cost.seconds * chips.CHIPS["v5e"].bandwidth <= passes * 4 * batch * heads * tokens**2

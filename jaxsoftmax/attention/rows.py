@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoftmax._core import classes
+from jaxsoftmax._core import classes, forms
 from jaxsoftmax._core.dtypes import compute_dtype
 from jaxsoftmax.losses.softcap import cap_derivatives, capped
 
@@ -146,7 +146,8 @@ class Attention:
         if "out" in names:
             out["out"] = self._rows(p, value).astype(self.dtype)
         if {"query", "key", "bias"} & {*names}:
-            dz = p * _centred(p, self._product(args["out"], value), jnp.argmax(z, -1))
+            x = forms.product_apart(self._product(args["out"], value))
+            dz = p * _centred(p, x, jnp.argmax(z, -1))
             out |= self._through(raw, self._seen_of(block, dz), args, names)
         if "value" in names:
             out["value"] = self._keys(p, args["out"])
