@@ -209,6 +209,9 @@ def _as_multiplied(head: Head, layout: Layout | None, theta, tokens: Tokens):
         out[name] = theta[name].astype(operand_dtype(head.precision, theta))
     if layout is not None and layout.gathered:
         out["weights"] = lax.all_gather(out["weights"], layout.gathered, axis=1 - head.vocab_axis, tiled=True)
+    if head.spread > 1:
+        mesh, *_ = _auto_meshes(theta["x"], theta["weights"])
+        out["weights"] = _with_all_features(out["weights"], head.vocab_axis, mesh)
     out["x"] = flat(out["x"])
     return out, Tokens(*jax.tree.map(flat, tokens[:2]), tokens.shared)
 
@@ -271,8 +274,19 @@ def divided_by_xla(*arrays: Array) -> int:
     Only XLA knows how the arrays lie. Where more devices divide the tokens, chunks are shorter than they might be;
     where fewer do, and none the classes, a chunk's logits take as much more memory.
     """
-    meshes = [mesh for mesh in (jax.sharding.get_abstract_mesh(), *map(_mesh, arrays)) if mesh is not None]
-    return max((mesh.shape[name] for mesh in meshes for name in _of_type(mesh, AxisType.Auto)), default=1)
+    return max((mesh.shape[n] for mesh in _auto_meshes(*arrays) for n in _of_type(mesh, AxisType.Auto)), default=1)
+
+
+def _auto_meshes(*arrays: Array) -> list[Any]:
+    meshes = jax.sharding.get_abstract_mesh(), *map(_mesh, arrays)
+    return [mesh for mesh in meshes if mesh is not None and _of_type(mesh, AxisType.Auto)]
+
+
+def _with_all_features(weights: Array, vocab_axis: int, mesh: Any) -> Array:
+    """The weights, for XLA to gather their features once and not for every chunk, their classes as it likes."""
+    spec = [PartitionSpec.UNCONSTRAINED] * 2
+    spec[1 - vocab_axis] = None
+    return lax.with_sharding_constraint(weights, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def divided(work: Callable, layout: Layout, vocab_axis: int, per_token: bool) -> Callable:
