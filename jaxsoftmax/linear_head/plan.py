@@ -3,8 +3,8 @@
 A chunk of C tokens takes 6 C D V operations and passes once over the gradient of the weights, 8 D V bytes in float32,
 whatever C. While the product xᵀG takes 2 C D V operations, those bytes are hidden if C is at least four times what the
 machine computes per byte that it moves: 295 on an H100, 240 on a TPU v5e, 560 on a v6e. So there a chunk has 2048
-tokens, fewer only where one array of their logits would take more than 2 GiB. A CPU needs fewer, and has less to give:
-64 MiB.
+tokens, fewer only where one array of their logits would take more than 2 GiB, and 1368 where tokens are skipped: half a
+chunk of those that count is lost, on average. A CPU needs fewer, and has less to give: 64 MiB.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ Precision = str | lax.Precision | None
 Reduction = Literal["none", "sum", "mean"]
 
 TOKENS, LOGITS, LEAST = 2048, 2 << 30, 256  # of a chunk on an accelerator: tokens, bytes of its logits, least tokens
+SKIPPING = 1368  # tokens, where some may be skipped
 CPU_TOKENS, CPU_BYTES, CPU_LEAST = 512, 64 << 20, 64
 SLAB_BYTES = 4 << 20  # of the part of ∂F/∂W that a CPU makes at once
 ALIGNMENT = 8  # of chunks, so that no kernel is left with single rows
@@ -94,7 +95,9 @@ class Plan(NamedTuple):
     slab: int
 
 
-def plan(platform: str, num_tokens, features: int, vocab: int, itemsize: int, order: int = 1, devices: int = 1) -> Plan:
+def plan(
+    platform: str, num_tokens, features: int, vocab: int, itemsize: int, order: int = 1, devices: int = 1, skips=False
+) -> Plan:
     """The plan of a platform, "cpu" or any other, for a pass of the given order of derivatives.
 
     A CPU has two arrays of a chunk's logits at once, and five for a derivative of the gradient. The direction and the
@@ -103,7 +106,7 @@ def plan(platform: str, num_tokens, features: int, vocab: int, itemsize: int, or
     """
     num_tokens = num_tokens if isinstance(num_tokens, int) else MANY
     token, slab = itemsize * max(vocab, 1), vocab
-    most = min(TOKENS, max(LOGITS // token, LEAST))
+    most = min(SKIPPING if skips else TOKENS, max(LOGITS // token, LEAST))
     if platform == "cpu":
         slab = min(vocab, max(256, SLAB_BYTES // (itemsize * (features + CPU_TOKENS))))
         budget, arrays = CPU_BYTES // devices, 2 if order < 2 else 5
@@ -122,8 +125,9 @@ def default_chunk_size(
 ) -> int:
     """Tokens per chunk that `chunk_size=None` takes for value and gradient, decided where the program is lowered.
 
-    On an accelerator min(2048, 2 GiB / (itemsize V)), at least 256, for derivatives of the gradient as well. On a CPU
-    at most 512, what 64 MiB hold, but at least 32. Then so that chunks are of nearly equal size.
+    On an accelerator min(2048, 2 GiB / (itemsize V)), at least 256, for derivatives of the gradient as well; 1368 for
+    2048 with `ignore_index` or `token_weights`. On a CPU at most 512, what 64 MiB hold, but at least 32. Then so that
+    chunks are of nearly equal size.
 
     Args:
       num_tokens: N.

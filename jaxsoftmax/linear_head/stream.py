@@ -128,18 +128,19 @@ def _zeros(theta, rows) -> dict[str, Array]:
 
 def stream(head: Head, rows, theta: Arrays, directions: tuple[Arrays, ...], tokens: Tokens):
     """F, rows of its gradient, and indices; with directions the rows' derivative along them, a missing name means 0."""
-    plans = {platform: _plan(head, theta, platform, len(directions) + 1) for platform in ("cpu", "other")}
+    skips = head.spread == 1 and not (head.every and tokens.valid is None)
+    plans = {platform: _plan(head, theta, platform, len(directions) + 1, skips) for platform in ("cpu", "other")}
     run = {name: functools.partial(_run, head, rows, found) for name, found in plans.items()}
     if plans["cpu"] == plans["other"]:
         return run["other"](theta, directions, tokens)
     return lax.platform_dependent(theta, directions, tokens, cpu=run["cpu"], default=run["other"])
 
 
-def _plan(head: Head, theta: Arrays, platform: str, order: int) -> Plan:
+def _plan(head: Head, theta: Arrays, platform: str, order: int, skips: bool) -> Plan:
     num_tokens, features = theta["x"].shape
     vocab, itemsize = theta["weights"].shape[head.vocab_axis], theta["token_weights"].dtype.itemsize
     devices = head.spread * head.devices
-    found = plan(platform, -(-num_tokens // head.spread), features, vocab, itemsize, order, devices)
+    found = plan(platform, -(-num_tokens // head.spread), features, vocab, itemsize, order, devices, skips)
     chunk = found.chunk * head.spread
     if head.chunk_size is not None:
         chunk = max(1, head.chunk_size // (1 if order < 2 else 2))

@@ -1,11 +1,13 @@
 """The fused linear head: digits, rounding, number of matrix products, memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from jaxsoftmax.linear_head import (
     default_chunk_size,
@@ -104,6 +106,17 @@ def test_memory_is_as_predicted(vocab, chunk):
     logits = 4 * n * vocab
     assert temp(lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, a)[1], x, weights) <= logits / 4
     assert default_chunk_size(2048, 512, 32768) * 32768 * 4 <= 64 << 20
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": -1}, {"token_weights": jnp.ones(8192)}, {}], ids=str)
+def test_chunks_on_an_accelerator_are_shorter_where_tokens_may_be_skipped(options):
+    """A third less: with a third of the tokens left out, at most 0.7 of them are computed."""
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in [((8192, 8), "float32"), ((8, 16), "float32")]]
+    loss = lambda x, w: linear_softmax_cross_entropy_loss(x, jnp.zeros(8192, jnp.int32), w, **options)
+    text = export.export(jax.jit(loss), platforms=["cuda"])(*args).mlir_module()
+    (chunk,) = {int(n) for n in re.findall(r"tensor<(\d+)x16xf32>", text)} - {8}
+    assert chunk == (1368 if options else 2048)
+    assert not options or -(-8192 * 2 // 3 // chunk) * chunk <= 0.7 * 8192
 
 
 @REUSES_BUFFERS
