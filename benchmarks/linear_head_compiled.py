@@ -3,8 +3,8 @@
 Bounds of `benchmarks.compiled`, in bfloat16, with no device. A row is ours over the other, both bounds in milliseconds,
 and both temporary memories in MiB:
 
-    modes         value, gradient in x and W, its derivative: over the same of optax on full logits in bfloat16, which
-                  are half as wide as ours; the value also over that of float32 logits
+    modes         value, gradient in x and W, its derivative: over the same of optax on full logits, in bfloat16, half
+                  as wide as ours, and in float32
     options       the gradient with one option each: over the plain head's, three products; "none" over four
     masked        a third of the tokens ignored, and none of those that may be: over the plain head's
     distillation  value and gradient of linear_softmax_kl_divergence: over full logits; of a teacher's 64 best words:
@@ -60,13 +60,16 @@ def fused(x, labels, weights, **options):
     return js.linear_softmax_cross_entropy_loss(x, labels, weights, **options)
 
 
-def full(x, labels, weights):
-    return optax.softmax_cross_entropy_with_integer_labels((x @ weights).astype(jnp.float32), labels).sum()
+def logits(wide: bool, x, weights):
+    """In float32, after the product's own rounding to bfloat16 unless `wide`."""
+    return jnp.dot(x, weights, preferred_element_type=jnp.float32) if wide else (x @ weights).astype(jnp.float32)
 
 
-def full_wide(x, labels, weights):
-    logits = jnp.dot(x, weights, preferred_element_type=jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+def full(wide: bool, x, labels, weights):
+    return optax.softmax_cross_entropy_with_integer_labels(logits(wide, x, weights), labels).sum()
+
+
+WIDTHS = ("", False), (", float32 logits", True)
 
 
 def gradient(f: Callable) -> Callable:
@@ -84,11 +87,10 @@ def hvp(f: Callable) -> Callable:
 def modes(size: Size, chip: str) -> Rows:
     args = arguments(size)
     measure = functools.partial(chips.measure, chip=chip)
-    value = measure(fused, *args)
-    yield "value", value, measure(full, *args)
-    yield "value, float32 logits", value, measure(full_wide, *args)
-    for name, of, more in (("gradient", gradient, ()), ("HVP", hvp, (args[0], args[2]))):
-        yield name, measure(of(fused), *args, *more), measure(of(full), *args, *more)
+    for name, of, more in (("value", lambda f: f, ()), ("gradient", gradient, ()), ("HVP", hvp, (args[0], args[2]))):
+        ours = measure(of(fused), *args, *more)
+        for what, wide in WIDTHS:
+            yield name + what, ours, measure(of(functools.partial(full, wide)), *args, *more)
 
 
 def options(size: Size, chip: str) -> Rows:
@@ -129,14 +131,14 @@ def masked(size: Size, chip: str) -> Rows:
 def distillation(size: Size, chip: str) -> Rows:
     x, labels, weights = arguments(size)
 
-    def plain(x, target_x, weights, target_weights):
-        log_probs = lambda a, b: jax.nn.log_softmax((a @ b).astype(jnp.float32))
-        logp, logq = log_probs(x, weights), log_probs(target_x, target_weights)
+    def plain(wide, x, target_x, weights, target_weights):
+        logp, logq = (jax.nn.log_softmax(logits(wide, *pair)) for pair in ((x, weights), (target_x, target_weights)))
         return jnp.sum(jnp.exp(logq) * (logq - logp))
 
-    args = x, x, weights, weights
-    ours, theirs = (chips.measure(gradient(f), *args, chip=chip) for f in (js.linear_softmax_kl_divergence, plain))
-    yield "KL of two heads", ours, theirs
+    measure = lambda f: chips.measure(gradient(f), x, x, weights, weights, chip=chip)
+    ours = measure(js.linear_softmax_kl_divergence)
+    for what, wide in WIDTHS:
+        yield "KL of two heads" + what, ours, measure(functools.partial(plain, wide))
     k = struct((size[0], 64), jnp.int32), struct((size[0], 64), jnp.float32)
     of = lambda x, weights, *teacher: js.linear_softmax_top_k_kl_divergence(x, *teacher, weights)
     few = chips.measure(jax.value_and_grad(of, (0, 1)), x, weights, *k, chip=chip)
