@@ -49,6 +49,7 @@ PROGRAMS = [
     ("h100", "entmax15", "value", WIDE, "float32", 3, 3.1),
     ("v5e", "softmax", "value", LONG, "float32", None, 4.01),
     ("v5e", "softmax", "VJP", MIDDLE, "float32", None, 7.01),
+    ("v5e", "J.frobenius_norm", "value", MIDDLE, "float32", None, 4.01),
     ("v5e", "integer_labels", "VJP", LONG, "float32", None, 4.01),
 ]
 

@@ -190,19 +190,18 @@ class SoftmaxJacobian(SymmetricOperator):
 
     @compiled
     def frobenius_norm(self) -> Array:
-        """√(Σ J_ij²), shape (...); O(K). J_ii and, off the diagonal, the top class apart from the rest."""
-        # By choices, not `is_top`: a GPU's kernel ends there in float32 (7 passes for 1). What crosses a mesh is the
-        # sum of `complement`, which the diagonal needs as well.
+        """√(Σ J_ij²), shape (...); O(K)."""
+        # Σ J_ij² = (p_c r)² + Σ p_k² (1 - 2p_k) + 2p_c² Σ p_k² + (Σ p_k²)² over k ≠ c, the class of p_c > 1/2 if there
+        # is one, with r = Σ p_k: no term is negative. In units of r, since squares of probabilities would underflow.
+        # By choices, not `is_top`: a GPU's kernel ends there in float32 (7 passes for 1).
         p, at_top = self.probs, self.probs > 0.5
         below, top = jnp.where(at_top, 0.0, p), classes.sum(jnp.where(at_top, p, 0.0), self.axis)
-        split = classes.is_split(self.axis)
-        diagonal = p * (complement(p, self.axis) if split else jnp.where(at_top, classes.sum(below, self.axis), 1 - p))
-        unit = classes.max(lax.stop_gradient(diagonal), self.axis)
-        unit = jnp.where(unit == 0, 1, unit)
-        relative = below / unit  # squares of probabilities would underflow
-        squares = classes.sum(below**2, self.axis)
-        rest = (diagonal / unit) ** 2 + relative**2 * (2 * top**2 + squares - below**2)
-        return (self.scale * unit * root(classes.sum(rest, self.axis)))[..., 0]
+        rest = classes.sum(below, self.axis)
+        unit = lax.stop_gradient(jnp.where(rest == 0, 1, rest))
+        squares = (below / unit) ** 2
+        size, own = classes.sum(squares, self.axis), classes.sum(squares * (1 - 2 * below), self.axis)
+        total = (top * (rest / unit)) ** 2 + own + 2 * top**2 * size + (unit * size) ** 2
+        return (self.scale * unit * root(total))[..., 0]
 
     @compiled
     def spectral_norm(self) -> Array:
