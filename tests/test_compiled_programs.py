@@ -44,6 +44,7 @@ PROGRAMS = [
     ("h100", "integer_labels_z_loss", "VJP", MIDDLE, "bfloat16", 5, 4.1),
     ("h100", "integer_labels_z_loss", "HVP", MIDDLE, "float32", 5, 6.1),
     ("h100", "softmax_kl_temperature", "JVP", MIDDLE, "bfloat16", 2, 5.01),
+    ("h100", "softmax_jvp", "JVP", MIDDLE, "float32", 3, 8.01),
     ("h100", "J.frobenius_norm", "value", MIDDLE, "float32", 1, 1.01),
     ("h100", "generalized_kl", "JVP", WIDE, "float32", 1, 3.1),
     ("h100", "entmax15", "value", WIDE, "float32", 3, 3.1),

@@ -16,9 +16,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import centred, complement, jacobian_product, rounded_one
+from jaxsoftmax._core.centring import about_centred, centred, complement, jacobian_product, rounded_one
 from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
 from jaxsoftmax._core.tracing import compiled
+from jaxsoftmax._linear_map import linear_map
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.softmax import AxisName, softmax
 
@@ -195,7 +196,41 @@ def _higher(*arguments) -> Array:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _jacobian_product(axis: classes.ClassAxis, p: Array, v: Array) -> Array:
     wide_v, wide_p = dtypes.widen(v, p)
-    return jacobian_product(wide_v, wide_p, axis, rounded_one(wide_p, axis)).astype(dtypes.common_dtype(v, p))
+    return _product_at(wide_p, wide_v, axis).astype(dtypes.common_dtype(v, p))
+
+
+@custom_vjp(nondiff_argnums=(2,))
+def _product_at(p: Array, v: Array, axis: classes.ClassAxis) -> Array:
+    return jacobian_product(v, p, axis, rounded_one(p, axis))
+
+
+def _product_at_fwd(p, v, axis):
+    return _product_at(p, v, axis), (p, v, rounded_one(p, axis))
+
+
+def _product_at_bwd(axis, residuals, g):
+    p, v, total = residuals
+    total, p = classes.afresh(rounded_one, total, axis, p)
+    by_p = linear_map(*_pull_and_push(axis), (p, v, total), g, jax.typeof(p))
+    return by_p, jacobian_product(g, p, axis, total)
+
+
+def _pull_and_push(axis):
+    """g ↦ Pv∘Pg and ṗ ↦ ṗ∘Pv - p <ṗ, Pv>, which transpose each other."""
+
+    def pull(residuals, g):
+        p, v, total = residuals
+        return about_centred(v, p, axis, total) * about_centred(g, p, axis, total)
+
+    def push(residuals, dp):
+        p, v, total = residuals
+        w = about_centred(v, p, axis, total)
+        return dp * w - p * (classes.sum(dp * w, axis) / total)
+
+    return pull, push
+
+
+_product_at.defvjp(_product_at_fwd, _product_at_bwd)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
