@@ -22,13 +22,13 @@ MASK = np.array([[True, True, False]] * len(Z))
 
 @pytest.fixture
 def as_elsewhere(monkeypatch):
-    """Programs lowered for this CPU get the lines that a GPU gets."""
+    """Programs lowered for this CPU get the lines that another platform gets."""
     chosen = jax.lax.platform_dependent
-    plain = lambda *args, default, cuda=None, **_: (cuda or default)(*args)
 
-    def switch(on: bool):
+    def switch(platform: str | None):
+        plain = lambda *args, default, **forms: forms.get(platform, default)(*args)
         jax.clear_caches()  # rules are traced once
-        monkeypatch.setattr(jax.lax, "platform_dependent", plain if on else chosen)
+        monkeypatch.setattr(jax.lax, "platform_dependent", plain if platform else chosen)
 
     yield switch
     monkeypatch.undo()
@@ -63,11 +63,12 @@ def everything(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_both_forms_agree(as_elsewhere, dtype):
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_forms_agree(as_elsewhere, platform, dtype):
     """To the roundings of a few sums, entry by entry; NaN and infinities in the same places."""
-    as_elsewhere(on=False)
+    as_elsewhere(None)
     here = everything(dtype)
-    as_elsewhere(on=True)
+    as_elsewhere(platform)
     there = everything(dtype)
     eps = 1e-6 if dtype == "float32" else 1e-2
     for name in here:
@@ -96,8 +97,8 @@ PAIRS = {
 def test_each_pair(as_elsewhere, name):
     form, args = PAIRS[name]
     found = []
-    for on in (False, True):
-        as_elsewhere(on)
+    for platform in (None, "cuda"):
+        as_elsewhere(platform)
         found.append(np.asarray(jax.jit(lambda *a: form(*a))(*args), np.float64))
     np.testing.assert_allclose(*found, rtol=1e-6)
 
@@ -117,7 +118,7 @@ def test_each_form_of_a_vector_measured_from_its_mean(form):
 @pytest.mark.parametrize("labels", [None, [0, 1, 2, 0, 1, 2]])
 def test_a_product_beside_the_sums_keeps_its_digits(as_elsewhere, labels):
     """Jv for the softmax, with and without a class left out, as in float64; where one p is near 1 and at a tie."""
-    as_elsewhere(on=True)
+    as_elsewhere("cuda")
     z = np.array([[40.0, 1, -3], [2, 2, -80], [0, 18, 2], [0.5, 0, 1], [-2, 30, 0], [1, -1, 60]], np.float32)
     v = np.array([[1e3, -2, 3], [5, 1, 2], [1, 1e4, 2], [1, 2, 3], [7, -1e3, 1], [1, 2, -1e4]], np.float32)
     kept = np.ones(z.shape, bool) if labels is None else np.arange(3) != np.array(labels)[:, None]
