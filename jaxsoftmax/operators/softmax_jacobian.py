@@ -111,8 +111,7 @@ class SoftmaxJacobian(SymmetricOperator):
         scale, beside_classes = checks.inverse("temperature", temperature, z)
         z = z if checks.is_known_as(1, temperature) else z * beside_classes
         if _is_one(alpha):
-            J = cls._of_probs(softmax(z, where=where, axis_name=axis_name), alpha, axis_name)
-            J = dataclasses.replace(J, logits=z)
+            J = dataclasses.replace(cls._of_probs(softmax(z, where=where, axis_name=axis_name), 1, axis_name), logits=z)
         else:
             J = cls._of_probs(entmax(z, alpha, where=where, axis_name=axis_name), alpha, axis_name)
         return J if checks.is_known_as(1, temperature) else J.scaled(scale)
@@ -142,8 +141,7 @@ class SoftmaxJacobian(SymmetricOperator):
             return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis)
         order = order_of(p, *as_order(alpha, p.shape, axis), axis)
         q = support_power(p, 2 - order)
-        s = classes.sum(q, axis)
-        s = jnp.where(s == 0, 1, s)
+        s = rounded_one(q, axis)
         return cls(q / s, s, axis=axis)
 
     @property
@@ -189,14 +187,22 @@ class SoftmaxJacobian(SymmetricOperator):
         return self.scale * self.probs * complement(self.probs, self.axis)
 
     @compiled
+    def trace(self) -> Array:
+        """s Σ π(1 - π), shape (...); O(K)."""
+        top, rest, below = self._apart()
+        return (self.scale * (top * rest + classes.sum(below * (1 - below), self.axis)))[..., 0]
+
+    def _apart(self) -> tuple[Array, Array, Array]:
+        """π_c > 1/2, 0 if there is none; the others' sum; π with 0 at c. By choices, or a GPU's kernel ends."""
+        p, at_top = self.probs, self.probs > 0.5
+        top, below = jnp.where(at_top, p, 0.0), jnp.where(at_top, 0.0, p)
+        return classes.sum(top, self.axis), classes.sum(below, self.axis), below
+
+    @compiled
     def frobenius_norm(self) -> Array:
         """√(Σ J_ij²), shape (...); O(K)."""
-        # Σ J_ij² = (p_c r)² + Σ p_k² (1 - 2p_k) + 2p_c² Σ p_k² + (Σ p_k²)² over k ≠ c, the class of p_c > 1/2 if there
-        # is one, with r = Σ p_k: no term is negative. In units of r, since squares of probabilities would underflow.
-        # By choices, not `is_top`: a GPU's kernel ends there in float32 (7 passes for 1).
-        p, at_top = self.probs, self.probs > 0.5
-        below, top = jnp.where(at_top, 0.0, p), classes.sum(jnp.where(at_top, p, 0.0), self.axis)
-        rest = classes.sum(below, self.axis)
+        # (π_c r)² + Σ π_k² (1 - 2π_k + 2π_c²) + (Σ π_k²)², k ≠ c, r = Σ π_k: no cancellation; by r, or squares vanish
+        top, rest, below = self._apart()
         unit = lax.stop_gradient(jnp.where(rest == 0, 1, rest))
         squares = (below / unit) ** 2
         size, own = classes.sum(squares, self.axis), classes.sum(squares * (1 - 2 * below), self.axis)
