@@ -29,6 +29,7 @@ from jaxsoftmax.maps.entmax import (
     deformed_log,
     entmax_of,
     escort,
+    escort_of,
     log_support,
     order_of,
 )
@@ -307,7 +308,7 @@ def _binary_residual(z: Array, y: Array) -> Array:
 def _entmax_operators(logits, labels, alpha, mask, exact, axis) -> Curvature:
     z = classes.present(*dtypes.widen(logits), mask, axis)
     alpha = order_of(z, alpha, exact, axis)
-    pi, total = escort(entmax_of(z, alpha, exact, axis), alpha, axis)
+    pi, total = escort_of(z, alpha, exact, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         total = total + 0.0 * classes.sum(one_hot(z, labels, axis), axis)  # NaN for a label that is no class
     hessian = SoftmaxJacobian(pi, only_examples(mask, total, axis), axis=axis)

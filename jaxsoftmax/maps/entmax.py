@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import jacobian_product
+from jaxsoftmax._core.centring import about_centred, centred_transpose, jacobian_product
 from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.entmax_solver import Exact, solve
@@ -192,9 +192,45 @@ def entmax_jacobian_product(v: Array, p: Array, alpha: Array, axis: classes.Axis
 
 def escort(p: Array, alpha: Array, axis: classes.Axis) -> tuple[Array, Array]:
     """(π, Σq): the escort distribution π = q/Σq of p, q = p^(2-α) on its support."""
-    q = support_power(p, 2 - alpha)
+    return _shares(support_power(p, 2 - alpha), axis)
+
+
+def escort_of(z: Array, alpha: Array, exact: Exact, axis: classes.ClassAxis) -> tuple[Array, Array]:
+    """`escort` of the α-entmax of z, with derivatives in z: those in p grow with every order by a factor 1/p."""
+    p = entmax_of(z, alpha, exact, axis)
+    return _shares(_power(z, alpha, 2 - alpha, p, axis), axis)
+
+
+def _shares(q: Array, axis: classes.Axis) -> tuple[Array, Array]:
     total = classes.sum(q, axis)
-    return q / total, total
+    return q / jnp.where(total == 0, 1.0, total), total
+
+
+@custom_vjp(nondiff_argnums=(4,))
+def _power(z: Array, alpha: Array, exponent: Array, p: Array, axis: classes.Axis) -> Array:
+    """p^k on the support, 0 off it, for the α-entmax p of z: d(p^k) = k p^(k+1-α) (dz - dψ - κ dα) + p^k log p dk."""
+    return jnp.minimum(support_power(p, exponent), jnp.finfo(p.dtype).max)  # k = 0 times an infinite one is NaN
+
+
+def _power_bwd(axis, residuals, ct):
+    slope, by_exponent, pi, kappa = _power_slopes(*residuals, axis)
+    of_z = centred_transpose(slope * ct, pi, axis)
+    return of_z, -classes.local_sum(kappa * of_z, axis), classes.local_sum(by_exponent * ct, axis), None
+
+
+def _power_jvp(axis, primals, tangents):
+    slope, by_exponent, pi, kappa = _power_slopes(*primals, axis)
+    dz, dalpha, dk, _ = tangents
+    return _power(*primals, axis), slope * about_centred(dz - kappa * dalpha, pi, axis) + by_exponent * dk
+
+
+def _power_slopes(z, alpha, exponent, p, axis) -> tuple[Array, Array, Array, Array]:
+    pi, _ = _shares(_power(z, alpha, 2 - alpha, p, axis), axis)
+    slope, logp = exponent * _power(z, alpha, exponent + 1 - alpha, p, axis), log_support(p)
+    return slope, _power(z, alpha, exponent, p, axis) * logp, pi, deformed_log(logp, alpha - 1, 1)
+
+
+_power.defvjp(None, _power_bwd, jvp=_power_jvp)
 
 
 def _on_support(p: Array) -> Array:

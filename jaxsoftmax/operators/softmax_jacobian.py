@@ -34,7 +34,7 @@ from jaxsoftmax._core.centring import (
 from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
 from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.maps.derivatives import dense_jacobian
-from jaxsoftmax.maps.entmax import as_order, entmax, order_of, support_power
+from jaxsoftmax.maps.entmax import as_order, escort, escort_of, order_of
 from jaxsoftmax.maps.softmax import AxisName, softmax
 from jaxsoftmax.operators import spectrum
 from jaxsoftmax.operators.base import SymmetricOperator
@@ -113,7 +113,12 @@ class SoftmaxJacobian(SymmetricOperator):
         if _is_one(alpha):
             J = dataclasses.replace(cls._of_probs(softmax(z, where=where, axis_name=axis_name), 1, axis_name), logits=z)
         else:
-            J = cls._of_probs(entmax(z, alpha, where=where, axis_name=axis_name), alpha, axis_name)
+            axis = classes.ClassAxis((-1,), checks.split_over(axis_name, "x", z))
+            alphas, exact = as_order(alpha, z.shape, axis)
+            mask = checks.as_mask("where", where, z.shape)
+            z = classes.present(z, mask, axis)
+            pi, s = escort_of(z, order_of(z, alphas, exact, axis), exact, axis)
+            J = cls(classes.zero_absent(pi, mask), s, axis=axis)
         return J if checks.is_known_as(1, temperature) else J.scaled(scale)
 
     @classmethod
@@ -140,9 +145,7 @@ class SoftmaxJacobian(SymmetricOperator):
         if _is_one(alpha):
             return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis)
         order = order_of(p, *as_order(alpha, p.shape, axis), axis)
-        q = support_power(p, 2 - order)
-        s = rounded_one(q, axis)
-        return cls(q / s, s, axis=axis)
+        return cls(*escort(p, order, axis), axis=axis)
 
     @property
     def _reference(self) -> Array:
