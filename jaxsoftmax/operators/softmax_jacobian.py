@@ -55,8 +55,8 @@ class SoftmaxJacobian(SymmetricOperator):
 
     A class of probability 0, a masked one included, is a row and column of zeros: it adds a null vector, and a factor
     `damping` to the damped determinant. Derivatives in a probability that is 0 are taken as 0 where they do not
-    exist. At a one-hot p (and K = 1), J = 0. In float32, probabilities below 1.2e-38 count as 0. Of α-entmax, second
-    derivatives lose as many digits as p^(1-α) has at the smallest p of the support.
+    exist. At a one-hot p (and K = 1), J = 0. In float32, probabilities below 1.2e-38 count as 0. Of α-entmax,
+    second derivatives in the `p` of `from_probs` lose as many digits as p^(1-α) has at the smallest p of the support.
 
     Args:
       probs: π, shape (..., K).
@@ -324,7 +324,8 @@ class SoftmaxJacobian(SymmetricOperator):
         head = jnp.where(heavy, 1, 0).astype(d.dtype)
         mean = classes.sum(head * v, self.axis) / jnp.maximum(classes.sum(head, self.axis), 1)
         total = classes.sum(a, self.axis)
-        terms = jnp.where(heavy, -w, quotient(a, damping)) * (v - mean)
+        # not a/λ, of which XLA would make sπ/((sπ + λ)λ): λ² leaves float32
+        terms = w * jnp.where(heavy, -1, quotient(jnp.where(heavy, 0, d), damping)) * (v - mean)
         rest = quotient(classes.sum(terms, self.axis), jnp.where(total == 0, 1, total))
         return quotient(mean, damping) + w * (v - mean) + a * rest
 

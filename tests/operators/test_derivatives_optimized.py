@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mpmath import mp, mpf
 
-from jaxsoftmax import losses
+from jaxsoftmax import entmax, losses
 from jaxsoftmax.operators import DiagonalPlusLowRank, SoftmaxJacobian
 from tests.helpers import enable_x64, one_in
 from tests.registry import formulas as exact
@@ -304,3 +304,41 @@ def test_pseudo_inverse_of_probabilities_whose_square_no_float32_is():
         formula = lambda z: exact.pinv_product(z, [1] * 3, list(map(mpf, v)))[1]
         want = exact.longdouble(exact.derivatives(formula, [mpf(60), mpf(0), mpf(1)], 1)[1][0])
     np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=1e-5, atol=1e-5 * float(max(abs(want))))
+
+
+@pytest.mark.slow
+def test_entmax_near_the_edge_of_its_support():
+    """In p second derivatives lose the digits of √p, which is 0.006 at the smallest class here."""
+    z = np.float32([-0.577, 0.615, 0.585, -0.252, 0.253, 0.009])
+    c = np.float32([-0.855, -1.975, -0.484, -0.853, 1.307, 0.239])
+    f = lambda z: jnp.sum(c * SoftmaxJacobian.from_logits(z, alpha=1.5).diagonal())
+
+    def formula(z):
+        q = exact.entmax_root(z, [1] * 6, 2)
+        return dot([mpf(float(x)) for x in c], [x - x * x / sum(q) for x in q])
+
+    with mp.workdps(300):
+        want = exact.longdouble(exact.derivatives(formula, [mpf(float(x)) for x in z])[2][0])
+    for got in jax.jit(compositions(f, (2,)))(z).values():
+        assert np.all(
+            abs(np.asarray(got, np.longdouble) - want)
+            < 10 * np.finfo(np.float32).eps * abs(want).sum(-1, keepdims=True)
+        )
+
+
+@pytest.mark.parametrize("order", one_in(2, [1, 2]))
+@pytest.mark.parametrize("alpha", one_in(3, [1.5, 1.25, 2.0], 1))
+def test_entmax_in_logits_and_alpha(alpha, order, x64):
+    """As the derivatives of the matrix made of p."""
+    z, c = jnp.array([0.3, -0.2, 0.5, 0.17, -3.0]), jnp.array([0.2, -1.0, 0.7, 0.4, 1.0])
+    q = lambda p, a: jnp.where(p > 0, jnp.where(p > 0, p, 1.0) ** (2 - a), 0.0)
+    dense = lambda q: jnp.sum(c * (q - q * q / jnp.sum(q)))
+    f = lambda z, a: jnp.sum(c * SoftmaxJacobian.from_logits(z, alpha=a).diagonal())
+    want = lambda z, a: dense(q(entmax(z, a), a))
+    modes = jax.jacrev, jax.jacfwd
+    derivatives = lambda f: [g(f, (0, 1)) for g in modes]
+    for _ in range(order - 1):
+        derivatives = lambda f, first=derivatives: [g(d, (0, 1)) for d in first(f) for g in modes]
+    got, right = (jax.jit(lambda *x, f=f: [d(*x) for d in derivatives(f)])(z, alpha) for f in (f, want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
