@@ -341,7 +341,7 @@ class SoftmaxJacobian(SymmetricOperator):
         others = jnp.where(
             largest > 0.5, without_top, classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
         )
-        spread = classes.sum(d * (largest - p) / (d + damping), self.axis)
+        spread = classes.sum(share(d, damping) * (largest - p), self.axis)
         return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
 
     # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
@@ -380,7 +380,7 @@ class SoftmaxJacobian(SymmetricOperator):
 def _log_sum(x: Array, y: Array) -> Array:
     """log(x + y) of non-negative numbers, accurate also where one of the two is small."""
     larger = jnp.maximum(x, y)
-    return jnp.log(larger) + jnp.log1p(jnp.minimum(x, y) / larger)
+    return jnp.log(larger) + jnp.log1p(quotient(jnp.minimum(x, y), larger))
 
 
 def _is_one(alpha: ArrayLike) -> bool:

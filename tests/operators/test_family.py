@@ -80,6 +80,14 @@ def test_solve_and_logdet_keep_their_digits_at_any_damping(name):
             assert abs(logdet[i] - right) < 4 * eps * max(1.0, abs(right)), (damping, i)
 
 
+@pytest.mark.parametrize("name", one_in(12, OPERATORS, 1))
+def test_logdet_has_a_gradient_at_any_damping(name):
+    """Also where the square of the damping is 0 in float32, and a class has probability 0."""
+    gradient = jax.jit(jax.grad(lambda z, damping: jnp.sum(OPERATORS[name](z).logdet(damping))))
+    for damping in (*DAMPINGS, 1e-30):
+        assert np.all(np.isfinite(gradient(jnp.asarray(Z), damping)))
+
+
 @pytest.mark.parametrize("name", one_in(3, OPERATORS))
 def test_every_method_is_there_or_says_why(name, x64):
     operator = OPERATORS[name](jnp.asarray(Z, "float64"))
