@@ -28,7 +28,7 @@ def backprop(
     x: ArrayLike,
     targets: ArrayLike,
     loss: Loss,
-    activation: Activation = jnp.tanh,
+    activation: Activation = jax.lax.tanh,
     layout: Layout = "denominator",
 ) -> Params:
     """Gradient of the mean loss over the batch, written out layer by layer.
@@ -88,7 +88,7 @@ def derivatives(
     x: ArrayLike,
     targets: ArrayLike,
     loss: Loss,
-    activation: Activation = jnp.tanh,
+    activation: Activation = jax.lax.tanh,
     layout: Layout = "denominator",
 ) -> Derivatives:
     """Every quantity of backpropagation: ∂l/∂z_n, ∂l/∂a_n, ∂l/∂W_n and ∂l/∂b_n, for l the mean loss over the batch.
@@ -119,7 +119,7 @@ def derivatives(
     return Derivatives(found.z, found.a, layers if layout == "denominator" else numerator_layout(layers))
 
 
-def jacobians(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> tuple[list[Array], list[Array]]:
+def jacobians(params: Params, x: ArrayLike, activation: Activation = jax.lax.tanh) -> tuple[list[Array], list[Array]]:
     """Dense Jacobians of the layers, and of the output in each layer, by the chain rule J_h = J_g J_f.
 
     ∂z_N/∂z_N = I,    ∂z_N/∂z_n = ∂z_N/∂z_{n+1} W_{n+1} ∂a_n/∂z_n.

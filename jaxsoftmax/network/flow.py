@@ -43,7 +43,7 @@ def gradient_flow(
     x: ArrayLike,
     targets: ArrayLike,
     loss: Loss,
-    activation: Activation = jnp.tanh,
+    activation: Activation = jax.lax.tanh,
     *,
     num_steps: int | None = None,
 ) -> GradientFlow:

@@ -78,7 +78,7 @@ def init(key: Array, sizes: Sequence[int], *, bias: bool = True, dtype: DTypeLik
     return tuple(map(layer, jax.random.split(key, len(widths) - 1), widths[:-1], widths[1:]))
 
 
-def forward(params: Params, x: ArrayLike, activation: Activation = jnp.tanh) -> Array:
+def forward(params: Params, x: ArrayLike, activation: Activation = jax.lax.tanh) -> Array:
     """The network's output z_N.
 
     z_n = W_n a_{n-1} + b_n, a_n = σ(z_n), a_0 = x.

@@ -15,7 +15,7 @@ from jaxsoftmax.network.layers import Activation, Layer, Loss, Params
 
 
 def per_example_gradients(
-    params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation = jnp.tanh
+    params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation = jax.lax.tanh
 ) -> Params:
     """Gradient of each example's own loss, from one pass: ∂l_i/∂W_n = ∂l_i/∂z_n ⊗ a_{n-1}.
 
@@ -50,7 +50,7 @@ def _outer(dz: Array, a: Array) -> Array:
 
 
 def per_example_gradient_norms(
-    params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation = jnp.tanh
+    params: Params, x: ArrayLike, targets: ArrayLike, loss: Loss, activation: Activation = jax.lax.tanh
 ) -> Array:
     """Norm of the gradient of each example's own loss, without the gradients: ‖∂l_i/∂W_n‖ = ‖∂l_i/∂z_n‖ ‖a_{n-1}‖.
 

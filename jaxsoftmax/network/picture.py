@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -21,7 +21,7 @@ def visualize_gradient_flow(
     x: ArrayLike,
     targets: ArrayLike,
     loss: Loss,
-    activation: Activation = jnp.tanh,
+    activation: Activation = jax.lax.tanh,
 ) -> Figure:
     """Draw how gradients fare on their way down a network: norms, singular values, saturated units, layer by layer.
 
