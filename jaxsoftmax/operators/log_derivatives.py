@@ -43,7 +43,13 @@ def _quotient_bwd(residuals, ct):
     return of_x, -of_x * ratio
 
 
-_quotient.defvjp(_quotient_fwd, _quotient_bwd)
+def _quotient_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    ratio = _quotient(x, y)
+    return ratio, _quotient(dx, y) - ratio * _quotient(dy, y)
+
+
+_quotient.defvjp(_quotient_fwd, _quotient_bwd, jvp=_quotient_jvp)  # of the transpose JAX's own derivative has 1/y²
 
 
 def share(x: Array, y: Array) -> Array:
@@ -62,7 +68,12 @@ def _share_bwd(residuals, ct):
     return ct * _share(y, x), -ct * _share(x, y)
 
 
-_share.defvjp(None, _share_bwd)
+def _share_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, [_quotient(t, primals[0] + primals[1]) for t in tangents]
+    return _share(x, y), dx * _share(y, x) - dy * _share(x, y)
+
+
+_share.defvjp(None, _share_bwd, jvp=_share_jvp)
 
 
 def logarithm(p: Array, logits: Array | None, axis: classes.ClassAxis) -> Array:

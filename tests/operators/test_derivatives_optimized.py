@@ -277,6 +277,15 @@ def test_zeros_and_ties_are_no_nan():
     assert not np.asarray(jacobian)[0, :, 1].any()
 
 
+@pytest.mark.slow
+def test_focal_hessian_where_one_class_is_sure():
+    """Its derivatives of both orders are 0, in every composition: 1 - p has no square in float32."""
+    f = lambda z: losses.logits_hessian(FOCAL, z, jnp.argmax(z)).frobenius_norm()
+    for z in ([0.0, -np.inf, -np.inf], [200.0, 0.0, 1.0]):
+        for how, derivative in jax.jit(compositions(f, (1, 2)))(jnp.array(z)).items():
+            assert not np.asarray(derivative).any(), how
+
+
 def test_an_eigenvalue_between_two_equal_classes():
     """Two equal classes share one eigenvalue, which is simple: it has derivatives of both orders."""
     rows = [1.0, 1.0, 0.25, -0.25], [1.0, 0.25, 0.25, -0.25], [1.0, 1.0, 0.25, 0.25]
