@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, classes, dtypes
-from jaxsoftmax._core.centring import about_centred, centred_transpose, jacobian_product
+from jaxsoftmax._core.centring import about_centred, centred_transpose, jacobian_product, rounded_one
 from jaxsoftmax._core.mesh import typed_like
 from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.maps.entmax_solver import Exact, solve
@@ -201,9 +201,19 @@ def escort_of(z: Array, alpha: Array, exact: Exact, axis: classes.ClassAxis) -> 
     return _shares(_power(z, alpha, 2 - alpha, p, axis), axis)
 
 
+@functools.partial(jax.jit, static_argnames=("exact", "axis"), inline=True)
+def escort_map(z: Array, alpha: Array, mask: Array | None, exact: Exact, axis: classes.ClassAxis):
+    """`escort_of` at the classes of the mask: (0, 1) where it leaves none."""
+    z = classes.present(z, mask, axis)
+    pi, total = escort_of(z, order_of(z, alpha, exact, axis), exact, axis)
+    if mask is not None:
+        total = jnp.where(classes.any(mask, axis), total, 1.0)
+    return classes.zero_absent(pi, mask), total
+
+
 def _shares(q: Array, axis: classes.Axis) -> tuple[Array, Array]:
-    total = classes.sum(q, axis)
-    return q / jnp.where(total == 0, 1.0, total), total
+    total = rounded_one(q, axis)
+    return q / total, total
 
 
 @custom_vjp(nondiff_argnums=(4,))

@@ -34,7 +34,7 @@ from jaxsoftmax._core.centring import (
 from jaxsoftmax._core.mesh import in_auto_mode, split_axes_of
 from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.maps.derivatives import dense_jacobian
-from jaxsoftmax.maps.entmax import as_order, escort, escort_of, order_of
+from jaxsoftmax.maps.entmax import as_order, escort, escort_map, order_of
 from jaxsoftmax.maps.softmax import AxisName, softmax
 from jaxsoftmax.operators import spectrum
 from jaxsoftmax.operators.base import SymmetricOperator
@@ -110,15 +110,12 @@ class SoftmaxJacobian(SymmetricOperator):
         (z,) = dtypes.widen(x)
         scale, beside_classes = checks.inverse("temperature", temperature, z)
         z = z if checks.is_known_as(1, temperature) else z * beside_classes
+        axis = classes.ClassAxis((-1,), checks.split_over(axis_name, "x", z))
         if _is_one(alpha):
-            J = dataclasses.replace(cls._of_probs(softmax(z, where=where, axis_name=axis_name), 1, axis_name), logits=z)
+            J = cls._of_softmax(softmax(z, where=where, axis_name=axis_name), axis, z)
         else:
-            axis = classes.ClassAxis((-1,), checks.split_over(axis_name, "x", z))
-            alphas, exact = as_order(alpha, z.shape, axis)
-            mask = checks.as_mask("where", where, z.shape)
-            z = classes.present(z, mask, axis)
-            pi, s = escort_of(z, order_of(z, alphas, exact, axis), exact, axis)
-            J = cls(classes.zero_absent(pi, mask), s, axis=axis)
+            order, exact = as_order(alpha, z.shape, axis)
+            J = cls(*escort_map(z, order, checks.as_mask("where", where, z.shape), exact, axis), axis=axis)
         return J if checks.is_known_as(1, temperature) else J.scaled(scale)
 
     @classmethod
@@ -137,15 +134,15 @@ class SoftmaxJacobian(SymmetricOperator):
         _check_classes("p", p)
         _check_simplex(p)
         (p,) = dtypes.widen(p)
-        return cls._of_probs(jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p), alpha, axis_name)
-
-    @classmethod
-    def _of_probs(cls, p: Array, alpha: ArrayLike, axis_name: AxisName) -> SoftmaxJacobian:
+        p = jnp.where(p < jnp.finfo(p.dtype).tiny, 0, p)
         axis = classes.ClassAxis((-1,), checks.split_over(axis_name, "p", p))
         if _is_one(alpha):
-            return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis)
-        order = order_of(p, *as_order(alpha, p.shape, axis), axis)
-        return cls(*escort(p, order, axis), axis=axis)
+            return cls._of_softmax(p, axis)
+        return cls(*escort(p, order_of(p, *as_order(alpha, p.shape, axis), axis), axis), axis=axis)
+
+    @classmethod
+    def _of_softmax(cls, p: Array, axis: classes.ClassAxis, logits: Array | None = None) -> SoftmaxJacobian:
+        return cls(p, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis=axis, logits=logits)
 
     @property
     def _reference(self) -> Array:
@@ -337,10 +334,8 @@ class SoftmaxJacobian(SymmetricOperator):
         top, logs = is_top(p), _log_sum(d, damping)
         largest = classes.max(lax.stop_gradient(p), self.axis)
         largest = jnp.where(largest > 0.5, classes.sum(top * p, self.axis), largest)
-        without_top = classes.sum((1 - top) * logs, self.axis)
-        others = jnp.where(
-            largest > 0.5, without_top, classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
-        )
+        but_one = classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
+        others = jnp.where(largest > 0.5, classes.sum((1 - top) * logs, self.axis), but_one)
         spread = classes.sum(share(d, damping) * (largest - p), self.axis)
         return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
 
