@@ -227,7 +227,7 @@ def take(x: Array, label: Array, axis: Axis) -> Array:
     taken = lambda x, local: jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
     summed = lambda x, local: local_sum(jnp.where(index(x, position) == local, x, 0.0), position)
     if whole:  # what a TPU takes an entry from is written out first: z-loss in half precision 4 passes for 2
-        found = lax.platform_dependent(x, local, tpu=summed, default=taken)
+        found = forms.on_tpu(summed, taken, x, local)
     else:  # by axes of type Explicit, along which there is no gather
         found = summed(x, local)
     if names := _mesh_axes(axis):  # the one device that has the class adds it to the others' 0

@@ -35,13 +35,18 @@ def on_gpu(form: Callable, plain: Callable, *args: Array) -> Any:
     return lax.platform_dependent(*args, cuda=form, rocm=form, default=plain)
 
 
+def on_tpu(form: Callable, plain: Callable, *args: Array) -> Any:
+    """form(*args) there, plain(*args) elsewhere."""
+    return lax.platform_dependent(*args, tpu=form, default=plain)
+
+
 def product_apart(x: Array) -> Array:
     """A product of matrices that XLA's TPU compiler does not make one kernel of with sums over its rows.
 
     Attention's gradient of a tangent took 1.16 (causal) and 1.46 (window) of the time, and did not compile at all
     without a mask: "ran out of memory in memory space vmem".
     """
-    return lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
+    return on_tpu(lax.optimization_barrier, lambda x: x, x)
 
 
 def maximum(z: Array, axes: tuple[int, ...]) -> Array:

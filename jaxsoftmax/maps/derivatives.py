@@ -201,6 +201,7 @@ def _jacobian_product(axis: classes.ClassAxis, p: Array, v: Array) -> Array:
 
 @custom_vjp(nondiff_argnums=(2,))
 def _product_at(p: Array, v: Array, axis: classes.ClassAxis) -> Array:
+    """p∘(v - <p,v>). Its rule finds the sums again: JAX's would end a GPU's kernel at the value's."""
     return jacobian_product(v, p, axis, rounded_one(p, axis))
 
 
