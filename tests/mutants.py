@@ -141,8 +141,11 @@ logistic: positive weight missing in the gradient | contract/test_losses.py -k '
   + dx = (1 - y) * sigmoid(x) - y * sigmoid(-x)
 [maps/entmax.py]
 entmax: exponent of the escort distribution | maps/test_entmax.py -k jacobian
-  - q = support_power(p, 2 - alpha)
-  + q = support_power(p, alpha - 1)
+  - return _shares(support_power(p, 2 - alpha), axis)
+  + return _shares(support_power(p, alpha - 1), axis)
+entmax: slope of a power of p | operators/test_derivatives_optimized.py -k entmax_in_logits
+  - slope = exponent * _power(z, alpha, exponent + 1 - alpha, p, axis)
+  + slope = exponent * _power(z, alpha, exponent - alpha, p, axis)
 entmax: bound of alpha | contract/test_wrong_calls.py -k entmax
   - if not np.all((known >= 1) & (known < np.inf)):
   + if not np.all((known > 0) & (known < np.inf)):

@@ -218,7 +218,7 @@ def undefined(at: Array, x: Array) -> Array:
 
 
 def take(x: Array, label: Array, axis: Axis) -> Array:
-    """x at class `label` (class axis of length 1); NaN where there is no such class."""
+    """x at class `label`, of each label where the class axis has several; NaN where there is no such class."""
     total = number(x, axis)
     if total == 0:
         return undefined(jnp.ones(label.shape, bool), jnp.zeros(label.shape, x.dtype))
@@ -226,10 +226,12 @@ def take(x: Array, label: Array, axis: Axis) -> Array:
     size, whole = x.shape[position], not (split_axes_of(x) and split_axes_of(x)[position])
     taken = lambda x, local: jnp.take_along_axis(x, jnp.clip(local, 0, size - 1), position)
     summed = lambda x, local: local_sum(jnp.where(index(x, position) == local, x, 0.0), position)
-    if whole:  # what a TPU takes an entry from is written out first: z-loss in half precision 4 passes for 2
-        found = forms.on_tpu(summed, taken, x, local)
-    else:  # by axes of type Explicit, along which there is no gather
+    if not whole:  # by axes of type Explicit, along which there is no gather
         found = summed(x, local)
+    elif local.shape[position] > 1:
+        found = taken(x, local)
+    else:  # what a TPU takes an entry from is written out first: z-loss in half precision 4 passes for 2
+        found = forms.on_tpu(summed, taken, x, local)
     if names := _mesh_axes(axis):  # the one device that has the class adds it to the others' 0
         found = lax.psum(jnp.where((local >= 0) & (local < size), found, 0.0), names)
     return undefined((label < 0) | (label >= total), found)

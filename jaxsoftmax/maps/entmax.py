@@ -236,7 +236,8 @@ def _power_jvp(axis, primals, tangents):
 
 def _power_slopes(z, alpha, exponent, p, axis) -> tuple[Array, Array, Array, Array]:
     pi, _ = _shares(_power(z, alpha, 2 - alpha, p, axis), axis)
-    slope, logp = exponent * _power(z, alpha, exponent + 1 - alpha, p, axis), log_support(p)
+    slope = exponent * _power(z, alpha, exponent + 1 - alpha, p, axis)
+    logp = log_support(p)
     return slope, _power(z, alpha, exponent, p, axis) * logp, pi, deformed_log(logp, alpha - 1, 1)
 
 
