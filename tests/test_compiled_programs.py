@@ -35,6 +35,7 @@ PROGRAMS = [
     ("h100", "entropy", "HVP", MIDDLE, "float32", 1, 3.01),
     ("h100", "brier", "HVP", MIDDLE, "bfloat16", 1, 4.01),
     ("h100", "integer_labels", "VJP", MIDDLE, "bfloat16", 6, 4.1),
+    ("h100", "integer_labels_ignore", "value", WIDE, "bfloat16", 4, 2.5),
     ("h100", "poly", "value", WIDE, "float32", 1, 2.1),
     ("h100", "poly", "VJP", WIDE, "float32", 1, 3.1),
     ("h100", "poly", "HVP", WIDE, "float32", 1, 4.1),

@@ -119,7 +119,7 @@ def as_mask(name: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array
 def as_loss_mask(
     name: str, where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...], of_classes: bool = False
 ) -> Array | None:
-    """The mask of a loss, broadcast to `shape`, whether it is of classes or, without `axes`, of examples.
+    """The mask of a loss: of classes, broadcast to `shape`, or of examples, with `axes` of length 1.
 
     A mask that could be either is of examples, as optax takes it in the cross-entropies; with `of_classes` of classes,
     as it takes it in the divergences of probabilities.
@@ -131,6 +131,7 @@ def as_loss_mask(
         if not _fits(where.shape, examples):
             raise ValueError(f"{name} has shape {where.shape}, which broadcasts neither to {shape} nor to {examples}")
         where = jnp.expand_dims(jnp.broadcast_to(where, examples), axes)
+        shape = where.shape
     return as_mask(name, where, shape)
 
 

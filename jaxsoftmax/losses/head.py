@@ -41,7 +41,7 @@ def without_ignored(
     if ignore_index is None:
         return labels, mask
     ignored = classes.labels_equal(labels, checks.integer("ignore_index", ignore_index))
-    kept = jnp.broadcast_to(jnp.expand_dims(~ignored, axes.positions), logits.shape)
+    kept = jnp.expand_dims(~ignored, axes.positions)
     return jnp.where(ignored, 0, labels), kept if mask is None else mask & kept
 
 
