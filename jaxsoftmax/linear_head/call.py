@@ -284,9 +284,9 @@ def _auto_meshes(*arrays: Array) -> list[Any]:
 
 def _with_all_features(weights: Array, vocab_axis: int, mesh: Any) -> Array:
     """The weights, for XLA to gather their features once and not for every chunk, their classes as it likes."""
-    spec = [PartitionSpec.UNCONSTRAINED] * 2
-    spec[1 - vocab_axis] = None
-    return lax.with_sharding_constraint(weights, NamedSharding(mesh, PartitionSpec(*spec)))
+    free = PartitionSpec.UNCONSTRAINED
+    spec = PartitionSpec(*(None if axis == 1 - vocab_axis else free for axis in range(2)))
+    return lax.with_sharding_constraint(weights, NamedSharding(mesh, spec))
 
 
 def divided(work: Callable, layout: Layout, vocab_axis: int, per_token: bool) -> Callable:
