@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.compiled import attention, chips, rows
 from benchmarks.compiled.cost import Cost
-from jaxsoftmax import brier_loss, dot_product_attention, logits_hessian, softmax_entropy
+from jaxsoftmax import brier_loss, dot_product_attention, logits_hessian
 
 pytestmark = pytest.mark.slow
 
@@ -98,10 +98,3 @@ def test_the_gradient_of_attentions_tangent_compiles_for_a_tpu(case, passes):
     cost = attention.measure(call, "gradient of JVP", "bfloat16", attention.SIZE, "v5e")
     batch, tokens, heads, _ = attention.SIZE
     assert cost.seconds * chips.CHIPS["v5e"].bandwidth <= passes * 4 * batch * heads * tokens**2
-
-
-def test_the_norm_of_a_hessian_is_one_kernel():
-    """Its columns stay apart: stacked, they are arrays of three times the logits' size."""
-    skip_without("h100")
-    norm = lambda z: logits_hessian(softmax_entropy, z).frobenius_norm()
-    assert chips.measure(norm, jax.ShapeDtypeStruct(MIDDLE, "float32"), chip="h100").kernels == 1

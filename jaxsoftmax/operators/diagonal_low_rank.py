@@ -134,21 +134,25 @@ class DiagonalPlusLowRank(SymmetricOperator):
         # A off the diagonal is B = W M Wᵀ. With c the class of the largest |B_ii|, which would cancel in the last sums,
         #
         #     Σ A_ij² = Σ A_ii² + 2 Σ_{i≠c} B_ci² + Σ_{i,j≠c} B_ij² - Σ_{i≠c} B_ii²,    Σ B_ij² = tr (M WᵀW)².
-        # In units of the largest |A_ii|, since squares would underflow.
-        total = functools.partial(classes.sum, axis=self.axis)
+        # In units of the largest |A_ii|, since squares would underflow. (With W's columns apart this is one kernel on a
+        # GPU, not 43 passes over the logits; so is the gradient, which XLA then takes two minutes to compile.)
         (w, m), diagonal = self._off_diagonal(), self.diagonal()
         unit = classes.max(lax.stop_gradient(jnp.abs(diagonal)), self.axis)
         unit = jnp.maximum(jnp.where(unit == 0, 1, unit), jnp.finfo(self.dtype).tiny)
-        w, diagonal = [x / jnp.sqrt(unit) for x in w], diagonal / unit
-        b = _form(m, w, w)  # B_ii
+        w, diagonal = w / jnp.sqrt(unit)[..., None], diagonal / unit
+        b = jnp.sum(_dot(w, m) * w, -1)  # B_ii
         size = lax.stop_gradient(jnp.abs(b))
         other = classes.others(b, classes.argmax(size, classes.max(size, self.axis), self.axis), self.axis)
-        w_c, rest = [total((1 - other) * x) for x in w], [other * x for x in w]
-        gram = [[total(x * y) for y in rest] for x in rest]
-        square = sum(x * y * gram[j][k] * gram[l][i] for (i, j), x in m.items() for (k, l), y in m.items())
-        inner = square - total((b * other) ** 2)
-        outer = total(diagonal**2 + 2 * (other * _form(m, w_c, w)) ** 2)
-        return (unit * root(outer + jnp.maximum(inner, 0)))[..., 0]
+        w, w_c = w * other[..., None], self._row_sum((1 - other)[..., None] * w)
+        gram = _dot(m, jnp.concatenate([self._row_sum(w[..., i, None] * w) for i in range(w.shape[-1])], -2))
+        rest = jnp.sum(gram * jnp.swapaxes(gram, -1, -2), (-1, -2)) - classes.sum((b * other) ** 2, self.axis)[..., 0]
+        b_c = jnp.sum(_dot(w_c, m) * w, -1)
+        outer = classes.sum(diagonal**2 + 2 * b_c**2, self.axis)[..., 0]
+        return unit[..., 0] * root(outer + jnp.maximum(rest, 0))
+
+    def _row_sum(self, w: Array) -> Array:
+        """Σ over the classes, the last axis but one, which stays with length 1."""
+        return classes.sum(w, classes.ClassAxis((-2,), self.axis.mesh_axes))
 
     @compiled
     def as_matrix(self) -> Array:
@@ -157,15 +161,12 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     def _dense(self) -> Array:
         w, m = self._off_diagonal()
-        m = {ij: x[..., None] for ij, x in m.items()}
-        out = _form(m, [x[..., None] for x in w], [x[..., None, :] for x in w])
+        out = _dot(_dot(w, m), jnp.swapaxes(w, -1, -2))
         eye = lead(jnp.eye(self.shape[-1], dtype=bool), out.ndim - 2)
         return jnp.where(eye, self.diagonal()[..., None], out)
 
-    def _off_diagonal(self) -> tuple[list[Array], dict[tuple[int, int], Array]]:
-        """The columns of W, and the entries of M that are not 0, for which W M Wᵀ is A off the diagonal.
-
-        Multiplied out, A_ij/(t_i t_j) is, for i ≠ j,
+    def _off_diagonal(self) -> tuple[Array, Array]:
+        """(W, M) for which W M Wᵀ is A off the diagonal. Multiplied out, A_ij/(t_i t_j) is, for i ≠ j,
 
             p_i p_j (κ + Σ_k d_k) - d_i p_j - p_i d_j,
 
@@ -174,13 +175,15 @@ class DiagonalPlusLowRank(SymmetricOperator):
             d_c q_i q_j + (κ + Σ_{k≠c} d_k) p_i p_j - f_i p_j - p_i f_j,    f = d but for f_c = d_c (1 - p_c).
         """
         if self.centre is None:
-            return [jnp.zeros_like(self.weights)], {(0, 0): self._kappa}
+            w = jnp.zeros_like(self.weights)[..., None]
+            return w, self._row_sum(w)
         p, d, top = self.centre, self.weights, is_top(self.centre)
         f = jnp.where(p > 0.5, d * complement(p, self.axis), d)
         rest, of_top = classes.sum((1 - top) * d, self.axis) + self._kappa, classes.sum(top * d, self.axis)
-        minus = -jnp.ones_like(rest)
-        columns = [self._t * column for column in ((1 - top) * p, f, p)]
-        return columns, {(0, 0): of_top, (1, 2): minus, (2, 1): minus, (2, 2): rest}
+        w = self._t[..., None] * jnp.stack([(1 - top) * p, f, p], -1)
+        zero, minus = jnp.zeros_like(rest), -jnp.ones_like(rest)
+        rows = [of_top, zero, zero], [zero, zero, minus], [zero, minus, rest]
+        return w, jnp.stack([jnp.concatenate(row, -1) for row in rows], -2)
 
     # Products.
 
@@ -340,10 +343,8 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return jnp.concatenate([sharded_like(last, out), last], -1)  # K + 1 entries, which no mesh axis splits
 
 
-def _form(m: dict[tuple[int, int], Array], u: list[Array], v: list[Array]) -> Array:
-    """Σ_ij m_ij u_i v_j."""
-    first, *terms = (x * u[i] * v[j] for (i, j), x in m.items())
-    return sum(terms, first)
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
 
 
 class _Reduced(NamedTuple):
