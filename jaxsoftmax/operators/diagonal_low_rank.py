@@ -26,7 +26,16 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import classes
-from jaxsoftmax._core.centring import AXIS, about_centred, centred, centred_transpose, complement, is_top, root
+from jaxsoftmax._core.centring import (
+    AXIS,
+    about_centred,
+    below_half,
+    centred,
+    centred_transpose,
+    complement,
+    is_top,
+    root,
+)
 from jaxsoftmax._core.mesh import in_auto_mode, sharded_like, split_axes_of
 from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.operators.base import SymmetricOperator, lead
@@ -134,12 +143,14 @@ class DiagonalPlusLowRank(SymmetricOperator):
         # A off the diagonal is B = W M Wᵀ. With c the class of the largest |B_ii|, which would cancel in the last sums,
         #
         #     Σ A_ij² = Σ A_ii² + 2 Σ_{i≠c} B_ci² + Σ_{i,j≠c} B_ij² - Σ_{i≠c} B_ii²,    Σ B_ij² = tr (M WᵀW)².
-        # In units of the largest |A_ii|, since squares would underflow. (With W's columns apart this is one kernel on a
-        # GPU, not 43 passes over the logits; so is the gradient, which XLA then takes two minutes to compile.)
+        # In units of the largest |A_ii|, and of q, f and p in W: squares and cotangents would underflow. (With W's
+        # columns apart this is one kernel on a GPU, not 43 passes over the logits; so is the gradient, which XLA then
+        # takes two minutes to compile.)
         (w, m), diagonal = self._off_diagonal(), self.diagonal()
         unit = classes.max(lax.stop_gradient(jnp.abs(diagonal)), self.axis)
         unit = jnp.maximum(jnp.where(unit == 0, 1, unit), jnp.finfo(self.dtype).tiny)
-        w, diagonal = w / jnp.sqrt(unit)[..., None], diagonal / unit
+        sizes, diagonal = self._column_sizes(unit), diagonal / unit
+        w, m = w / sizes, m * (jnp.swapaxes(sizes, -1, -2) / unit[..., None]) * sizes
         b = jnp.sum(_dot(w, m) * w, -1)  # B_ii
         size = lax.stop_gradient(jnp.abs(b))
         other = classes.others(b, classes.argmax(size, classes.max(size, self.axis), self.axis), self.axis)
@@ -149,6 +160,17 @@ class DiagonalPlusLowRank(SymmetricOperator):
         b_c = jnp.sum(_dot(w_c, m) * w, -1)
         outer = classes.sum(diagonal**2 + 2 * b_c**2, self.axis)[..., 0]
         return unit[..., 0] * root(outer + jnp.maximum(rest, 0))
+
+    def _column_sizes(self, unit: Array) -> Array:
+        """The size of each column of W in `_off_diagonal`, (..., 1, 3), where `unit` is that of A."""
+        slope = jnp.ones_like(unit)
+        if self.slope is not None:
+            slope = classes.max(lax.stop_gradient(jnp.abs(self.slope)), self.axis)
+            slope = jnp.maximum(jnp.where(slope == 0, 1, slope), jnp.finfo(self.dtype).tiny)
+        if self.centre is None:
+            return slope[..., None]
+        others = classes.sum(lax.stop_gradient(below_half(self.centre)), self.axis)
+        return jnp.stack([jnp.where(others == 0, 1, others) * slope, unit / slope, slope], -1)
 
     def _row_sum(self, w: Array) -> Array:
         """Σ over the classes, the last axis but one, which stays with length 1."""

@@ -277,6 +277,20 @@ def test_zeros_and_ties_are_no_nan():
     assert not np.asarray(jacobian)[0, :, 1].any()
 
 
+def test_norm_of_a_focal_hessian_whose_entries_square_to_0():
+    """At γ = 5 and 1 - p = 3e-6 the entries are 1e-32, and products of them leave float32, cotangents too."""
+    z = np.float32([9.12, -9.52, -3.67])
+    f = lambda z: losses.logits_hessian(FOCAL, z, 0, gamma=5.0).frobenius_norm()
+    dense = hessian(FOCAL, exact.focal, top, gamma=5.0).dense
+    exactly = [mpf(float(x)) for x in z]
+    with mp.workdps(exact.digits(exactly) + 150):
+        norm = lambda z: METHODS["frobenius_norm"].formula(dense(z, np.int32(0)), z)
+        want = exact.longdouble(exact.derivatives(norm, exactly, 1)[1][0])
+    assert abs(want).max() < 1e-30
+    for got in jax.jit(compositions(f, (1,)))(z).values():
+        assert np.all(abs(np.asarray(got, np.longdouble) - want) < 60 * np.finfo(np.float32).eps * abs(want).max())
+
+
 @pytest.mark.slow
 def test_focal_hessian_where_one_class_is_sure():
     """Its derivatives of both orders are 0, in every composition: 1 - p has no square in float32."""
