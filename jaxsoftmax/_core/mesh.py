@@ -23,15 +23,21 @@ def typed_like(z: Array, x: Array) -> Array:
 
 
 def sharded_like(z: Array, x: Array) -> Array:
-    """x, split as z is by mesh axes of type Explicit ("select `which` must … have the same sharding as cases")."""
+    """x, split as z is by mesh axes of type Explicit ("select `which` must … have the same sharding as cases").
+
+    Of an axis of length 1 every device has all.
+    """
     wanted = getattr(jax.typeof(z), "sharding", None)
-    if wanted is None or wanted.spec == jax.typeof(x).sharding.spec:
+    if wanted is None:
         return x
-    return jax.sharding.reshard(x, wanted)
+    spec = jax.sharding.PartitionSpec(*(None if n == 1 else names for n, names in zip(x.shape, wanted.spec)))
+    if spec == jax.typeof(x).sharding.spec:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(wanted.mesh, spec))
 
 
 def aligned(*arrays: Array | None) -> tuple[Any, ...]:
-    """The arrays, of one shape, all split as the first that is split by mesh axes of type Explicit.
+    """The arrays, of one shape but for axes of length 1, all split as the first that axes of type Explicit split.
 
     Without it JAX says "… produces an illegally sharded result" where axes differ.
     """
