@@ -47,6 +47,7 @@ PROGRAMS = [
     ("h100", "softmax_kl_temperature", "JVP", MIDDLE, "bfloat16", 2, 5.01),
     ("h100", "softmax_jvp", "JVP", MIDDLE, "float32", 3, 8.01),
     ("h100", "J.frobenius_norm", "value", MIDDLE, "float32", 1, 1.01),
+    ("h100", "J.logdet", "value", MIDDLE, "bfloat16", 1, 1.01),
     ("h100", "generalized_kl", "JVP", WIDE, "float32", 1, 3.1),
     ("h100", "entmax15", "value", WIDE, "float32", 3, 3.1),
     ("v5e", "softmax", "value", LONG, "float32", None, 4.01),

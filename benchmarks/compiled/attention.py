@@ -1,7 +1,7 @@
 """`python -m benchmarks compiled attention`: attention by blocks beside the XLA attention of jax.nn, without a device.
 
 Each cell: the bound of the time in ms and the ratio to that of jax.nn, temporary memory in GiB, ours of theirs, and
-matrix products, of which one is as large as q kᵀ: ours of theirs.
+matrix products, of which one is as large as q kᵀ: ours of theirs. A dash is what needs more memory than the chip has.
 """
 
 import argparse
@@ -39,13 +39,24 @@ def measure(f: Callable, mode: str, dtype: str, size: tuple[int, ...], chip: str
 
 def cell(mode: str, dtype: str, options: dict, size: tuple[int, ...], chip: str) -> str:
     both = js.dot_product_attention, jax.nn.dot_product_attention
-    ours, theirs = (measure(lambda *x, f=f: f(*x, **options), mode, dtype, size, chip) for f in both)
+    ours, theirs = (fitting(lambda *x, f=f: f(*x, **options), mode, dtype, size, chip) for f in both)
     batch, tokens, heads, width = size
     product = 2.0 * batch * heads * tokens**2 * width
-    gib = (f"{(cost.temp or 0) / 2**30:.2f}" for cost in (ours, theirs))
-    products = (f"{cost.flops / product:.3g}" for cost in (ours, theirs))
-    ratio = f"{1e3 * ours.seconds:.1f} ms, {ours.seconds / theirs.seconds:.2f}"
-    return f"{ratio}; {' of '.join(gib)} GiB; {' of '.join(products)}"
+    of = lambda text: " of ".join("-" if cost is None else text(cost) for cost in (ours, theirs))
+    ms = "-" if ours is None else f"{1e3 * ours.seconds:.1f} ms"
+    ratio = "-" if ours is None or theirs is None else f"{ours.seconds / theirs.seconds:.2f}"
+    gib, products = of(lambda cost: f"{(cost.temp or 0) / 2**30:.2f}"), of(lambda cost: f"{cost.flops / product:.3g}")
+    return f"{ms}, {ratio}; {gib} GiB; {products}"
+
+
+def fitting(*arguments) -> Cost | None:
+    """What it costs, or None where it does not fit into the chip's memory."""
+    try:
+        return measure(*arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -96,9 +96,16 @@ class Plan(NamedTuple):
 
 
 def plan(
-    platform: str, num_tokens, features: int, vocab: int, itemsize: int, order: int = 1, devices: int = 1, skips=False
+    platform: str,
+    num_tokens,
+    features: int,
+    vocab: int,
+    itemsize: int,
+    order: int = 1,
+    devices: int = 1,
+    skips: bool = False,
 ) -> Plan:
-    """The plan of a platform, "cpu" or any other, for a pass of the given order of derivatives.
+    """The plan of a platform, "cpu" or any other, for a pass of the given order; `skips`: tokens may be left out.
 
     A CPU has two arrays of a chunk's logits at once, and five for a derivative of the gradient. The direction and the
     result of that have the size of the weights each, so there, and devices of a CPU share its memory, the budget grows

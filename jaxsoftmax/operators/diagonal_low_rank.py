@@ -162,7 +162,7 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return unit[..., 0] * root(outer + jnp.maximum(rest, 0))
 
     def _column_sizes(self, unit: Array) -> Array:
-        """The size of each column of W in `_off_diagonal`, (..., 1, 3), where `unit` is that of A."""
+        """The size of each column of W in `_off_diagonal`, (..., 1, columns), where `unit` is that of A."""
         slope = jnp.ones_like(unit)
         if self.slope is not None:
             slope = classes.max(lax.stop_gradient(jnp.abs(self.slope)), self.axis)

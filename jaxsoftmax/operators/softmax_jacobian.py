@@ -336,7 +336,7 @@ class SoftmaxJacobian(SymmetricOperator):
         largest = jnp.where(largest > 0.5, classes.sum(top * p, self.axis), largest)
         but_one = classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
         others = jnp.where(largest > 0.5, classes.sum((1 - top) * logs, self.axis), but_one)
-        spread = classes.sum(share(d, damping) * (largest - p), self.axis)
+        spread = classes.sum(quotient(d * (largest - p), d + damping), self.axis)
         return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
 
     # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
