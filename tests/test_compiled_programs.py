@@ -9,9 +9,11 @@ import functools
 import jax
 import pytest
 
+from benchmarks import linear_head_compiled
 from benchmarks.compiled import attention, chips, rows
 from benchmarks.compiled.cost import Cost
 from jaxsoftmax import brier_loss, dot_product_attention, logits_hessian
+from jaxsoftmax.linear_head import default_chunk_size
 
 pytestmark = pytest.mark.slow
 
@@ -99,3 +101,15 @@ def test_the_gradient_of_attentions_tangent_compiles_for_a_tpu(case, passes):
     cost = attention.measure(call, "gradient of JVP", "bfloat16", attention.SIZE, "v5e")
     batch, tokens, heads, _ = attention.SIZE
     assert cost.seconds * chips.CHIPS["v5e"].bandwidth <= passes * 4 * batch * heads * tokens**2
+
+
+@pytest.mark.parametrize("chip, mode, arrays", [("h100", "gradient", 0.5), ("v5e", "gradient", 1), ("h100", "HVP", 2)])
+def test_memory_of_the_linear_head(chip, mode, arrays):
+    """The float32 gradient of the weights, and so many float32 arrays of a chunk's logits."""
+    skip_without(chip)
+    tokens, features, vocab = size = 8192, 4096, 128256
+    args = x, _, weights = linear_head_compiled.arguments(size)
+    of, more = (linear_head_compiled.hvp, (x, weights)) if mode == "HVP" else (linear_head_compiled.gradient, ())
+    cost = chips.measure(of(linear_head_compiled.fused), *args, *more, chip=chip)
+    chunk = default_chunk_size(*size, platform=chips.CHIPS[chip].platform)
+    assert cost.temp <= 1.01 * 4 * vocab * (features + arrays * chunk)

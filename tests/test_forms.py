@@ -133,6 +133,24 @@ def test_a_product_beside_the_sums_keeps_its_digits(as_elsewhere, labels):
     assert np.all(abs(got - np.einsum("nij,nj->ni", J, v)) <= allowed)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_forms_of_the_linear_head_agree(as_elsewhere, platform):
+    """Value to third derivative, where the model is sure, right and wrong, at ties and for a class that is left out."""
+    x = jnp.asarray(np.c_[Z[:3], [5.0, 2.0, 1.0]], jnp.float32)
+    theta, t = (x, jnp.eye(4)), (jnp.cos(x), jnp.sin(jnp.arange(16.0)).reshape(4, 4))
+    bias = jnp.array([0.0, 0.0, 0.0, -INF])
+    loss = lambda x, weights: js.linear_softmax_cross_entropy_loss(x, jnp.array([2, 1, 0]), weights, bias=bias)
+    along = lambda f: lambda *theta: jax.jvp(f, theta, t)[1]
+    found = []
+    for chosen in (None, platform):
+        as_elsewhere(chosen)
+        of = lambda *theta: (loss(*theta), gradient(*theta), along(gradient)(*theta), along(along(gradient))(*theta))
+        gradient = jax.grad(loss, (0, 1))
+        found.append(jax.jit(of)(*theta))
+    for here, there in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(here, there, rtol=2e-6, atol=1e-6 * np.max(np.abs(here)))
+
+
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.6 leaves a choice by a constant, which XLA takes out")
 def test_a_program_is_lowered_with_the_form_of_its_machine():
     """Exported for a GPU, a program has none of the CPU's barriers."""

@@ -245,7 +245,7 @@ def _chunk(head: Head, rows, slab: int, constants, theta: Arrays, sums: Arrays):
         out["x"] = _dot(head, narrow, weights, 1, head.vocab_axis)
     if "weights" in rows:
         operands = (x, narrow) if head.vocab_axis == 1 else (narrow, x)
-        out["weights"] = _plus_product((head.precision, head.vocab_axis, slab), sums["weights"], *operands)
+        out["weights"] = _plus_product(head.precision, head.vocab_axis, slab, sums["weights"], *operands)
     if "bias" in rows:
         out["bias"] = sums["bias"] + jnp.sum(g, 0)
     for name in set(rows) & set(options):
@@ -297,11 +297,11 @@ def _product(precision, a: Array, b: Array, i: int, j: int) -> Array:
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
 
 
-def _plus_product(how: tuple, total: Array, a: Array, b: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _plus_product(precision, axis: int, slab: int, total: Array, a: Array, b: Array) -> Array:
     """total + aᵀb; a slab of the classes at a time where XLA would hold a whole aᵀb beside the sum, on a CPU."""
-    precision, axis, size = how
     vocab = total.shape[axis]
-    if size >= vocab:
+    if slab >= vocab:
         return total + _product(precision, a, b, 0, 0)
 
     def add(start, size, total):
@@ -309,9 +309,19 @@ def _plus_product(how: tuple, total: Array, a: Array, b: Array) -> Array:
         here = lax.dynamic_slice_in_dim(total, start, size, axis) + _product(precision, *part, 0, 0)
         return lax.dynamic_update_slice_in_dim(total, here, start, axis)
 
-    whole = vocab // size
-    total = lax.fori_loop(0, whole, lambda j, total: add(j * size, size, total), total)
-    return add(whole * size, vocab - whole * size, total) if vocab % size else total
+    whole = vocab // slab
+    total = lax.fori_loop(0, whole, lambda j, total: add(j * slab, slab, total), total)
+    return add(whole * slab, vocab - whole * slab, total) if vocab % slab else total
+
+
+@_plus_product.defjvp
+def _plus_product_jvp(precision, axis, slab, primals, tangents):
+    """total + ȧᵀb + aᵀḃ; as one product of copies where these are less than a product that XLA holds beside the sum."""
+    (total, a, b), (moved, along_a, along_b) = primals, tangents
+    add = functools.partial(_plus_product, precision, axis, slab)
+    if slab >= total.shape[axis] and 2 * (a.nbytes + b.nbytes) < total.nbytes:
+        return add(total, a, b), add(moved, jnp.concatenate([along_a, a]), jnp.concatenate([b, along_b]))
+    return add(total, a, b), add(add(moved, along_a, b), a, along_b)
 
 
 # Which tokens make a chunk.
