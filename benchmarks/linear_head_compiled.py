@@ -29,7 +29,6 @@ import jaxsoftmax as js
 from benchmarks.compiled import chips
 from benchmarks.compiled.cost import Cost
 from benchmarks.compiled.table import size_of, text_of
-from jaxsoftmax.linear_head import default_chunk_size
 from jaxsoftmax.linear_head.plan import plan
 
 Size = tuple[int, int, int]  # tokens, features, classes
@@ -96,7 +95,7 @@ def modes(size: Size, chip: str) -> Rows:
 def options(size: Size, chip: str) -> Rows:
     args = arguments(size)
     measure = lambda f: chips.measure(gradient(f), *args, chip=chip)
-    plain, chunks = measure(fused), chunks_of(size, chip)
+    plain = measure(fused)
     for name, value in OPTIONS.items():
         value = value(size[2]) if callable(value) else value
         yield name, measure(functools.partial(fused, **{name: value})), plain
@@ -105,7 +104,7 @@ def options(size: Size, chip: str) -> Rows:
     each = lambda x, labels, weights, ct: jnp.vdot(ct, fused(x, labels, weights, reduction="none"))
     # A cotangent comes after the losses, so the logits are made twice; no chunk is all of cotangents 0.
     four = dataclasses.replace(plain, seconds=4 / 3 * plain.seconds)
-    yield 'reduction="none"', chips.measure(gradient(each), *args, ct, chip=chip, rounds=chunks), four
+    yield 'reduction="none"', chips.measure(gradient(each), *args, ct, chip=chip, rounds=chunks_of(size, chip)), four
 
 
 def with_statistics(x, labels, weights):
@@ -113,19 +112,20 @@ def with_statistics(x, labels, weights):
     return jax.value_and_grad(of, (0, 1), has_aux=True)(x, weights)
 
 
-def chunks_of(size: Size, chip: str) -> int:
-    return -(-size[0] // default_chunk_size(*size, platform=chips.CHIPS[chip].platform))
+def chunks_of(size: Size, chip: str, part: float = 1.0) -> int:
+    """Of that part of the tokens, where some may be skipped."""
+    chunk = plan(chips.CHIPS[chip].platform, *size, itemsize=4, skips=True).chunk
+    return -(-int(part * size[0]) // chunk)
 
 
 def masked(size: Size, chip: str) -> Rows:
     """The loop ends after the tokens that count: as many rounds as they take."""
-    chunk = plan(chips.CHIPS[chip].platform, *size, itemsize=4, skips=True).chunk
-    args, rounds = arguments(size), -(-(size[0] * 2 // 3) // chunk)
+    args, rounds = arguments(size), chunks_of(size, chip, 2 / 3)
     ignoring = functools.partial(fused, ignore_index=-1)
     ours = chips.measure(gradient(ignoring), *args, chip=chip, rounds=rounds)
     whole = chips.measure(gradient(fused), *args, chip=chip)
     yield f"a third ignored, {rounds} chunks", ours, whole
-    yield "none ignored", chips.measure(gradient(ignoring), *args, chip=chip, rounds=-(-size[0] // chunk)), whole
+    yield "none ignored", chips.measure(gradient(ignoring), *args, chip=chip, rounds=chunks_of(size, chip)), whole
 
 
 def distillation(size: Size, chip: str) -> Rows:
