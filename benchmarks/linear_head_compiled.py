@@ -145,25 +145,33 @@ def distillation(size: Size, chip: str) -> Rows:
     yield "64 best words", few, chips.measure(gradient(fused), x, labels, weights, chip=chip)
 
 
+TOLD = {"token_axes": "data", "class_axes": "classes"}
+LAYOUTS = {  # the kind of the mesh's axes, which of them splits the features of the weights, what the call is told
+    "Explicit": (AxisType.Explicit, None, {}),
+    "Explicit, FSDP": (AxisType.Explicit, "data", {}),
+    "Auto, told": (AxisType.Auto, None, TOLD),
+    "Auto, told, FSDP": (AxisType.Auto, "data", TOLD),
+    "Auto, untold": (AxisType.Auto, None, {}),
+    "Auto, untold, FSDP": (AxisType.Auto, "data", {}),
+}
+
+
+def on_pod(size: Size, layout: str) -> Cost:
+    kind, features, told = LAYOUTS[layout]
+    devices = np.array(chips.devices("v5e", "v5e:16x16")).reshape(16, 16)
+    mesh = Mesh(devices, ("data", "classes"), axis_types=(kind, kind))
+    specs = P("data"), P("data"), P(features, "classes")
+    args = [struct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)) for a, s in zip(arguments(size), specs)]
+    return chips.measure(gradient(functools.partial(fused, **told)), *args, chip="v5e", mesh=mesh)
+
+
 def pod(size: Size, chip: str) -> Rows:
     """The other is what no program on the pod can undercut: products at peak, gradients sent once, nothing kept."""
     n, d, v = size
-    devices = np.array(chips.devices("v5e", "v5e:16x16")).reshape(16, 16)
     sent = {"gradients": (2, 2.0 * (d * v + n * d) / 16)}
     share = Cost(seconds=6 * n * d * v / 256 / chips.CHIPS["v5e"].flops, temp=0, sent=sent)
-    told = {"token_axes": "data", "class_axes": "classes"}
-    for name, kind, features, said in (
-        ("Explicit", AxisType.Explicit, None, {}),
-        ("Explicit, FSDP", AxisType.Explicit, "data", {}),
-        ("Auto, told", AxisType.Auto, None, told),
-        ("Auto, told, FSDP", AxisType.Auto, "data", told),
-        ("Auto, untold", AxisType.Auto, None, {}),
-        ("Auto, untold, FSDP", AxisType.Auto, "data", {}),
-    ):
-        mesh = Mesh(devices, ("data", "classes"), axis_types=(kind, kind))
-        specs = P("data"), P("data"), P(features, "classes")
-        args = [struct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)) for a, s in zip(arguments(size), specs)]
-        yield name, chips.measure(gradient(functools.partial(fused, **said)), *args, chip="v5e", mesh=mesh), share
+    for layout in LAYOUTS:
+        yield layout, on_pod(size, layout), share
 
 
 ROWS = {f.__name__: f for f in (modes, options, masked, distillation, pod)}

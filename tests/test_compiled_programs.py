@@ -113,3 +113,11 @@ def test_memory_of_the_linear_head(chip, mode, arrays):
     cost = chips.measure(of(linear_head_compiled.fused), *args, *more, chip=chip)
     chunk = default_chunk_size(*size, platform=chips.CHIPS[chip].platform)
     assert cost.temp <= 1.01 * 4 * vocab * (features + arrays * chunk)
+
+
+def test_gradients_cross_a_pod_rounded_where_nothing_is_told():
+    """Those of x as bfloat16; XLA adds up those of the weights, once, before they are rounded."""
+    skip_without("v5e")
+    tokens, features, vocab = linear_head_compiled.POD
+    sent = linear_head_compiled.on_pod(linear_head_compiled.POD, "Auto, untold").sent
+    assert sum(size for _, size in sent.values()) <= 1.01 * features * (2 * tokens + 4 * vocab) / 16

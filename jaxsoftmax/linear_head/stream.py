@@ -242,7 +242,8 @@ def _chunk(head: Head, rows, slab: int, constants, theta: Arrays, sums: Arrays):
     g = _weighed(a[..., None], facts.gradients)
     narrow = g.astype(x.dtype)
     if "x" in rows:
-        out["x"] = _dot(head, narrow, weights, 1, head.vocab_axis)
+        rounded = x.dtype if head.spread > 1 else None  # before XLA adds it up over the devices of the classes
+        out["x"] = _product(head.precision, narrow, weights, 1, head.vocab_axis, rounded)
     if "weights" in rows:
         operands = (x, narrow) if head.vocab_axis == 1 else (narrow, x)
         out["weights"] = _plus_product(head.precision, head.vocab_axis, slab, sums["weights"], *operands)
@@ -282,19 +283,15 @@ def _one_along(work, direction: Arrays, theta: Arrays, sums: Arrays):
 
 
 def logits(head: Head, x: Array, weights: Array, bias: Array | None) -> Array:
-    z = _dot(head, x, weights, 1, 1 - head.vocab_axis)
+    z = _product(head.precision, x, weights, 1, 1 - head.vocab_axis)
     return z if bias is None else z + bias.astype(z.dtype)[None, :]
 
 
-def _dot(head: Head, a: Array, b: Array, i: int, j: int) -> Array:
-    return _product(head.precision, a, b, i, j)
-
-
-def _product(precision, a: Array, b: Array, i: int, j: int) -> Array:
-    """Σ over the axis i of a and j of b, summed in at least float32."""
-    wide = dtypes.compute_dtype(a.dtype)
+def _product(precision, a: Array, b: Array, i: int, j: int, dtype=None) -> Array:
+    """Σ over the axis i of a and j of b, summed in at least float32, then of the given dtype."""
+    dtype = dtypes.compute_dtype(a.dtype) if dtype is None else dtype
     dimensions = (((i,), (j,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
