@@ -300,8 +300,9 @@ def test_residuals():
     assert all(r.size <= 4 for r in leaves if r.shape != (4, 5))
 
 
-# In arrays of the logits' size, results and arguments left out. Brier's are 5 on some machines.
-KEPT_IN_AN_HVP = {"softmax": 1, "softmax_cross_entropy": 1, "softmax_entropy": 2, "brier_loss": 6}
+# In arrays of the logits' size, results and arguments left out. Brier's are 5 on some machines, and soft labels' 1:
+# where XLA hands a fusion to YNNPACK, it writes out what that is to broadcast.
+KEPT_IN_AN_HVP = {"softmax": 1, "softmax_cross_entropy": 3, "softmax_entropy": 2, "brier_loss": 6}
 
 
 @pytest.mark.optimized
