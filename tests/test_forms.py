@@ -62,6 +62,9 @@ def everything(dtype):
     return jax.jit(lambda z: {name: of(loss, z) for name, loss in losses.items()})(z)
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "shard_map"), reason="XLA's CPU backend of JAX 0.6 drops a NaN of the others' lines"
+)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_forms_agree(as_elsewhere, platform, dtype):

@@ -198,7 +198,9 @@ def _on_device(head: Head, layout: Layout | None, reduction: str, theta: dict[st
         if "class_weights" in theta:
             a = a * class_weight(head, theta["class_weights"], tokens.rows).reshape(a.shape)
         counted = jnp.sum(counts(a))
-    return *total((out, counted), () if layout is None else sum(layout.tokens, ())), facts
+    axes = () if layout is None else sum(layout.tokens, ())
+    # One by one: JAX 0.6.0 does not transpose a sum of two of which one is not differentiated.
+    return total(out, axes), total(counted, axes), facts
 
 
 def _as_multiplied(head: Head, layout: Layout | None, theta, tokens: Tokens):

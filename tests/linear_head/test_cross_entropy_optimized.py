@@ -108,6 +108,7 @@ def test_memory_is_as_predicted(vocab, chunk):
     assert default_chunk_size(2048, 512, 32768) * 32768 * 4 <= 64 << 20
 
 
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.6 leaves the other platforms' chunks in the text")
 @pytest.mark.parametrize("options", [{"ignore_index": -1}, {"token_weights": jnp.ones(8192)}, {}], ids=str)
 def test_chunks_on_an_accelerator_are_shorter_where_tokens_may_be_skipped(options):
     """A third less: with a third of the tokens left out, at most 0.7 of them are computed."""
