@@ -66,11 +66,12 @@ def everything(dtype):
     not hasattr(jax, "shard_map"), reason="XLA's CPU backend of JAX 0.6 drops a NaN of the others' lines"
 )
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_forms_agree(as_elsewhere, platform, dtype):
-    """To the roundings of a few sums, entry by entry; NaN and infinities in the same places."""
+@pytest.mark.parametrize("platform, rows", [("cuda", forms.ROWS), ("cuda", 2), ("tpu", forms.ROWS)])
+def test_forms_agree(as_elsewhere, monkeypatch, platform, rows, dtype):
+    """To the roundings of a few sums, entry by entry; NaN and infinities in the same places. At 2 rows are long."""
     as_elsewhere(None)
     here = everything(dtype)
+    monkeypatch.setattr(forms, "ROWS", rows)
     as_elsewhere(platform)
     there = everything(dtype)
     eps = 1e-6 if dtype == "float32" else 1e-2
@@ -116,6 +117,17 @@ def test_each_form_of_a_vector_measured_from_its_mean(form):
     expected = np.where(top, 0.0, v - np.sum(v, -1, where=top, keepdims=True))
     np.testing.assert_allclose(w, expected, rtol=1e-6)
     np.testing.assert_allclose(mean, np.sum(p * expected, -1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", [centring._transpose, centring._transpose_on_cpu, centring._transpose_of_long])
+def test_each_form_of_the_transpose(form):
+    """y - p Σy, at the top class without the cancellation of y and py."""
+    p = np.array([[0.25, 0.5, 0.25], [1 - 1e-6, 1e-6, 0.0], [0.0, 1.0, 0.0]], np.float32)
+    y = np.array([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0], [7.0, 1e20, 8.0]], np.float32)
+    top, wide = p > 0.5, y.astype(np.float64)
+    rest, others = (np.sum(x, -1, where=~top, keepdims=True, dtype=np.float64) for x in (p, y))
+    expected = np.where(top, wide * rest - p * others, wide - p * wide.sum(-1, keepdims=True))
+    np.testing.assert_allclose(form(jnp.asarray(y), jnp.asarray(p), axis=1, above=0.5), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("labels", [None, [0, 1, 2, 0, 1, 2]])

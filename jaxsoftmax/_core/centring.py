@@ -195,6 +195,15 @@ def rounded_one(p: Array, axis: classes.Axis) -> Array:
     return jnp.where(total == 0, 1.0, total)
 
 
+def apart(p: Array, axis: classes.Axis, by_products: bool = False) -> tuple[Array, Array, Array]:
+    """p_c > 1/2, 0 if there is none; the others' sum; p with 0 at c. By choices, or a GPU's one kernel ends."""
+    if by_products:
+        top, below = is_top(p) * p, below_half(p)
+    else:
+        top, below = jnp.where(p > 0.5, p, 0.0), jnp.where(p > 0.5, 0.0, p)
+    return classes.sum(top, axis), classes.sum(below, axis), below
+
+
 def complement(p: Array, axis: classes.Axis = AXIS) -> Array:
     """1 - p, where p > 1/2 as the sum of the others."""
     return jnp.where(p > 0.5, classes.sum(below_half(p), axis), 1 - p)
@@ -206,10 +215,14 @@ def centred(v: Array, p: Array, axis: classes.Axis = AXIS, total: Array | float 
     return v - classes.sum(p * v, axis) / total
 
 
-def centred_transpose(y: Array, p: Array, axis: classes.Axis = AXIS, above: float = 0.5) -> Array:
-    """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y."""
-    on_cpu, plain = (functools.partial(f, axis=axis, above=above) for f in (_transpose_on_cpu, _transpose))
-    return lax.platform_dependent(y, p, cpu=on_cpu, default=plain)
+def centred_transpose(y: Array, p: Array, axis: classes.Axis = AXIS, above: float = 0.5, kept: bool = False) -> Array:
+    """Pᵀy = y - p Σy; at the top class y (1 - p) - p Σ_{others} y. `kept`: p is in a GPU's memory anyhow."""
+    long = classes.is_long(p, axis) and not kept
+    on_cpu, on_gpu, plain = (
+        functools.partial(form, axis=axis, above=above)
+        for form in (_transpose_on_cpu, _transpose_of_long if long else _transpose, _transpose)
+    )
+    return lax.platform_dependent(y, p, cpu=on_cpu, tpu=plain, default=on_gpu)
 
 
 def _transpose(y, p, axis, above):
@@ -224,6 +237,13 @@ def _transpose_on_cpu(y, p, axis, above):
     other = 1 - at_top  # a product, not y - at_top y, whose transpose would add what it takes away again
     top, others, rest = (classes.sum(x, axis) for x in (at_top * y, other * y, other * p))
     return (other + at_top * rest) * y - p * (others + other * top)
+
+
+def _transpose_of_long(y, p, axis, above):
+    """By products before the sums, by choices behind them: a GPU would write what they share to its memory."""
+    at_top, other = is_top(p, above), not_top(p, above)
+    top, others, rest = (classes.sum(x, axis) for x in (at_top * y, other * y, other * p))
+    return jnp.where(at_top > 0, rest, 1.0) * y - p * (others + jnp.where(at_top > 0, 0.0, top))
 
 
 def less(y: Array, p: Array, rest: Array, mass: Array | float = 1.0) -> Array:

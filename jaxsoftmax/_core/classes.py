@@ -152,6 +152,12 @@ def in_one_kernel(x: Array, axis: Axis) -> bool:
     return alone(axis) and not is_split(axis) and isinstance(size, int) and size <= forms.ROWS
 
 
+def is_long(x: Array, axis: Axis) -> bool:
+    """Whether a row of x is too long for one kernel of XLA's GPU compiler, and whole."""
+    size = math.prod(x.shape[i] for i in positions(axis))
+    return not is_split(axis) and isinstance(size, int) and size > forms.ROWS
+
+
 def afresh(find: Callable, known: Any, axis: Axis, *arrays: Array, second: bool = False) -> tuple:
     """`known` = find(*arrays, axis) and the arrays, for a derivative beside the value.
 
@@ -167,10 +173,12 @@ def reread(axis: Axis, *arrays: Array, second: bool = False) -> list[Array]:
 
     Between passes XLA keeps exponentials of half-precision rows in float32: KL's gradient took 21 passes for 9.
     """
-    size = math.prod(arrays[0].shape[i] for i in positions(axis))
-    if is_split(axis) or not isinstance(size, int) or size <= forms.ROWS:
-        return list(arrays)
-    return forms.reread(second, *arrays)
+    return forms.reread(second, *arrays) if is_long(arrays[0], axis) else list(arrays)
+
+
+def over_total(e: Array, total: Array, axis: Axis) -> Array:
+    """e / total, one per slice; in the form of `forms.over_total` where a row is long."""
+    return forms.over_total(e, total) if is_long(e, axis) else e / total
 
 
 def index(like: Array, axis: Axis, dtype=jnp.int32) -> Array:

@@ -228,7 +228,7 @@ def moments(z: Array, axis: classes.Axis) -> tuple[Array, Array]:
 @custom_vjp(nondiff_argnums=(3,))
 def probabilities(z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
     """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
-    return jnp.exp(classes.shift(z, m)) / total
+    return classes.over_total(jnp.exp(classes.shift(z, m)), total, axis)
 
 
 def _probabilities_fwd(z, m, total, axis):
@@ -244,6 +244,20 @@ def _probabilities_bwd(axis, residuals, g):
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
+@custom_vjp(nondiff_argnums=(3,))
+def quotients(z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
+    """`probabilities` by a division on every machine, for what is as wide as they are and is kept beside them."""
+    return jnp.exp(classes.shift(z, m)) / total
+
+
+def _quotients_fwd(z, m, total, axis):
+    p = quotients(z, m, total, axis)
+    return p, ((p,) if classes.alone(axis) else (z, m, total))
+
+
+quotients.defvjp(_quotients_fwd, _probabilities_bwd)
+
+
 def jacobian_at(v: Array, z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
     """Jv at p = exp(z - m) / total, for the known m and total."""
     plain = lambda residuals, v: jacobian_product(v, probabilities(*residuals, axis), axis)
@@ -253,7 +267,7 @@ def jacobian_at(v: Array, z: Array, m: Array, total: Array, axis: classes.Axis) 
 @custom_vjp(nondiff_argnums=(1,))
 def softmax_of(z: Array, axis: classes.Axis) -> Array:
     e = jnp.exp(classes.shift(z, classes.top(z, axis)))
-    return e / classes.sum(e, axis)
+    return classes.over_total(e, classes.sum(e, axis), axis)
 
 
 def _softmax_fwd(z, axis):

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, classes, dtypes
 from jaxsoftmax._core.centring import (
     AXIS,
+    apart,
     centred,
     centred_transpose,
     complement,
@@ -189,20 +190,14 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def trace(self) -> Array:
         """s Σ π(1 - π), shape (...); O(K)."""
-        top, rest, below = self._apart()
+        top, rest, below = apart(self.probs, self.axis, by_products=classes.is_long(self.probs, self.axis))
         return (self.scale * (top * rest + classes.sum(below * (1 - below), self.axis)))[..., 0]
-
-    def _apart(self) -> tuple[Array, Array, Array]:
-        """π_c > 1/2, 0 if there is none; the others' sum; π with 0 at c. By choices, or a GPU's kernel ends."""
-        p, at_top = self.probs, self.probs > 0.5
-        top, below = jnp.where(at_top, p, 0.0), jnp.where(at_top, 0.0, p)
-        return classes.sum(top, self.axis), classes.sum(below, self.axis), below
 
     @compiled
     def frobenius_norm(self) -> Array:
         """√(Σ J_ij²), shape (...); O(K)."""
         # (π_c r)² + Σ π_k² (1 - 2π_k + 2π_c²) + (Σ π_k²)², k ≠ c, r = Σ π_k: no cancellation; by r, or squares vanish
-        top, rest, below = self._apart()
+        top, rest, below = apart(self.probs, self.axis)
         unit = lax.stop_gradient(jnp.where(rest == 0, 1, rest))
         squares = (below / unit) ** 2
         size, own = classes.sum(squares, self.axis), classes.sum(squares * (1 - 2 * below), self.axis)
