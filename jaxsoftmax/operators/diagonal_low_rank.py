@@ -39,7 +39,7 @@ from jaxsoftmax._core.centring import (
 from jaxsoftmax._core.mesh import in_auto_mode, sharded_like, split_axes_of
 from jaxsoftmax._core.tracing import compiled
 from jaxsoftmax.operators.base import SymmetricOperator, lead
-from jaxsoftmax.operators.log_derivatives import quotient, share
+from jaxsoftmax.operators.log_derivatives import log, quotient, share
 
 
 @functools.partial(
@@ -52,9 +52,9 @@ class DiagonalPlusLowRank(SymmetricOperator):
     """A = T (Pᵀ diag(d) P + κ ppᵀ) T + diag(e), with P = I - 1pᵀ for a centre p and P = I without, T = diag(t).
 
     A frozen pytree, batched over leading axes, which all fields share. Every method but `as_matrix` costs O(K).
-    In float32 the smallest entries of second derivatives of `frobenius_norm` and of lightly damped `solve` and `logdet`
-    may keep four digits; those of first ones of the Jensen-Shannon Hessian, where both sides are sure of different
-    classes, may keep none beside the largest.
+    In float32 the smallest entries of second derivatives of `frobenius_norm` and of lightly damped `solve` may keep
+    four digits, of lightly damped `logdet` fewer; those of first ones of the Jensen-Shannon Hessian, where both sides
+    are sure of different classes, may keep none beside the largest.
 
     Args:
       weights: d, shape (..., K). Of any sign; `factor_mv` and `is_psd` say what they need.
@@ -299,10 +299,10 @@ class DiagonalPlusLowRank(SymmetricOperator):
         else:
             r = self._reduced(damping)
             factors, last = r.factors, r.own + r.others
-        logs = classes.sum(jnp.log(jnp.abs(factors)), self.axis)
+        logs = classes.sum(log(jnp.abs(factors)), self.axis)
         negative = classes.sum(jnp.where(factors < 0, 1, 0), self.axis)
         if last is not None:
-            logs, negative = logs + jnp.log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
+            logs, negative = logs + log(jnp.abs(last)), negative + jnp.where(last < 0, 1, 0)
         return classes.undefined(negative % 2 == 1, logs)[..., 0]
 
     # Definiteness and factor: docs/mathematics.md, section 2.5, with its b.

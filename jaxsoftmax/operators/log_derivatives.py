@@ -76,6 +76,15 @@ def _share_jvp(primals, tangents):
 _share.defvjp(None, _share_bwd, jvp=_share_jvp)
 
 
+@custom_vjp
+def log(x: Array) -> Array:
+    """log x, where JAX's own second derivative has 1/x²."""
+    return jnp.log(x)
+
+
+log.defvjp(None, lambda x, ct: (_quotient(ct, *x),), jvp=lambda x, dx: (log(*x), _quotient(*dx, *x)))
+
+
 def logarithm(p: Array, logits: Array | None, axis: classes.ClassAxis) -> Array:
     """l = log p, whose derivative is taken in the logits of p if they are given; 0, of derivative 0, where p = 0."""
     return _log(p) if logits is None else _log_softmax(logits, p, axis)

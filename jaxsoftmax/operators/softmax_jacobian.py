@@ -40,7 +40,7 @@ from jaxsoftmax.maps.softmax import AxisName, softmax
 from jaxsoftmax.operators import spectrum
 from jaxsoftmax.operators.base import SymmetricOperator
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
-from jaxsoftmax.operators.log_derivatives import logarithm, over, quotient, share
+from jaxsoftmax.operators.log_derivatives import log, logarithm, over, quotient, share
 
 
 @functools.partial(
@@ -332,7 +332,7 @@ class SoftmaxJacobian(SymmetricOperator):
         but_one = classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
         others = jnp.where(largest > 0.5, classes.sum((1 - top) * logs, self.axis), but_one)
         spread = classes.sum(quotient(d * (largest - p), d + damping), self.axis)
-        return (jnp.log(damping) + others + jnp.log1p(spread))[..., 0]
+        return (log(damping) + others + jnp.log1p(spread))[..., 0]
 
     # Factor and samples: L = √s Pᵀ diag(√π), P = I - 1πᵀ, has L Lᵀ = J.
 
@@ -370,7 +370,7 @@ class SoftmaxJacobian(SymmetricOperator):
 def _log_sum(x: Array, y: Array) -> Array:
     """log(x + y) of non-negative numbers, accurate also where one of the two is small."""
     larger = jnp.maximum(x, y)
-    return jnp.log(larger) + jnp.log1p(quotient(jnp.minimum(x, y), larger))
+    return log(larger) + jnp.log1p(quotient(jnp.minimum(x, y), larger))
 
 
 def _is_one(alpha: ArrayLike) -> bool:

@@ -12,7 +12,7 @@ import jaxsoftmax as js
 from jaxsoftmax import losses
 from jaxsoftmax.losses import logits_fisher, logits_ggn, logits_hessian
 from jaxsoftmax.operators import DiagonalPlusLowRank, SoftmaxJacobian
-from tests.helpers import assert_close, one_in
+from tests.helpers import assert_close, enable_x64, one_in
 
 Z = np.array([[1.0, 0.3, -0.5, 2.0, 0.1, -1.2], [12.0, 0.3, -0.5, 2.0, 0.1, -1.2]], "float32")
 Y = np.array([[0.1, 0.2, 0.3, 0.2, 0.1, 0.1], [0.9, 0.0, 0.05, 0.05, 0.0, 0.0]], "float32")
@@ -86,6 +86,19 @@ def test_logdet_has_a_gradient_at_any_damping(name):
     gradient = jax.jit(jax.grad(lambda z, damping: jnp.sum(OPERATORS[name](z).logdet(damping))))
     for damping in (*DAMPINGS, 1e-30):
         assert np.all(np.isfinite(gradient(jnp.asarray(Z), damping)))
+
+
+@pytest.mark.parametrize("name", one_in(12, OPERATORS, 1))
+def test_logdet_has_second_derivatives_at_any_damping(name):
+    """In every composition, to the rounding of the largest entry: those of the logarithm divide by no square."""
+    f = lambda z, damping: jnp.sum(OPERATORS[name](z).logdet(damping))
+    modes = jax.jacrev, jax.jacfwd
+    hessians = jax.jit(lambda z, damping: [outer(inner(f))(z, damping) for outer in modes for inner in modes])
+    for damping in (*DAMPINGS, 1e-30):
+        with enable_x64():
+            want = np.asarray(jax.jit(jax.hessian(f))(np.float64(Z), float(np.float32(damping))))
+        for got in hessians(jnp.asarray(Z), damping):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.max(abs(want)))
 
 
 @pytest.mark.parametrize("name", one_in(3, OPERATORS))
