@@ -348,8 +348,8 @@ def categorical(
 ) -> Curvature:
     """The operators of weight · (lse(z) - …) + ζ lse(z)², whose second term is no part of the likelihood."""
     p = softmax_of(z, axis)
-    likelihood = SoftmaxJacobian(p, weight, axis=axis)
-    fisher = SoftmaxJacobian(p, weight, Likelihood(z, weight, draw, score), axis)
+    likelihood = SoftmaxJacobian(p, weight, axis=axis, logits=z)
+    fisher = SoftmaxJacobian(p, weight, Likelihood(z, weight, draw, score), axis, z)
     if penalty is None:
         return Curvature(likelihood, likelihood, fisher)
     slope = only_examples(mask, 2 * sharded_like(weight, penalty.astype(z.dtype)[..., None]), axis)

@@ -292,8 +292,9 @@ def _kl_operators(logits, targets, mask, temperature, axis) -> Curvature:
     (x,), _ = tempered(temperature, axis, classes.present(x, mask, axis))
     p = softmax_of(x, axis)
     count = only_examples(mask, jnp.ones_like(classes.max(lax.stop_gradient(p), axis)), axis)
-    hessian, model = SoftmaxJacobian(p, count, axis=axis), Likelihood(x, count, _draw_target_logits, _target_score)
-    return in_logits(Curvature(hessian, hessian, SoftmaxJacobian(p, count, model, axis)), temperature)
+    model = Likelihood(x, count, _draw_target_logits, _target_score)
+    hessian, fisher = (SoftmaxJacobian(p, count, kind, axis, x) for kind in (None, model))
+    return in_logits(Curvature(hessian, hessian, fisher), temperature)
 
 
 def _draw_target_logits(key: Array, x: Array, shape: tuple[int, ...]) -> Array:

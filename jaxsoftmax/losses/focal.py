@@ -275,7 +275,7 @@ def _focal_operators(logits, labels, gamma, mask, axis) -> Curvature:
     bend = only_examples(mask, bend, axis)
     weights = slope * p + bend * (1 - classes.others(z, label, axis))
     hessian = FunctionOfLoss(weights, p, axis=axis, first=slope, second=bend, label=label, missed=u)
-    return Curvature(hessian, SoftmaxJacobian(p, slope, axis=axis))
+    return Curvature(hessian, SoftmaxJacobian(p, slope, axis=axis, logits=z))
 
 
 @operators_of(poly_loss_cross_entropy, _poly_arguments, "axis")
@@ -284,5 +284,5 @@ def _poly_operators(logits, labels, epsilon, mask, axis) -> Curvature:
     z, y = classes.present(logits, mask, axis), classes.zero_absent(y, mask)
     p, mass = softmax_of(z, axis), classes.sum(y, axis)
     weights = p * (mass - sharded_like(mass, epsilon.astype(z.dtype)[..., None]) * centred(y, p, axis))
-    outer = SoftmaxJacobian(p, only_examples(mask, mass, axis), axis=axis)
+    outer = SoftmaxJacobian(p, only_examples(mask, mass, axis), axis=axis, logits=z)
     return Curvature(DiagonalPlusLowRank(only_examples(mask, weights, axis), p, axis=axis), outer)

@@ -87,19 +87,11 @@ log.defvjp(None, lambda x, ct: (_quotient(ct, *x),), jvp=lambda x, dx: (log(*x),
 
 def logarithm(p: Array, logits: Array | None, axis: classes.ClassAxis) -> Array:
     """l = log p, whose derivative is taken in the logits of p if they are given; 0, of derivative 0, where p = 0."""
-    return _log(p) if logits is None else _log_softmax(logits, p, axis)
+    return log(_on_support(p)) if logits is None else _log_softmax(logits, p, axis)
 
 
 def _on_support(p: Array) -> Array:
     return jnp.where(p > 0, p, 1)
-
-
-@custom_vjp
-def _log(p: Array) -> Array:
-    return jnp.log(_on_support(p))
-
-
-_log.defvjp(lambda p: (_log(p), p), lambda p, ct: (quotient(jnp.where(p > 0, ct, 0), _on_support(p)),))
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))
@@ -135,4 +127,9 @@ def _over_fwd(v, p, logs):
     return ratio, (p, logs, ratio)
 
 
-over.defvjp(_over_fwd, _over_bwd)
+def _over_jvp(primals, tangents):
+    ratio = over(*primals)
+    return ratio, over(tangents[0], *primals[1:]) - tangents[2] * ratio
+
+
+over.defvjp(_over_fwd, _over_bwd, jvp=_over_jvp)

@@ -329,6 +329,24 @@ def test_pseudo_inverse_of_probabilities_whose_square_no_float32_is():
     np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=1e-5, atol=1e-5 * float(max(abs(want))))
 
 
+@pytest.mark.parametrize("head", one_in(3, [CE, losses.softmax_kl_divergence, None], 1))
+def test_methods_of_the_inverse_where_a_probability_has_no_square(head):
+    """The Hessian of a head knows its logits as J does, and `from_probs` stays in range."""
+    z, v = np.float32([9.12, -52.5, -3.67]), np.float32([1.0, -0.5, 0.25])
+    y = 0 if head is CE else jnp.zeros(K)
+    J = lambda z: SoftmaxJacobian.from_probs(jax.nn.softmax(z)) if head is None else losses.logits_hessian(head, z, y)
+    f = lambda z: (lambda J: jnp.append(1e-20 * J.pinv_mv(v), J.pseudo_logdet()))(J(z))
+    number = lambda z: [mpf(float(x)) for x in z]
+    with mp.workdps(exact.digits(number(z)) + 150):
+        pinv = lambda z: [x / mpf(10) ** 20 for x in exact.pinv_product(z, [1] * K, number(v))]
+        formula = lambda z: [*pinv(z), exact.pseudo_logdet(z, [1] * K)]
+        want = exact.longdouble(exact.derivatives(formula, number(z))[2])
+    units = abs(want).max((-2, -1), keepdims=True) if head is None else abs(want).sum(-1, keepdims=True)
+    units = np.maximum(units, 0.1 if head is None else 0)  # in p a sum of K terms of size 1 cancels
+    for how, got in jax.jit(compositions(f, (2,)))(z).items():
+        assert np.all(abs(np.asarray(got, np.longdouble) - want) <= 60 * np.finfo(np.float32).eps * units), how
+
+
 @pytest.mark.slow
 def test_entmax_near_the_edge_of_its_support():
     """In p second derivatives lose the digits of √p, which is 0.006 at the smallest class here."""
