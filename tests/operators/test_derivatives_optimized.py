@@ -347,6 +347,14 @@ def test_methods_of_the_inverse_where_a_probability_has_no_square(head):
         assert np.all(abs(np.asarray(got, np.longdouble) - want) <= 60 * np.finfo(np.float32).eps * units), how
 
 
+def test_factor_where_a_weight_is_0():
+    """Of the square of J, whose smallest weight is p²: finite in every composition."""
+    z, u = np.float32([90.0, 0.0, -3.0]), np.float32([1.0, -0.5, 0.25])
+    f = lambda z: losses.logits_ggn(losses.brier_loss, z, np.eye(K, dtype="float32")[0]).factor_mv(u)
+    for derivatives in jax.jit(compositions(f, (2,)))(z).values():
+        assert np.all(np.abs(derivatives) < 1e-30)
+
+
 @pytest.mark.slow
 def test_entmax_near_the_edge_of_its_support():
     """In p second derivatives lose the digits of √p, which is 0.006 at the smallest class here."""
