@@ -63,6 +63,7 @@ PROGRAMS = [
     ("v5e", "softmax", "value", LONG, "float32", None, 4.01),
     ("v5e", "softmax", "VJP", MIDDLE, "float32", None, 7.01),
     ("v5e", "J.trace", "value", MIDDLE, "float32", None, 3.01),
+    ("v5e", "entropy", "HVP", MIDDLE, "bfloat16", None, 6.01),
     ("v5e", "J.frobenius_norm", "value", MIDDLE, "float32", None, 4.01),
     ("v5e", "integer_labels_z_loss", "value", MIDDLE, "bfloat16", None, 2.01),
     ("v5e", "integer_labels_weights", "VJP", MIDDLE, "bfloat16", None, 3.01),

@@ -119,7 +119,7 @@ def test_each_form_of_a_vector_measured_from_its_mean(form):
     np.testing.assert_allclose(mean, np.sum(p * expected, -1, keepdims=True), rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", [centring._transpose, centring._transpose_on_cpu, centring._transpose_of_long])
+@pytest.mark.parametrize("form", [centring._transpose, centring._transpose_on_cpu, centring._transpose_in_passes])
 def test_each_form_of_the_transpose(form):
     """y - p Σy, at the top class without the cancellation of y and py."""
     p = np.array([[0.25, 0.5, 0.25], [1 - 1e-6, 1e-6, 0.0], [0.0, 1.0, 0.0]], np.float32)
