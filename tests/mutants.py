@@ -199,6 +199,9 @@ linear head: mean over all tokens | linear_head/test_cross_entropy.py -k 'equals
   - counted = jnp.sum(counts(a))
   + counted = jnp.sum(jnp.ones_like(a))
 [linear_head/stream.py]
+linear head: a tangent's two products with one factor | linear_head/test_cross_entropy.py -k equals_full_logits
+  - jnp.concatenate([along_a, a]), jnp.concatenate([b, along_b])
+  + jnp.concatenate([along_a, a]), jnp.concatenate([b, b])
 linear head: what the devices of the classes share counts once for each | linear_head/test_mesh.py -k equals_one_device
   - return varying(row / head.devices, frozenset(head.classes))
   + return varying(row, frozenset(head.classes))
