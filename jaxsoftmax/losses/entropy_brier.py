@@ -30,7 +30,7 @@ from jaxsoftmax.autodiff import custom_vjp
 from jaxsoftmax.losses.head import checked_logits
 from jaxsoftmax.losses.hessian import Curvature, only_examples, operators_of
 from jaxsoftmax.losses.temperature import as_temperature, in_logits, tempered
-from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, quotients, softmax_of
+from jaxsoftmax.maps.softmax import AxisLike, AxisName, moments, probabilities, softmax_of
 from jaxsoftmax.operators.diagonal_low_rank import DiagonalPlusLowRank
 
 NEVER = -1e4  # a logarithm whose exponential is 0 in every dtype
@@ -209,12 +209,12 @@ brier.defvjp(_brier_fwd, _brier_bwd)
 @custom_vjp(nondiff_argnums=(5,))
 def brier_gradient(ct: Array, z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """ct J (p - y) from the known sums; differentiable in ct, in y, and in z, which fixes them."""
-    return ct * jacobian_product(error(z, y, m, s, axis), quotients(z, m, 1 + s, axis), axis)
+    return ct * jacobian_product(error(z, y, m, s, axis), probabilities(z, m, 1 + s, axis, True), axis)
 
 
 def _brier_gradient_bwd(axis, residuals, g):
     ct, z, y, m, s = residuals
-    p = quotients(z, m, 1 + s, axis)
+    p = probabilities(z, m, 1 + s, axis, True)
     gradient = brier_gradient(jnp.ones_like(ct), z, y, m, s, axis)
     by_z = ct * _hessian_product(g, p, gradient + p * p, axis, kept=True)
     return classes.local_sum(g * gradient, axis), by_z, -ct * jacobian_product(g, p, axis), None, None
@@ -226,12 +226,12 @@ brier_gradient.defvjp(None, _brier_gradient_bwd)
 @custom_vjp(nondiff_argnums=(4,))
 def error(z: Array, y: Array, m: Array, s: Array, axis: classes.Axis) -> Array:
     """p - y; where p > 1/2, (1 - y) - (1 - p), with 1 - p = s / (1 + s)."""
-    p = quotients(z, m, 1 + s, axis)
+    p = probabilities(z, m, 1 + s, axis, True)
     return less(y, p, s / (1 + s))
 
 
 def _error_fwd(z, y, m, s, axis):
-    return error(z, y, m, s, axis), quotients(z, m, 1 + s, axis)
+    return error(z, y, m, s, axis), probabilities(z, m, 1 + s, axis, True)
 
 
 def _error_bwd(axis, p, g):

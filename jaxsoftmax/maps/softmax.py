@@ -225,37 +225,27 @@ def moments(z: Array, axis: classes.Axis) -> tuple[Array, Array]:
     return m, classes.leave_top_out(lax.stop_gradient(z), m, axis)
 
 
-@custom_vjp(nondiff_argnums=(3,))
-def probabilities(z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
-    """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two."""
-    return classes.over_total(jnp.exp(classes.shift(z, m)), total, axis)
+@custom_vjp(nondiff_argnums=(3, 4))
+def probabilities(z: Array, m: Array, total: Array, axis: classes.Axis, kept: bool = False) -> Array:
+    """softmax(z) when its maximum m and total = Σ exp(z - m) are known; differentiable in z, which fixes the two.
+
+    `kept`: beside what is as wide as they are and stays in memory, for which a quotient is the cheaper form.
+    """
+    e = jnp.exp(classes.shift(z, m))
+    return e / total if kept else classes.over_total(e, total, axis)
 
 
-def _probabilities_fwd(z, m, total, axis):
-    p = probabilities(z, m, total, axis)
+def _probabilities_fwd(z, m, total, axis, kept):
+    p = probabilities(z, m, total, axis, kept)
     return p, ((p,) if classes.alone(axis) else (z, m, total))
 
 
-def _probabilities_bwd(axis, residuals, g):
+def _probabilities_bwd(axis, kept, residuals, g):
     product = jacobian_product if classes.alone(axis) else jacobian_at
     return product(g, *residuals, axis), None, None
 
 
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
-
-
-@custom_vjp(nondiff_argnums=(3,))
-def quotients(z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
-    """`probabilities` by a division on every machine, for what is as wide as they are and is kept beside them."""
-    return jnp.exp(classes.shift(z, m)) / total
-
-
-def _quotients_fwd(z, m, total, axis):
-    p = quotients(z, m, total, axis)
-    return p, ((p,) if classes.alone(axis) else (z, m, total))
-
-
-quotients.defvjp(_quotients_fwd, _probabilities_bwd)
 
 
 def jacobian_at(v: Array, z: Array, m: Array, total: Array, axis: classes.Axis) -> Array:
