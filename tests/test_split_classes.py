@@ -116,7 +116,7 @@ def of_head(head):
         return head.loss(z, *(others or [labels] if head.kinds else []), axis_name=axis_name)
 
     others = [OTHERS[kind] for kind in head.kinds if kind != "label"]
-    reductions = None if head.kinks else 4 if head.loss is js.jensen_shannon_divergence else 3
+    reductions = None if head.kinks else 3
     logits = np.log(PROBS) if head.logarithms else Z
     return case(head.name, fn, logits, *others, reductions=reductions, kinks=head.kinks)
 
