@@ -58,6 +58,7 @@ PROGRAMS = [
     ("h100", "J.trace", "value", LONG, "bfloat16", 11, 3.1),
     ("h100", "J.frobenius_norm", "value", LONG, "bfloat16", 13, 5.2),
     ("h100", "J.quadratic_form", "value", LONG, "bfloat16", 14, 8.2),
+    ("h100", "J.logdet", "value", LONG, "bfloat16", 13, 8.2),
     ("h100", "jensen_shannon", "value", LONG, "bfloat16", 12, 6.2),
     ("h100", "jensen_shannon", "JVP", LONG, "float32", 19, 12.2),
     ("h100", "generalized_kl", "JVP", WIDE, "float32", 1, 3.1),

@@ -329,8 +329,8 @@ class SoftmaxJacobian(SymmetricOperator):
         top, logs = is_top(p), _log_sum(d, damping)
         largest = classes.max(lax.stop_gradient(p), self.axis)
         largest = jnp.where(largest > 0.5, classes.sum(top * p, self.axis), largest)
-        but_one = classes.sum(logs, self.axis) - _log_sum(self.scale * largest, damping)
-        others = jnp.where(largest > 0.5, classes.sum((1 - top) * logs, self.axis), but_one)
+        one = jnp.where(largest > 0.5, 0.0, _log_sum(self.scale * largest, damping))
+        others = classes.sum((1 - top) * logs, self.axis) - one
         spread = classes.sum(quotient(d * (largest - p), d + damping), self.axis)
         return (log(damping) + others + jnp.log1p(spread))[..., 0]
 
