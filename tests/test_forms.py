@@ -1,5 +1,6 @@
 """The form of a CPU is the plain line: value and derivatives, infinities, ties, half precision, masks."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from jax import export
 
 import jaxsoftmax as js
 from jaxsoftmax._core import centring, forms, forms_of_two
+from tests.helpers import enable_x64
 
 INF = np.inf
 Z = np.array(
@@ -81,6 +83,23 @@ def test_forms_agree(as_elsewhere, monkeypatch, platform, rows, dtype):
             far = np.abs(want) > 1e30  # a divergence that is infinite: its derivatives are huge numbers
             got, want = (np.where(far, np.sign(a), a) for a in (got, want))
             np.testing.assert_allclose(got, want, rtol=20 * eps, atol=eps, err_msg=name)
+
+
+@pytest.mark.parametrize("platform", [None, "cuda", "tpu"])
+def test_near_logits(as_elsewhere, platform):
+    """Jensen-Shannon where the logits differ by millionths, as in float64: there two logarithms leave ρ no digits."""
+    rng = np.random.default_rng(0)
+    z = rng.integers(-16, 16, (50, 20)) / 4
+    x = z + rng.integers(-8, 9, z.shape) * 2.0**-20  # exact in float32, and so are the differences from the maximum
+    as_elsewhere(platform)
+
+    def found(dtype):
+        with enable_x64() if dtype == "float64" else contextlib.nullcontext():
+            loss = lambda x: jnp.sum(js.jensen_shannon_divergence(x, jnp.asarray(z, dtype)))
+            return [np.asarray(a, np.float64) for a in jax.value_and_grad(loss)(jnp.asarray(x, dtype))]
+
+    for got, want in zip(found("float32"), found("float64")):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.max(np.abs(want)))
 
 
 def arguments(*arrays):
