@@ -54,8 +54,9 @@ class DiagonalPlusLowRank(SymmetricOperator):
     A frozen pytree, batched over leading axes, which all fields share. Every method but `as_matrix` costs O(K).
     In float32 the smallest entries of second derivatives of `frobenius_norm` and of lightly damped `solve` may keep
     four digits, of lightly damped `logdet` fewer; those of first ones of the Jensen-Shannon Hessian, where both sides
-    are sure of different classes, may keep none beside the largest. Reverse mode of `frobenius_norm` loses digits to
-    underflow at a norm below 1e-36, at second order below 1e-25; a weight below 1.2e-38 counts as 0.
+    are sure of different classes, may keep none beside the largest. Derivatives of `solve` and `logdet` lose digits
+    where the damping nearly cancels a weight. Reverse mode of `frobenius_norm` loses digits to underflow at a norm
+    below 1e-36, at second order below 1e-25; a weight below 1.2e-38 counts as 0.
 
     Args:
       weights: d, shape (..., K). Of any sign; `factor_mv` and `is_psd` say what they need.
@@ -254,11 +255,13 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return _Reduced(top, p, w, dw, load + e, left, heavy, p_c, d_c, t_c, a, b, c, q, det, *pivot)
 
     def _apart(self, square: Array, e: Array) -> Array:
-        """1 at class c, else 0: the top class, or else the one whose elimination would cost most digits."""
+        """1 at class c, else 0: the one whose elimination would cost most digits."""
         assert self.centre is not None
-        p, d, square, e = lax.stop_gradient((self.centre, self.weights, square, e))
-        cost = jnp.where(p == 0, 0, square * p * p / jnp.abs(square * d + e))
-        cost = jnp.where(p > 0.5, jnp.inf, cost)
+        p, load, square, e = lax.stop_gradient((self.centre, square * self.weights, square, e))
+        # Digits lost to a pivot d + ε that cancels; where a class is sure, 1/(1 - p) to its own elimination.
+        size = jnp.maximum(jnp.abs(load + e) * jnp.where(p > 0.5, 1 - p, 1), jnp.finfo(p.dtype).tiny)
+        cost = jnp.where(classes.max(p, self.axis) > 0.5, jnp.abs(load) + jnp.abs(e), square * p * p) / size
+        cost = jnp.where(p == 0, 0, cost)
         return 1 - classes.others(p, classes.argmax(cost, classes.max(cost, self.axis), self.axis), self.axis)
 
     @compiled

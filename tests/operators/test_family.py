@@ -80,6 +80,21 @@ def test_solve_and_logdet_keep_their_digits_at_any_damping(name):
             assert abs(logdet[i] - right) < 4 * eps * max(1.0, abs(right)), (damping, i)
 
 
+@pytest.mark.parametrize("loss", [losses.softmax_entropy, losses.brier_loss])
+def test_solve_where_a_weight_cancels_the_damping(loss):
+    """A class that is not the top one is then no pivot, though the matrix is far from singular."""
+    z = jnp.array([[0.6, 0.2, -np.inf, -np.inf, -6.0, -9.0]])
+    labels = () if loss is losses.softmax_entropy else (jnp.eye(6)[1:2],)
+    operator = logits_hessian(loss, z, *labels)
+    damping = -float(operator.weights[0, 1]) * (1 + 2e-6)
+    with mpmath.workdps(80):
+        a = exact(operator, 0) + mpmath.mpf(float(np.float32(damping))) * mpmath.eye(6)
+        want = np.array(mpmath.lu_solve(a, mpmath.matrix(V[0].tolist())).tolist(), float)[:, 0]
+    assert np.linalg.cond(np.array(a.tolist(), float)) < 10
+    error = np.linalg.norm(operator.solve(V[:1], damping)[0] - want)
+    assert error < 30 * np.finfo(np.float32).eps * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("name", one_in(12, OPERATORS, 1))
 def test_logdet_has_a_gradient_at_any_damping(name):
     """Also where the square of the damping is 0 in float32, and a class has probability 0."""
