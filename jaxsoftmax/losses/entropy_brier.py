@@ -147,6 +147,7 @@ def _entropy_fwd(z, axis):
 def _entropy_bwd(axis, residuals, ct):
     z, m, s = residuals
     (m, s), z = classes.afresh(moments, (m, s), axis, z)
+    (z,) = dtypes.widen(z)  # as in Brier's
     return (entropy_gradient(classes.shared_cotangent(ct, axis), z, m, s, axis),)
 
 

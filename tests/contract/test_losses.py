@@ -240,11 +240,12 @@ def test_second_derivatives_in_half_precision(head):
     """Where a gradient uses the logits twice, the next one adds up in float32 as well, and is rounded once."""
     z, v = np.random.default_rng(11).normal(size=(2, 100, *Z.shape)) * np.array([4.0, 1.0])[:, None, None, None]
 
-    def both(z, v, *args):
-        gradient = jax.grad(lambda z: jnp.sum(head.loss(z, *args)))
-        return jax.jvp(gradient, (z,), (v,))[1], jax.grad(lambda z: jnp.vdot(gradient(z), v))(z)
+    def three(z, v, *args):
+        total = lambda z: jnp.sum(head.loss(z, *args))
+        gradient, tangent = jax.grad(total), lambda z: jax.jvp(total, (z,), (v,))[1]
+        return jax.jvp(gradient, (z,), (v,))[1], jax.grad(lambda z: jnp.vdot(gradient(z), v))(z), jax.grad(tangent)(z)
 
-    products = jax.jit(jax.vmap(both, (0, 0, *(None for _ in head.args))))
+    products = jax.jit(jax.vmap(three, (0, 0, *(None for _ in head.args))))
     narrow = cast([z, v, *head.args], "bfloat16")
     want = np.asarray(products(*cast(narrow, "float32"))[0], "float64")
     for got in products(*narrow):
