@@ -280,7 +280,7 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def _pinv_mv(self, v: Array) -> Array:
         scale = jnp.where(self.scale == 0, 1, self.scale)
-        return self._centre(over(self._centre(v), self._on_support, self._logs)) / scale
+        return quotient(self._centre(over(self._centre(v), self._on_support, self._logs)), scale)
 
     @property
     def _support(self) -> tuple[Array, Array]:
@@ -301,9 +301,9 @@ class SoftmaxJacobian(SymmetricOperator):
     @compiled
     def pseudo_logdet(self) -> Array:
         """Logarithm of the product of the nonzero eigenvalues, log(n Π_support π) + (n - 1) log s; O(K). 0 if J = 0."""
-        _, number = self._support
-        logs = jnp.log(number) + (number - 1) * jnp.log(self.scale)
-        return (logs + classes.sum(self._logs, self.axis))[..., 0]
+        support, number = self._support
+        logs = jnp.log(number) + (number - 1) * log(jnp.where(self.scale == 0, 1, self.scale))
+        return (logs + classes.sum(support * self._logs, self.axis))[..., 0]
 
     # With w = 1/(sπ + λ), a = sπ∘w and m = <a,v>/(λ Σa), (J + λI)⁻¹v = m + w∘(v - λm), where 1 - a = λw. At a constant
     # v nothing is left of the second term; so that no derivative sees more than is left of m, v is measured from its

@@ -165,11 +165,29 @@ def test_a_weight_of_zero_is_the_zero_matrix(weight, x64):
     assert_close(J.logdet(0.5), np.linalg.slogdet(damped)[1])
     np.testing.assert_allclose(J.pinv_mv(v), np.einsum("bij,bj->bi", np.linalg.pinv(dense), v), atol=1e-9)
     np.testing.assert_array_equal(J.rank(), np.linalg.matrix_rank(dense))
+    eigenvalues = np.linalg.eigvalsh(dense)
+    assert_close(J.pseudo_logdet(), np.log(np.where(eigenvalues > 1e-12, eigenvalues, 1)).sum(-1))
     null = np.asarray(J.null_space().as_matrix())
     assert_close(null @ null, null)
     assert_close(np.trace(null, axis1=1, axis2=2), 6 - J.rank())
     gradient = jax.grad(lambda s: J.scaled(s).solve(v, 0.5).sum() + J.scaled(s).logdet(0.5).sum())(weight)
     assert np.isfinite(gradient)
+
+
+def test_inverse_of_a_matrix_of_tiny_weight():
+    """Of the focal Gauss-Newton matrix, whose factor 1e-14 has no cube in float32."""
+    z = np.float32([17.0, 0.5, -1.0])
+
+    def f(z):
+        G = logits_ggn(losses.focal_loss_with_integer_labels, z, jnp.int32(0), gamma=2.0)
+        return jnp.stack([1e-24 * G.pinv_mv(jnp.asarray([1.0, 0.5, -2.0], z.dtype))[1], G.pseudo_logdet()])
+
+    modes = jax.jacrev, jax.jacfwd
+    hessians = jax.jit(lambda z: [outer(inner(f))(z) for outer in modes for inner in modes])
+    with enable_x64():
+        want = np.asarray(hessians(np.float64(z))[0])
+    for got in hessians(z):
+        assert np.all(abs(got - want) < 1e-4 * abs(want).max((-2, -1), keepdims=True))
 
 
 def test_hessian_of_a_categorical_head_is_the_jacobian():
