@@ -53,10 +53,11 @@ class DiagonalPlusLowRank(SymmetricOperator):
 
     A frozen pytree, batched over leading axes, which all fields share. Every method but `as_matrix` costs O(K).
     In float32 the smallest entries of second derivatives of `frobenius_norm` and of lightly damped `solve` may keep
-    four digits, of lightly damped `logdet` fewer; those of first ones of the Jensen-Shannon Hessian, where both sides
-    are sure of different classes, may keep none beside the largest. Derivatives of `solve` and `logdet` lose digits
-    where the damping nearly cancels a weight. Reverse mode of `frobenius_norm` loses digits to underflow at a norm
-    below 1e-36, at second order below 1e-25; a weight below 1.2e-38 counts as 0.
+    four digits, of such a `logdet` fewer; those of first ones of the Jensen-Shannon Hessian, where both sides are sure
+    of different classes, none beside the largest. Where an indefinite matrix is nearly singular without one class,
+    `solve` and derivatives of `logdet` lose digits; where it is singular, `solve` is NaN. Reverse mode of
+    `frobenius_norm` loses digits at a norm below 1e-36, at second order below 1e-25; a weight below 1.2e-38 counts as
+    0.
 
     Args:
       weights: d, shape (..., K). Of any sign; `factor_mv` and `is_psd` say what they need.
@@ -255,13 +256,12 @@ class DiagonalPlusLowRank(SymmetricOperator):
         return _Reduced(top, p, w, dw, load + e, left, heavy, p_c, d_c, t_c, a, b, c, q, det, *pivot)
 
     def _apart(self, square: Array, e: Array) -> Array:
-        """1 at class c, else 0: the one whose elimination would cost most digits."""
+        """1 at class c, else 0: whose pivot d + ε would cost most digits, where it cancels or 1 - p is small."""
         assert self.centre is not None
         p, load, square, e = lax.stop_gradient((self.centre, square * self.weights, square, e))
-        # Digits lost to a pivot d + ε that cancels; where a class is sure, 1/(1 - p) to its own elimination.
         size = jnp.maximum(jnp.abs(load + e) * jnp.where(p > 0.5, 1 - p, 1), jnp.finfo(p.dtype).tiny)
-        cost = jnp.where(classes.max(p, self.axis) > 0.5, jnp.abs(load) + jnp.abs(e), square * p * p) / size
-        cost = jnp.where(p == 0, 0, cost)
+        cost = jnp.where(classes.max(p, self.axis) > 0.5, jnp.abs(load) + jnp.abs(e), square * p * p)
+        cost = jnp.where(p == 0, 0, cost / size)
         return 1 - classes.others(p, classes.argmax(cost, classes.max(cost, self.axis), self.axis), self.axis)
 
     @compiled
