@@ -121,6 +121,8 @@ def measure(f: Callable, *args: Any, chip: str, mesh: Mesh | None = None, rounds
     program = compiled(f, *args, chip=chip, mesh=mesh)
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None and text is not None  # every compiler here gives both
-    # Not temp_size_in_bytes, in which libtpu counts results that a loop leaves once more.
-    temp = memory.total_allocation_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
-    return dataclasses.replace(cost_of(parse(text), CHIPS[chip], rounds), temp=temp + memory.alias_size_in_bytes)
+    temp = memory.temp_size_in_bytes  # in which libtpu counts results that a loop leaves once more
+    if hasattr(memory, "total_allocation_bytes"):  # of JAX 0.12
+        apart = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temp = memory.total_allocation_bytes - apart
+    return dataclasses.replace(cost_of(parse(text), CHIPS[chip], rounds), temp=temp)

@@ -10,7 +10,6 @@ chunk of those that count is lost, on average. A CPU needs fewer, and has less t
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -127,9 +126,7 @@ def plan(
     return Plan(-(-each // ALIGNMENT) * ALIGNMENT, slab)
 
 
-def default_chunk_size(
-    num_tokens: int, features: int, vocab: int, itemsize: int = 4, platform: str | None = None
-) -> int:
+def default_chunk_size(num_tokens: int, features: int, vocab: int, itemsize: int = 4, *, platform: str) -> int:
     """Tokens per chunk that `chunk_size=None` takes for value and gradient, decided where the program is lowered.
 
     On an accelerator min(2048, 2 GiB / (itemsize V)), at least 256, for derivatives of the gradient as well; 1368 for
@@ -141,7 +138,7 @@ def default_chunk_size(
       features: D.
       vocab: V.
       itemsize: bytes of one logit.
-      platform: "cpu", "cuda", "tpu", …; None asks JAX which one it computes on here.
+      platform: which machine runs the program: "cpu", "cuda", "tpu", …; `jax.default_backend()` says it of this one.
 
     Returns:
       The number of tokens, at least 1.
@@ -162,7 +159,8 @@ def predict_temp_bytes(
     vocab: int,
     chunk_size: int | None = None,
     itemsize: int = 4,
-    platform: str | None = None,
+    *,
+    platform: str,
 ) -> int:
     """Peak temporary bytes of value and gradient in float32, beside arguments and gradients: a chunk's logits.
 
@@ -188,16 +186,14 @@ def predict_temp_bytes(
     chunk, slab = _checked_plan(num_tokens, features, vocab, itemsize, platform)
     if chunk_size is not None:
         chunk = min(checks.at_least("chunk_size", chunk_size, 1), num_tokens)
-    on_cpu = chunk * vocab + (slab * features if slab < vocab else 0) if _platform(platform) == "cpu" else 0
+    on_cpu = chunk * vocab + (slab * features if slab < vocab else 0) if platform == "cpu" else 0
     return itemsize * (chunk * (vocab + 3 * features) + on_cpu)
-
-
-def _platform(platform: str | None) -> str:
-    return jax.default_backend() if platform is None else platform
 
 
 def _checked_plan(num_tokens, features, vocab, itemsize, platform) -> Plan:
     for name, size in {"num_tokens": num_tokens, "features": features, "vocab": vocab}.items():
         checks.at_least(name, size, 0)
     checks.at_least("itemsize", itemsize, 1)
-    return plan(_platform(platform), num_tokens, features, vocab, itemsize)
+    if not isinstance(platform, str):
+        raise TypeError(f'platform must be "cpu", "cuda", "tpu" or another name of JAX, got {platform!r}')
+    return plan(platform, num_tokens, features, vocab, itemsize)

@@ -183,7 +183,8 @@ OWNERS = {
 
 
 PICTURE = {"x": (Z[0], (*MAP, 1.0, Z, np.ones(0))), "alpha": (1.5, (*NUMBER, 0.5, float("nan")))}
-SIZES = {name: (8, COUNT[1:]) for name in ("num_tokens", "features", "vocab")} | {"itemsize": (4, COUNT)}
+SIZES = {name: (8, COUNT[1:]) for name in ("num_tokens", "features", "vocab")}
+SIZES |= {"itemsize": (4, COUNT), "platform": ("cpu", (None, 3))}
 HEADS = {"loss": HEAD, "logits": (Z, (*LOGITS, 1.0)), "labels": (LABELS, HARD)}
 HEADS |= {
     "logit_softcap": (30.0, (*POSITIVE[:3], *POSITIVE[4:])),

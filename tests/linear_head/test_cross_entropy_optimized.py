@@ -102,10 +102,10 @@ def test_memory_is_as_predicted(vocab, chunk):
     x, weights, labels = jnp.zeros((n, d)), jnp.zeros((d, vocab)), jnp.zeros(n, jnp.int32)
     f = lambda x, w: 3 * linear_softmax_cross_entropy_loss(x, labels, w, chunk_size=chunk)
     used = temp(jax.value_and_grad(f, (0, 1)), x, weights)
-    assert 0.75 <= predict_temp_bytes(n, d, vocab, chunk) / used <= 1.25
+    assert 0.75 <= predict_temp_bytes(n, d, vocab, chunk, platform="cpu") / used <= 1.25
     logits = 4 * n * vocab
     assert temp(lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, a)[1], x, weights) <= logits / 4
-    assert default_chunk_size(2048, 512, 32768) * 32768 * 4 <= 64 << 20
+    assert default_chunk_size(2048, 512, 32768, platform="cpu") * 32768 * 4 <= 64 << 20
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.6 leaves the other platforms' chunks in the text")
@@ -129,13 +129,13 @@ def test_memory_of_a_large_vocabulary(vocab_axis):
     f = lambda x, w: linear_softmax_cross_entropy_loss(x, jnp.zeros(n, jnp.int32), w, vocab_axis=vocab_axis)
     used = temp(jax.value_and_grad(f, (0, 1)), x, weights)
     assert used <= 64 << 20
-    assert 0.75 <= predict_temp_bytes(n, d, vocab) / used <= 1.25
+    assert 0.75 <= predict_temp_bytes(n, d, vocab, platform="cpu") / used <= 1.25
 
 
 @pytest.mark.parametrize("size", [(4096, 16, 1000), (4, 16, 20_000), (4096, 16, 10**7), (0, 16, 100), (7, 0, 0)])
 def test_chunks(size):
     """Nearly equal, no fewer than 32 tokens, and no more than saturate."""
-    chunk = default_chunk_size(*size)
+    chunk = default_chunk_size(*size, platform="cpu")
     assert min(32, max(1, size[0])) <= max(chunk, 1) <= 512
     chunks = -(-max(1, size[0]) // chunk)
     assert chunk <= max(1, size[0]) and chunks * chunk - size[0] < 8 * chunks  # rounded up to whole vectors
